@@ -1,0 +1,79 @@
+// One step's work as flat arrays, made by the Scheduler, and what came of it, made by an Executor.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "engine/scheduling/request.h"
+
+namespace espalier {
+
+// The rows of one sequence in this step: a prefill chunk or a single decode row.
+struct BatchSpan {
+  RequestId id = 0;
+  int first_row = 0;
+  int rows = 0;
+  int start = 0;     // position of first_row = tokens whose K and V the pages hold already
+  bool decode = false;
+  int rung = 0;      // index into the ladder
+  // Page tables, one per layer: page_tables[layer][i] holds positions [16 i, 16 i + 16). Long enough
+  // for this step's rows. Valid until Commit.
+  std::span<const std::vector<int32_t>> page_tables;
+};
+
+// A row whose logits are wanted.
+struct LogitRow {
+  enum class Use : uint8_t {
+    kSample,  // draw the sequence's next token
+    kScore,   // log-probability of `target`, the prompt's next token
+  };
+  int row = 0;
+  int span = 0;         // index into Batch::spans
+  Use use = Use::kSample;
+  int32_t target = -1;  // kScore only
+  // For kSample; pointers and spans are valid until Commit.
+  const SamplingParams* sampling = nullptr;  // kScore: only top_logprobs is read
+  std::span<const int32_t> tokens;           // prompt and output so far
+  int prompt_tokens = 0;                     // tokens[0, prompt_tokens) are the prompt
+  std::span<const int32_t> banned;           // stop tokens while below min_tokens
+};
+
+struct Batch {
+  std::vector<int32_t> tokens;  // [rows]
+  std::vector<BatchSpan> spans; // decode spans first, then prefill chunks, rows consecutive
+  std::vector<LogitRow> logits; // ascending rows
+  int decode_rows = 0;
+  int prefill_rows = 0;
+
+  int rows() const { return static_cast<int>(tokens.size()); }
+  bool empty() const { return tokens.empty(); }
+  void Clear();
+};
+
+// One drawn or scored token.
+struct TokenResult {
+  int32_t token = -1;  // drawn token, or the target
+  float logprob = 0;   // natural log, of the model's own distribution (before temperature, penalties
+                       // and bias); meaningful if log-probabilities were asked for
+  std::vector<std::pair<int32_t, float>> top;  // the most likely (token, logprob), descending
+};
+
+// Where a step's time went, seconds.
+struct PhaseTimes {
+  double embed = 0;
+  double attention_projections = 0;  // q, k, v, o
+  double attention = 0;              // RoPE, KV write, attention
+  double mlp = 0;
+  double norm = 0;
+  double head = 0;
+  double sampling = 0;
+};
+
+struct StepResult {
+  std::vector<TokenResult> tokens;  // one per Batch::logits, same order
+  PhaseTimes phases;
+};
+
+}  // namespace espalier

@@ -1,0 +1,191 @@
+// How bits are multiplied: the one interface between a model's forward pass and a device.
+//
+// Every op takes one argument struct (designated initialisers at the call site read as named
+// parameters), only enqueues, returns nothing and is never optional. Results are there, and
+// device errors are told, after Synchronize(). On the CPU an op is done when it returns.
+//
+// Shapes: `rows` are tokens of one step; all activations are fp32, row-major. Empty inputs (zero
+// rows, zero channels) are legal everywhere and do nothing (or write zeros, where said).
+//
+// Promise that everything above rests on: an output row depends on its own input row only, bit for
+// bit, whatever the other rows of the call, the thread count and the split of a prompt into chunks.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/channel_selection.h"
+#include "kernels/tensor.h"
+#include "kernels/weight.h"
+
+namespace espalier {
+
+enum class KvType : uint8_t { kF32, kF16 };
+
+// Tokens of one KV page. 16 = the lanes of one AVX-512 register of scores.
+inline constexpr int kPageTokens = 16;
+
+// Shape of the paged KV pool. One page holds kPageTokens tokens of one layer: K as
+// [kv_heads, head_dim, kPageTokens] (a register of scores needs no horizontal sum), then V as
+// [kv_heads, kPageTokens, head_dim].
+struct KvPoolShape {
+  KvType type = KvType::kF16;
+  int pages = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+
+  size_t page_bytes() const {
+    return size_t{2} * kv_heads * head_dim * kPageTokens * (type == KvType::kF16 ? 2 : 4);
+  }
+};
+
+// Device memory of the KV pages; made by Backend::CreateKvPool.
+struct KvPool {
+  KvPoolShape shape;
+  std::shared_ptr<void> storage;
+  std::byte* data = nullptr;  // page p at data + p * shape.page_bytes()
+};
+
+// How rotary pairs lie in a head. GGUF files of arch llama hold permuted q and k rows and need
+// kInterleaved; Hugging Face files and GGUF qwen2 / qwen3 need kHalfSplit.
+enum class RopePairing : uint8_t {
+  kInterleaved,  // pairs (2i, 2i + 1)
+  kHalfSplit,    // pairs (i, i + head_dim / 2)
+};
+
+// What one step's rows look like to attention. Made once per step and used by every layer.
+// A span is the rows of one sequence in this step: `rows` consecutive rows from `first_row`, at
+// positions start, start + 1, ...; every earlier position is in the sequence's pages already.
+struct AttentionSpan {
+  int first_row = 0;
+  int rows = 0;
+  int start = 0;  // position of first_row; the row sees positions 0 .. its own
+};
+
+// out[i] = table[tokens[i]], dequantised. `table` is kOutputRows. tokens are in [0, table.rows).
+struct EmbedArgs {
+  std::span<const int32_t> tokens;
+  const Weight& table;
+  Matrix out;  // [tokens, table.cols]
+};
+
+// out[r] = x[r] * rsqrt(mean(x[r]^2) + eps) * weight, in fp32.
+struct RmsNormArgs {
+  ConstMatrix x;                    // [rows, cols]
+  std::span<const float> weight;    // [cols]
+  float eps = 1e-5f;
+  Matrix out;                       // [rows, cols]; may be x itself
+};
+
+// One weight of a MatMul and where its result goes.
+struct MatMulTarget {
+  const Weight* weight = nullptr;
+  ChannelSelection selection = ChannelSelection::All(0);  // of the weight's rows
+  Matrix out;
+  std::span<const float> bias;  // [out cols] or empty; not for kInputRows with kAdd
+};
+
+// Products of one input with one or more weights (q, k, v share theirs; so do gate and up), so that
+// the input is quantised once. Each target:
+//   kOutputRows: out [rows, selection.count()]; x [rows, weight.cols].
+//   kInputRows:  out [rows, weight.cols];       x [rows, selection.count()], compact: column i
+//                belongs to weight row selection[i].
+// Int8 weights quantise x per row and group of kQuantGroup (symmetric, round to nearest even) and
+// sum groups in fp32, in order. All targets of one call share type and layout.
+struct MatMulArgs {
+  enum class Output : uint8_t { kOverwrite, kAdd };
+
+  ConstMatrix x;
+  std::span<const MatMulTarget> targets;
+  Output output = Output::kOverwrite;
+};
+
+// out = silu(gate) * up, elementwise; silu(v) = v / (1 + exp(-v)). out may be gate or up.
+struct SwiGluArgs {
+  ConstMatrix gate;  // [rows, channels]
+  ConstMatrix up;    // [rows, channels]
+  Matrix out;        // [rows, channels]
+};
+
+// Rotates q and k in place by their positions and writes k and v to the sequences' pages.
+// K and V are always complete: no rung narrows them.
+struct RopeAndStoreArgs {
+  std::span<const AttentionSpan> spans;
+  std::span<const std::span<const int32_t>> page_tables;  // [spans][pages]: this layer's pages
+  Matrix q;                                // [rows, kept heads * head_dim]
+  Matrix k;                                // [rows, kv_heads * head_dim]
+  ConstMatrix v;                           // [rows, kv_heads * head_dim]
+  std::span<const float> inverse_frequency;  // [head_dim / 2], radians per position
+  RopePairing pairing = RopePairing::kInterleaved;
+  KvPool* pool = nullptr;
+};
+
+// Causal attention of each row over its sequence's pages, online softmax in fp32, pages in order.
+// Query head h (in the full numbering) reads KV head h / (heads / kv_heads).
+struct AttentionArgs {
+  std::span<const AttentionSpan> spans;
+  std::span<const std::span<const int32_t>> page_tables;  // [spans][pages]
+  ConstMatrix q;            // [rows, heads_kept.count() * head_dim], rotated
+  ChannelSelection heads_kept = ChannelSelection::All(0);  // of `heads` query heads
+  int heads = 0;            // full number of query heads
+  float scale = 0;          // usually 1 / sqrt(head_dim)
+  const KvPool* pool = nullptr;
+  Matrix out;               // [rows, heads_kept.count() * head_dim]
+};
+
+// Per row of logits: the largest value, where it is (the lowest index wins a tie), and
+// log(sum(exp(logits))) in fp32. What greedy choice and log-probabilities need.
+struct LogitStatsArgs {
+  struct Stats {
+    float max = 0;
+    int32_t argmax = 0;
+    float log_sum_exp = 0;
+  };
+  ConstMatrix logits;       // [rows, vocabulary]
+  std::span<Stats> out;     // [rows]
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // One sentence for start-up: device, instruction set or architecture, threads, and why this one.
+  virtual std::string Describe() const = 0;
+
+  // Copies and, for kInt8, quantises a matrix given in fp32 row by row. `read_row(r, dst)` fills
+  // weight.cols values of stored row r; it is called from several threads, each row once.
+  virtual absl::StatusOr<Weight> UploadWeight(
+      WeightType type, WeightLayout layout, int rows, int cols,
+      const std::function<void(int row, float* dst)>& read_row) = 0;
+
+  // A panel: the selected rows gathered into a weight of their own, to be used with All(count).
+  // Bit-equal to multiplying by the list, and contiguous.
+  virtual absl::StatusOr<Weight> GatherRows(const Weight& weight,
+                                            const ChannelSelection& selection) = 0;
+
+  // ResourceExhausted, with the bytes asked for, if the device cannot hold it.
+  virtual absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) = 0;
+
+  virtual void Embed(const EmbedArgs& args) = 0;
+  virtual void RmsNorm(const RmsNormArgs& args) = 0;
+  virtual void MatMul(const MatMulArgs& args) = 0;
+  virtual void SwiGlu(const SwiGluArgs& args) = 0;
+  virtual void RopeAndStore(const RopeAndStoreArgs& args) = 0;
+  virtual void Attention(const AttentionArgs& args) = 0;
+  virtual void LogitStats(const LogitStatsArgs& args) = 0;
+
+  // Waits for everything enqueued. An error means the device is lost.
+  virtual absl::Status Synchronize() = 0;
+
+  // Runs fn(0) .. fn(count - 1) on the host's workers and waits; for host work between ops, such as
+  // sampling rows. fn must not call the backend.
+  virtual void ParallelFor(int count, const std::function<void(int)>& fn) = 0;
+};
+
+}  // namespace espalier

@@ -1,0 +1,41 @@
+// The pruning ladder: a short ordered list of rungs, rung 0 dense, each nested in the one before.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "policy/keep_profile.h"
+
+namespace espalier {
+
+// What a rung costs and what it loses, measured by calibration. Rung 0 loses nothing.
+struct PriceTag {
+  double prefill_us_per_token = 0;   // time of one prefill row, microseconds
+  double decode_us_per_row = 0;      // time of one decode row, microseconds
+  double kv_bytes_per_token = 0;     // over all layers that keep attention
+  double quality_loss_nats = 0;      // expected loss above dense, nats per token
+};
+
+// One step of the ladder. Prefill rows and decode rows may be narrowed differently.
+struct Rung {
+  KeepProfile prefill;
+  KeepProfile decode;
+  PriceTag price;
+};
+
+class Ladder {
+ public:
+  // A ladder of one rung: the dense model.
+  static Ladder DenseOnly(const SiteWidths& widths);
+
+  int size() const { return static_cast<int>(rungs_.size()); }
+  const Rung& rung(int index) const { return rungs_[index]; }
+
+  // Appends a rung. False, and the ladder unchanged, if it is not nested in the last one.
+  bool Append(Rung rung);
+
+ private:
+  std::vector<Rung> rungs_;
+};
+
+}  // namespace espalier

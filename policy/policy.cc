@@ -1,0 +1,21 @@
+#include "policy/policy.h"
+
+#include <algorithm>
+
+namespace espalier {
+
+bool Allows(const PruneBounds& bounds, const Rung& rung) {
+  const double ratio = std::max(rung.prefill.prune_ratio(), rung.decode.prune_ratio());
+  if (bounds.never) return rung.prefill.dense() && rung.decode.dense();
+  return ratio <= bounds.max_prune_ratio && rung.price.quality_loss_nats <= bounds.max_quality_loss;
+}
+
+int FixedPolicy::ChooseRung(const PressureReport&, const PruneBounds& bounds,
+                            const Ladder& ladder) const {
+  // Rung 0 is dense and loses nothing, so the walk down always ends at an allowed rung.
+  int rung = std::clamp(rung_, 0, ladder.size() - 1);
+  while (rung > 0 && !Allows(bounds, ladder.rung(rung))) --rung;
+  return rung;
+}
+
+}  // namespace espalier
