@@ -1,0 +1,58 @@
+// The Executor over a real model: weights, KV pool, forward pass and sampling on one backend.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/executor.h"
+#include "engine/ledger.h"
+#include "engine/model/model_file.h"
+#include "engine/scheduling/scheduler.h"
+#include "kernels/backend.h"
+#include "policy/ladder.h"
+
+namespace espalier {
+
+struct ModelOptions {
+  WeightType weights = WeightType::kInt8;
+  KvType kv = KvType::kF16;
+  // Bytes for KV pages, rounded down to whole pages; 0: enough for 32 sequences of 1,024 tokens or
+  // one of the model's context, whichever is more, but at most half of the memory available.
+  uint64_t kv_bytes = 0;
+  int max_batch_tokens = 512;  // rows of a step; sizes the workspace
+  int max_logit_rows = 64;     // rows of logits computed at once; more are done in turns
+};
+
+class ModelExecutor final : public Executor {
+ public:
+  // Called with done in [0, total] weights loaded.
+  using Progress = std::function<void(int done, int total)>;
+
+  // Uploads the weights of `file` and makes the KV pool. `file` may be closed afterwards; `backend`
+  // must outlive the executor. Errors name file and tensor, or the bytes that do not fit.
+  static absl::StatusOr<std::unique_ptr<ModelExecutor>> Load(const ModelFile& file,
+                                                             Backend* backend,
+                                                             const ModelOptions& options,
+                                                             const Progress& progress = {});
+  ~ModelExecutor() override;
+
+  absl::Status Execute(const Batch& batch, StepResult* result) override;
+
+  const ModelConfig& config() const;
+  KvGeometry kv_geometry() const;
+  const Ladder& ladder() const;
+
+  // Weights and workspace, and what the pool is worth with `stats` pages used, cached and free.
+  // `foreign` is left zero: who serves knows the machine.
+  Ledger ledger(const SchedulerStats& stats) const;
+
+ private:
+  struct Impl;
+  explicit ModelExecutor(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace espalier
