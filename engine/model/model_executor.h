@@ -9,7 +9,7 @@
 #include "absl/status/statusor.h"
 #include "engine/executor.h"
 #include "engine/ledger.h"
-#include "engine/model/model_file.h"
+#include "engine/model/files/model_file.h"
 #include "engine/scheduling/scheduler.h"
 #include "kernels/backend.h"
 #include "policy/ladder.h"

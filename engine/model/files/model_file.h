@@ -10,8 +10,8 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "engine/model/quant_blocks.h"
-#include "engine/model/vocabulary.h"
+#include "engine/model/files/quant_blocks.h"
+#include "engine/model/text/vocabulary.h"
 #include "engine/model_config.h"
 
 namespace espalier {

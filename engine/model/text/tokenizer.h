@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "engine/model/vocabulary.h"
+#include "engine/model/text/vocabulary.h"
 
 namespace espalier {
 
