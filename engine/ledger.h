@@ -10,8 +10,8 @@ struct Ledger {
   uint64_t kv_used = 0;
   uint64_t kv_reusable = 0;  // held by the prefix cache, free for the asking
   uint64_t kv_free = 0;
-  uint64_t workspace = 0;    // activations, logits, scratch
-  uint64_t foreign = 0;      // what others hold of the same memory
+  uint64_t workspace = 0;  // activations, logits, scratch
+  uint64_t foreign = 0;    // what others hold of the same memory
 };
 
 }  // namespace espalier

@@ -14,8 +14,8 @@ std::vector<float> InverseFrequencies(const ModelConfig& config) {
     if (const RopeScaling& scaling = config.rope_scaling; scaling.llama3) {
       const double wavelength = 2.0 * std::numbers::pi / frequency;
       const double turns = scaling.original_context / wavelength;
-      const double smooth = (turns - scaling.low_freq_factor) /
-                            (scaling.high_freq_factor - scaling.low_freq_factor);
+      const double smooth =
+          (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor);
       if (turns < scaling.low_freq_factor) {
         frequency /= scaling.factor;
       } else if (turns <= scaling.high_freq_factor) {

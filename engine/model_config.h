@@ -22,16 +22,16 @@ struct RopeScaling {
 };
 
 struct ModelConfig {
-  std::string name;             // as the file says, or the file's stem
+  std::string name;  // as the file says, or the file's stem
   Architecture architecture = Architecture::kLlama;
   int layers = 0;
-  int hidden = 0;               // width of the residual stream
-  int heads = 0;                // query heads
-  int kv_heads = 0;             // divides heads
-  int head_dim = 0;             // even
-  int channels = 0;             // MLP hidden channels
-  int vocabulary = 0;           // rows of the embedding
-  int context = 0;              // longest position the model was trained for, tokens
+  int hidden = 0;      // width of the residual stream
+  int heads = 0;       // query heads
+  int kv_heads = 0;    // divides heads
+  int head_dim = 0;    // even
+  int channels = 0;    // MLP hidden channels
+  int vocabulary = 0;  // rows of the embedding
+  int context = 0;     // longest position the model was trained for, tokens
   float rms_eps = 1e-5f;
   float rope_theta = 10000.0f;
   RopeScaling rope_scaling;

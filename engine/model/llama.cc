@@ -1,0 +1,288 @@
+#include "engine/model/llama.h"
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cmath>
+#include <string>
+#include <utility>
+
+#include "fmt/format.h"
+
+namespace espalier {
+namespace {
+
+// Adds the time since construction to one phase.
+class PhaseTimer {
+ public:
+  explicit PhaseTimer(double* seconds)
+      : seconds_(seconds), start_(std::chrono::steady_clock::now()) {}
+  ~PhaseTimer() {
+    *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+  PhaseTimer(const PhaseTimer&) = delete;
+  PhaseTimer& operator=(const PhaseTimer&) = delete;
+
+ private:
+  double* seconds_;
+  std::chrono::steady_clock::time_point start_;
+};
+
+// Reads tensors of one file onto one backend and counts them for the progress bar.
+class Loader {
+ public:
+  Loader(const ModelFile& file, Backend* backend, WeightType type, int total,
+         const std::function<void(int, int)>& progress)
+      : file_(file), backend_(backend), type_(type), total_(total), progress_(progress) {}
+
+  absl::Status Vector(const std::string& name, int size, std::vector<float>* out) {
+    absl::StatusOr<const StoredTensor*> tensor = file_.Find(name, 1, size);
+    if (!tensor.ok()) return tensor.status();
+    out->resize(size);
+    (*tensor)->ReadRow(0, out->data());
+    Count();
+    return absl::OkStatus();
+  }
+
+  // [rows, cols] as stored: a row is an output channel.
+  absl::Status OutputRows(const std::string& name, int rows, int cols, Weight* out) {
+    absl::StatusOr<const StoredTensor*> tensor = file_.Find(name, rows, cols);
+    if (!tensor.ok()) return tensor.status();
+    return Keep(name,
+                backend_->UploadWeight(type_, WeightLayout::kOutputRows, rows, cols,
+                                       [&](int row, float* dst) { (*tensor)->ReadRow(row, dst); }),
+                out);
+  }
+
+  // Stored [outputs, inputs], uploaded transposed: a row is an input channel.
+  absl::Status InputRows(const std::string& name, int outputs, int inputs, Weight* out) {
+    absl::StatusOr<const StoredTensor*> tensor = file_.Find(name, outputs, inputs);
+    if (!tensor.ok()) return tensor.status();
+    transposed_.resize(static_cast<size_t>(inputs) * outputs);
+    // Bands of 16 rows: a cache line of each transposed row is filled while it is at hand.
+    constexpr int kBand = 16;
+    backend_->ParallelFor((outputs + kBand - 1) / kBand, [&](int band) {
+      std::vector<float> row(inputs);
+      for (int r = band * kBand; r < std::min(outputs, (band + 1) * kBand); ++r) {
+        (*tensor)->ReadRow(r, row.data());
+        for (int c = 0; c < inputs; ++c) transposed_[static_cast<size_t>(c) * outputs + r] = row[c];
+      }
+    });
+    return Keep(name,
+                backend_->UploadWeight(type_, WeightLayout::kInputRows, inputs, outputs,
+                                       [&](int row, float* dst) {
+                                         const float* src =
+                                             &transposed_[static_cast<size_t>(row) * outputs];
+                                         std::copy(src, src + outputs, dst);
+                                       }),
+                out);
+  }
+
+  uint64_t bytes() const { return bytes_; }
+
+ private:
+  absl::Status Keep(const std::string& name, absl::StatusOr<Weight> weight, Weight* out) {
+    if (!weight.ok()) {
+      return absl::Status(weight.status().code(), fmt::format("{}: tensor {}: {}", file_.path(),
+                                                              name, weight.status().ToString()));
+    }
+    *out = *std::move(weight);
+    bytes_ += out->bytes;
+    Count();
+    return absl::OkStatus();
+  }
+
+  void Count() {
+    if (progress_) progress_(++done_, total_);
+  }
+
+  const ModelFile& file_;
+  Backend* backend_;
+  WeightType type_;
+  int done_ = 0;
+  int total_;
+  const std::function<void(int, int)>& progress_;
+  uint64_t bytes_ = 0;
+  std::vector<float> transposed_;
+};
+
+}  // namespace
+
+Llama::Llama(const ModelConfig& config, Backend* backend)
+    : config_(config),
+      backend_(backend),
+      layers_(config.layers),
+      inverse_frequency_(InverseFrequencies(config)) {
+  head_rows_.reserve(static_cast<size_t>(config.heads) * config.head_dim);
+}
+
+absl::StatusOr<std::unique_ptr<Llama>> Llama::Load(const ModelFile& file, Backend* backend,
+                                                   WeightType type,
+                                                   const std::function<void(int, int)>& progress) {
+  const ModelConfig& config = file.config();
+  std::unique_ptr<Llama> model(new Llama(config, backend));
+  const int total = 9 * config.layers + (config.tied_embeddings ? 2 : 3);
+  Loader load(file, backend, type, total, progress);
+  const int query_width = config.heads * config.head_dim;
+  const int kv_width = config.kv_heads * config.head_dim;
+
+  absl::Status status =
+      load.OutputRows("token_embd.weight", config.vocabulary, config.hidden, &model->embedding_);
+  if (!status.ok()) return status;
+  for (int i = 0; i < config.layers; ++i) {
+    Layer& layer = model->layers_[i];
+    const auto name = [i](const char* part) { return fmt::format("blk.{}.{}.weight", i, part); };
+    for (const absl::Status& each : {
+             load.Vector(name("attn_norm"), config.hidden, &layer.attention_norm),
+             load.OutputRows(name("attn_q"), query_width, config.hidden, &layer.q),
+             load.OutputRows(name("attn_k"), kv_width, config.hidden, &layer.k),
+             load.OutputRows(name("attn_v"), kv_width, config.hidden, &layer.v),
+             load.InputRows(name("attn_output"), config.hidden, query_width, &layer.o),
+             load.Vector(name("ffn_norm"), config.hidden, &layer.mlp_norm),
+             load.OutputRows(name("ffn_gate"), config.channels, config.hidden, &layer.gate),
+             load.OutputRows(name("ffn_up"), config.channels, config.hidden, &layer.up),
+             load.InputRows(name("ffn_down"), config.hidden, config.channels, &layer.down),
+         }) {
+      if (!each.ok()) return each;
+    }
+  }
+  status = load.Vector("output_norm.weight", config.hidden, &model->final_norm_);
+  if (!status.ok()) return status;
+  if (config.tied_embeddings) {
+    model->head_ = model->embedding_;
+  } else {
+    status = load.OutputRows("output.weight", config.vocabulary, config.hidden, &model->head_);
+    if (!status.ok()) return status;
+  }
+  model->weight_bytes_ = load.bytes();
+  return model;
+}
+
+ChannelSelection Llama::HeadRows(const ChannelSelection& heads) {
+  const int dim = config_.head_dim;
+  if (heads.all()) return ChannelSelection::All(heads.count() * dim);
+  head_rows_.clear();
+  for (int i = 0; i < heads.count(); ++i) {
+    for (int d = 0; d < dim; ++d) head_rows_.push_back(heads[i] * dim + d);
+  }
+  return ChannelSelection::Of(head_rows_);
+}
+
+void Llama::Forward(const StepPlan& plan, const KeepProfile& keep, ChannelSelector* selector,
+                    KvPool* pool, Activations* activations, PhaseTimes* phases) {
+  const int rows = static_cast<int>(plan.tokens.size());
+  const Matrix residual(activations->residual.data(), rows, config_.hidden);
+  {
+    PhaseTimer timer(&phases->embed);
+    backend_->Embed({.tokens = plan.tokens, .table = embedding_, .out = residual});
+  }
+  for (int layer = 0; layer < config_.layers; ++layer) {
+    const auto choose = [&](SiteKind kind) {
+      return selector->Choose(layer, kind, keep.kept(layer, kind));
+    };
+    AttentionBlock(layer, plan, choose(SiteKind::kHeads), pool, activations, phases);
+    MlpBlock(layer, choose(SiteKind::kChannels), rows, activations, phases);
+    if (observer_) observer_(layer, residual);
+  }
+}
+
+void Llama::AttentionBlock(int layer, const StepPlan& plan, const ChannelSelection& heads,
+                           KvPool* pool, Activations* activations, PhaseTimes* phases) {
+  if (heads.count() == 0) return;  // a dropped block writes no KV
+  const Layer& weights = layers_[layer];
+  const int rows = static_cast<int>(plan.tokens.size());
+  const int kv_width = config_.kv_heads * config_.head_dim;
+  const ChannelSelection head_rows = HeadRows(heads);
+  const auto tables = plan.tables.subspan(layer * plan.spans.size(), plan.spans.size());
+  const Matrix residual(activations->residual.data(), rows, config_.hidden);
+  const Matrix normed(activations->normed.data(), rows, config_.hidden);
+  const Matrix q(activations->q.data(), rows, head_rows.count());
+  const Matrix k(activations->k.data(), rows, kv_width);
+  const Matrix v(activations->v.data(), rows, kv_width);
+  const Matrix attended(activations->attention.data(), rows, head_rows.count());
+  {
+    PhaseTimer timer(&phases->norm);
+    backend_->RmsNorm(
+        {.x = residual, .weight = weights.attention_norm, .eps = config_.rms_eps, .out = normed});
+  }
+  {
+    PhaseTimer timer(&phases->attention_projections);
+    const std::array<MatMulTarget, 3> targets = {
+        MatMulTarget{.weight = &weights.q, .selection = head_rows, .out = q},
+        MatMulTarget{.weight = &weights.k, .selection = ChannelSelection::All(kv_width), .out = k},
+        MatMulTarget{.weight = &weights.v, .selection = ChannelSelection::All(kv_width), .out = v},
+    };
+    backend_->MatMul({.x = normed, .targets = targets});
+  }
+  {
+    PhaseTimer timer(&phases->attention);
+    backend_->RopeAndStore(
+        {.spans = plan.spans,
+         .page_tables = tables,
+         .q = q,
+         .k = k,
+         .v = v,
+         .inverse_frequency = inverse_frequency_,
+         .pairing = config_.rope_interleaved ? RopePairing::kInterleaved : RopePairing::kHalfSplit,
+         .pool = pool});
+    backend_->Attention({.spans = plan.spans,
+                         .page_tables = tables,
+                         .q = q,
+                         .heads_kept = heads,
+                         .heads = config_.heads,
+                         .scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
+                         .pool = pool,
+                         .out = attended});
+  }
+  PhaseTimer timer(&phases->attention_projections);
+  const std::array<MatMulTarget, 1> targets = {
+      MatMulTarget{.weight = &weights.o, .selection = head_rows, .out = residual}};
+  backend_->MatMul({.x = attended, .targets = targets, .output = MatMulArgs::Output::kAdd});
+}
+
+void Llama::MlpBlock(int layer, const ChannelSelection& channels, int rows,
+                     Activations* activations, PhaseTimes* phases) {
+  if (channels.count() == 0) return;
+  const Layer& weights = layers_[layer];
+  const Matrix residual(activations->residual.data(), rows, config_.hidden);
+  const Matrix normed(activations->normed.data(), rows, config_.hidden);
+  const Matrix gate(activations->gate.data(), rows, channels.count());
+  const Matrix up(activations->up.data(), rows, channels.count());
+  {
+    PhaseTimer timer(&phases->norm);
+    backend_->RmsNorm(
+        {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
+  }
+  PhaseTimer timer(&phases->mlp);
+  const std::array<MatMulTarget, 2> wide = {
+      MatMulTarget{.weight = &weights.gate, .selection = channels, .out = gate},
+      MatMulTarget{.weight = &weights.up, .selection = channels, .out = up}};
+  backend_->MatMul({.x = normed, .targets = wide});
+  backend_->SwiGlu({.gate = gate, .up = up, .out = gate});
+  const std::array<MatMulTarget, 1> narrow = {
+      MatMulTarget{.weight = &weights.down, .selection = channels, .out = residual}};
+  backend_->MatMul({.x = gate, .targets = narrow, .output = MatMulArgs::Output::kAdd});
+}
+
+void Llama::Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits) {
+  const int count = static_cast<int>(rows.size());
+  const Matrix normed(activations->normed.data(), count, config_.hidden);
+  // Consecutive rows go in one call: a step's decode rows and a scored chunk both are.
+  for (int begin = 0; begin < count;) {
+    int end = begin + 1;
+    while (end < count && rows[end] == rows[end - 1] + 1) ++end;
+    const Matrix source(
+        activations->residual.data() + static_cast<int64_t>(rows[begin]) * config_.hidden,
+        end - begin, config_.hidden);
+    backend_->RmsNorm({.x = source,
+                       .weight = final_norm_,
+                       .eps = config_.rms_eps,
+                       .out = Matrix(normed.row(begin), end - begin, config_.hidden)});
+    begin = end;
+  }
+  const std::array<MatMulTarget, 1> targets = {MatMulTarget{
+      .weight = &head_, .selection = ChannelSelection::All(config_.vocabulary), .out = logits}};
+  backend_->MatMul({.x = normed, .targets = targets});
+}
+
+}  // namespace espalier

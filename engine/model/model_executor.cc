@@ -1,0 +1,182 @@
+#include "engine/model/model_executor.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "engine/model/activations.h"
+#include "engine/model/llama.h"
+#include "engine/model/sampler.h"
+#include "engine/pruning/channel_selector.h"
+#include "fmt/format.h"
+
+namespace espalier {
+namespace {
+
+// What kv_bytes = 0 stands for: 32 sequences of 1,024 tokens, or one of the whole context.
+constexpr int kDefaultKvTokens = 32 * 1024;
+
+// Rows sampled at the same time; each lane has its own scratch.
+constexpr int kSamplerLanes = 8;
+
+uint64_t AvailableMemory() {
+  return static_cast<uint64_t>(sysconf(_SC_AVPHYS_PAGES)) * sysconf(_SC_PAGESIZE);
+}
+
+absl::StatusOr<KvPoolShape> ChoosePool(const ModelConfig& config, const ModelOptions& options) {
+  KvPoolShape shape{
+      .type = options.kv, .pages = 0, .kv_heads = config.kv_heads, .head_dim = config.head_dim};
+  const uint64_t page_bytes = shape.page_bytes();
+  const uint64_t layer_pages_bytes = page_bytes * config.layers;  // 16 tokens in every layer
+  uint64_t bytes = options.kv_bytes;
+  if (bytes == 0) {
+    const uint64_t tokens = std::max(kDefaultKvTokens, config.context);
+    bytes = (tokens + kPageTokens - 1) / kPageTokens * layer_pages_bytes;
+    bytes = std::min(bytes, AvailableMemory() / 2);
+  }
+  const uint64_t pages = bytes / page_bytes;
+  if (pages < static_cast<uint64_t>(config.layers)) {
+    return absl::InvalidArgumentError(
+        fmt::format("KV memory of {} bytes holds no sequence: {} tokens in {} layers take {}",
+                    bytes, kPageTokens, config.layers, layer_pages_bytes));
+  }
+  shape.pages = static_cast<int>(std::min<uint64_t>(pages, INT32_MAX));
+  return shape;
+}
+
+}  // namespace
+
+struct ModelExecutor::Impl {
+  Impl(std::unique_ptr<Llama> llama, Backend* device, const ModelOptions& model_options,
+       KvPool kv_pool)
+      : model(std::move(llama)),
+        backend(device),
+        options(model_options),
+        pool(std::move(kv_pool)),
+        ladder(Ladder::DenseOnly(model->config().sites())),
+        selector(model->config().sites()),
+        activations(model->config(), options.max_batch_tokens),
+        logits(static_cast<size_t>(options.max_logit_rows) * model->config().vocabulary),
+        stats(options.max_logit_rows),
+        samplers(kSamplerLanes, Sampler(model->config().vocabulary)) {}
+
+  void MakePlan(const Batch& batch);
+  void SampleChunk(const Batch& batch, size_t begin, size_t end, StepResult* result);
+
+  std::unique_ptr<Llama> model;
+  Backend* backend;
+  ModelOptions options;
+  KvPool pool;
+  Ladder ladder;
+  StaticSelector selector;
+  Activations activations;
+  AlignedFloats logits;                      // [max_logit_rows, vocabulary]
+  std::vector<LogitStatsArgs::Stats> stats;  // [max_logit_rows]
+  std::vector<Sampler> samplers;             // one a lane: scratch of a megabyte or so
+  // The plan of the step in flight.
+  std::vector<AttentionSpan> spans;
+  std::vector<std::span<const int32_t>> tables;  // [layers * spans]
+  std::vector<int32_t> logit_rows;
+};
+
+void ModelExecutor::Impl::MakePlan(const Batch& batch) {
+  const int layers = model->config().layers;
+  spans.clear();
+  tables.clear();
+  for (const BatchSpan& span : batch.spans) {
+    spans.push_back({.first_row = span.first_row, .rows = span.rows, .start = span.start});
+  }
+  for (int layer = 0; layer < layers; ++layer) {
+    for (const BatchSpan& span : batch.spans) tables.push_back(span.page_tables[layer]);
+  }
+}
+
+void ModelExecutor::Impl::SampleChunk(const Batch& batch, size_t begin, size_t end,
+                                      StepResult* result) {
+  const int rows = static_cast<int>(end - begin);
+  const int vocabulary = model->config().vocabulary;
+  const Matrix chunk(logits.data(), rows, vocabulary);
+  backend->LogitStats({.logits = chunk, .out = std::span(stats).first(rows)});
+  const int lanes = std::min(rows, kSamplerLanes);
+  backend->ParallelFor(lanes, [&](int lane) {
+    for (int i = lane; i < rows; i += lanes) {
+      result->tokens[begin + i] = samplers[lane].Sample(batch.logits[begin + i], stats[i],
+                                                        std::span<float>(chunk.row(i), vocabulary));
+    }
+  });
+}
+
+ModelExecutor::ModelExecutor(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+ModelExecutor::~ModelExecutor() = default;
+
+absl::StatusOr<std::unique_ptr<ModelExecutor>> ModelExecutor::Load(const ModelFile& file,
+                                                                   Backend* backend,
+                                                                   const ModelOptions& options,
+                                                                   const Progress& progress) {
+  ModelOptions checked = options;
+  checked.max_logit_rows = std::clamp(options.max_logit_rows, 1, options.max_batch_tokens);
+  absl::StatusOr<KvPoolShape> shape = ChoosePool(file.config(), checked);
+  if (!shape.ok()) return shape.status();
+  absl::StatusOr<std::unique_ptr<Llama>> model =
+      Llama::Load(file, backend, checked.weights, progress);
+  if (!model.ok()) return model.status();
+  absl::StatusOr<KvPool> pool = backend->CreateKvPool(*shape);
+  if (!pool.ok()) return pool.status();
+  return std::unique_ptr<ModelExecutor>(new ModelExecutor(
+      std::make_unique<Impl>(*std::move(model), backend, checked, *std::move(pool))));
+}
+
+absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
+  Impl& impl = *impl_;
+  result->tokens.resize(batch.logits.size());
+  result->phases = PhaseTimes{};
+  if (batch.empty()) return absl::OkStatus();
+  impl.MakePlan(batch);
+  // The ladder has one rung; rows on several rungs share a step by the staircase, with pruning.
+  const KeepProfile& keep = impl.ladder.rung(0).prefill;
+  impl.model->Forward({.tokens = batch.tokens, .spans = impl.spans, .tables = impl.tables}, keep,
+                      &impl.selector, &impl.pool, &impl.activations, &result->phases);
+
+  const size_t turn = impl.options.max_logit_rows;
+  for (size_t begin = 0; begin < batch.logits.size(); begin += turn) {
+    const size_t end = std::min(begin + turn, batch.logits.size());
+    impl.logit_rows.clear();
+    for (size_t i = begin; i < end; ++i) impl.logit_rows.push_back(batch.logits[i].row);
+    const auto started = std::chrono::steady_clock::now();
+    impl.model->Logits(
+        impl.logit_rows, &impl.activations,
+        Matrix(impl.logits.data(), static_cast<int>(end - begin), impl.model->config().vocabulary));
+    const auto computed = std::chrono::steady_clock::now();
+    impl.SampleChunk(batch, begin, end, result);
+    result->phases.head += std::chrono::duration<double>(computed - started).count();
+    result->phases.sampling +=
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - computed).count();
+  }
+  return impl.backend->Synchronize();
+}
+
+const ModelConfig& ModelExecutor::config() const { return impl_->model->config(); }
+
+KvGeometry ModelExecutor::kv_geometry() const {
+  return {.layers = config().layers,
+          .pages = impl_->pool.shape.pages,
+          .page_tokens = kPageTokens,
+          .context = config().context};
+}
+
+const Ladder& ModelExecutor::ladder() const { return impl_->ladder; }
+
+Ledger ModelExecutor::ledger(const SchedulerStats& stats) const {
+  const uint64_t page = impl_->pool.shape.page_bytes();
+  return {.weights = impl_->model->weight_bytes(),
+          .kv_used = page * stats.pages_used,
+          .kv_reusable = page * stats.pages_cached,
+          .kv_free = page * stats.pages_free,
+          .workspace = impl_->activations.bytes() + impl_->logits.bytes()};
+}
+
+}  // namespace espalier
