@@ -1,0 +1,72 @@
+// Runs a model's forward pass without a scheduler: whole prompts, chosen chunks, all logits.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/model/llama.h"
+#include "kernels/cpu/cpu_backend.h"
+
+namespace espalier {
+
+// Value of an environment variable that names a file or folder; empty if unset.
+std::string PathFromEnvironment(const char* variable);
+
+class ForwardHarness {
+ public:
+  struct Options {
+    std::optional<Isa> isa;
+    WeightType weights = WeightType::kF32;
+    KvType kv = KvType::kF32;
+    int max_rows = 1024;  // longest sequence and widest step
+    int sequences = 1;    // that may live side by side
+    int threads = 0;
+  };
+
+  // Crashes with the status on a bad file: a test has no use for the rest.
+  ForwardHarness(const std::string& path, const Options& options);
+
+  // A stretch of one sequence in a step; what is before `start` was computed in earlier steps.
+  struct Chunk {
+    int sequence = 0;
+    int start = 0;
+    std::span<const int32_t> ids;
+  };
+
+  // One forward step over all chunks; logits of every row, [rows, vocabulary].
+  std::vector<float> Step(std::span<const Chunk> chunks);
+
+  // Logits at every position, [ids, vocabulary], the prompt computed in steps of `chunk` rows.
+  std::vector<float> Logits(std::span<const int32_t> ids, int chunk = 1024);
+
+  // Negative log-likelihood of ids[1..] given what is before each, nats, summed in double.
+  double NegativeLogLikelihood(std::span<const int32_t> ids);
+
+  const ModelFile& file() const { return *file_; }
+  Llama& llama() { return *llama_; }
+  Activations& activations() { return activations_; }
+  StaticSelector& selector() { return selector_; }
+  KeepProfile& keep() { return keep_; }
+
+ private:
+  // One step; calls visit(first row, logits [rows, vocabulary]) in turns.
+  void Run(std::span<const Chunk> chunks,
+           const std::function<void(int row, ConstMatrix logits)>& visit);
+
+  int max_rows_;
+  std::unique_ptr<ModelFile> file_;
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Llama> llama_;
+  StaticSelector selector_;
+  KeepProfile keep_;
+  Activations activations_;
+  KvPool pool_;
+  std::vector<std::vector<int32_t>> pages_;  // [layers * sequences], layer-major
+};
+
+}  // namespace espalier

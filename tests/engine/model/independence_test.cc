@@ -1,0 +1,276 @@
+// A row's result does not depend on its neighbours: alone, in a crowd of 32, in chunks, on one
+// thread or two, the same request gives bit-equal logits and the same tokens. And a keep profile
+// gives what a model without the dropped rows would give.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "engine/engine.h"
+#include "engine/model/model_executor.h"
+#include "engine/model/sampler.h"
+#include "gtest/gtest.h"
+#include "tests/engine/model/forward_harness.h"
+
+namespace espalier {
+namespace {
+
+const char* const kTinyModel = ESPALIER_SOURCE_DIR "/tests/golden/data/tiny-llama.gguf";
+
+std::vector<int32_t> RandomIds(int count, int vocabulary, uint64_t seed) {
+  std::vector<int32_t> ids(count);
+  for (int i = 0; i < count; ++i) {
+    ids[i] = static_cast<int32_t>(UniformAt(seed, i) * vocabulary);
+  }
+  return ids;
+}
+
+bool BitEqual(std::span<const float> a, std::span<const float> b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size_bytes()) == 0;
+}
+
+struct Path {
+  Isa isa;
+  WeightType weights;
+};
+
+std::vector<Path> AllPaths() {
+  std::vector<Path> paths;
+  for (Isa isa : SupportedIsas()) {
+    for (WeightType weights : {WeightType::kF32, WeightType::kInt8})
+      paths.push_back({isa, weights});
+  }
+  return paths;
+}
+
+std::string PathName(const Path& path) {
+  return std::string(IsaName(path.isa)) + (path.weights == WeightType::kF32 ? "_fp32" : "_int8");
+}
+
+KvType KvOf(const Path& path) {
+  return path.weights == WeightType::kF32 ? KvType::kF32 : KvType::kF16;
+}
+
+class IndependenceTest : public ::testing::TestWithParam<Path> {
+ protected:
+  // The real model if it is at hand, for its widths; the tiny one always.
+  static std::vector<std::string> Models() {
+    std::vector<std::string> models = {kTinyModel};
+    const std::string real = PathFromEnvironment("ESPALIER_MODEL");
+    if (!real.empty() && GetParam().isa == SupportedIsas().back()) models.push_back(real);
+    return models;
+  }
+};
+
+TEST_P(IndependenceTest, LogitsAreBitEqualAloneChunkedAndInACrowd) {
+  constexpr int kCrowd = 32;
+  for (const std::string& path : Models()) {
+    ForwardHarness model(path, {.isa = GetParam().isa,
+                                .weights = GetParam().weights,
+                                .kv = KvOf(GetParam()),
+                                .max_rows = 768,
+                                .sequences = kCrowd});
+    const int vocabulary = model.file().config().vocabulary;
+    const std::vector<int32_t> ids = RandomIds(41, vocabulary, 1);
+    const std::vector<float> alone = model.Logits(ids);
+    EXPECT_TRUE(BitEqual(alone, model.Logits(ids, 1))) << "token by token";
+    EXPECT_TRUE(BitEqual(alone, model.Logits(ids, 7))) << "in chunks of 7";
+
+    // The sequence sits at place 20 of 32 mates of other lengths, prefilled in two steps and then
+    // decoded, so that its rows meet prefill and decode rows.
+    std::vector<std::vector<int32_t>> mates;
+    for (int i = 0; i < kCrowd; ++i) {
+      mates.push_back(i == 20 ? ids : RandomIds(5 + (i * 7) % 17, vocabulary, 100 + i));
+    }
+    std::vector<float> crowded;
+    int at = 0;  // rows of `ids` done
+    for (int size : {13, 11, 1, 1, 1, 14}) {
+      std::vector<ForwardHarness::Chunk> chunks;
+      int row = 0, mine = -1;
+      for (int i = 0; i < kCrowd; ++i) {
+        const std::span<const int32_t> all(mates[i]);
+        if (i == 20) {
+          mine = row;
+          chunks.push_back({.sequence = i, .start = at, .ids = all.subspan(at, size)});
+        } else {
+          chunks.push_back({.sequence = i, .start = 0, .ids = all});
+        }
+        row += static_cast<int>(chunks.back().ids.size());
+      }
+      const std::vector<float> logits = model.Step(chunks);
+      crowded.insert(crowded.end(), logits.begin() + static_cast<int64_t>(mine) * vocabulary,
+                     logits.begin() + static_cast<int64_t>(mine + size) * vocabulary);
+      at += size;
+    }
+    EXPECT_TRUE(BitEqual(alone, crowded)) << path;
+  }
+}
+
+TEST_P(IndependenceTest, LogitsAreBitEqualOnOneThreadAndTwo) {
+  const ForwardHarness::Options options{.isa = GetParam().isa,
+                                        .weights = GetParam().weights,
+                                        .kv = KvOf(GetParam()),
+                                        .max_rows = 64,
+                                        .threads = 1};
+  ForwardHarness::Options two = options;
+  two.threads = 2;
+  ForwardHarness one_thread(kTinyModel, options), two_threads(kTinyModel, two);
+  const std::vector<int32_t> ids = RandomIds(40, one_thread.file().config().vocabulary, 2);
+  EXPECT_TRUE(BitEqual(one_thread.Logits(ids), two_threads.Logits(ids)));
+}
+
+// Runs requests through the engine as served and returns the tokens and told log-probabilities.
+class Served {
+ public:
+  explicit Served(const Path& path, int kv_pages_tokens = 0) {
+    backend_ = CreateCpuBackend({.isa = path.isa}).value();
+    const auto file = ModelFile::Open(kTinyModel).value();
+    const ModelConfig& config = file->config();
+    ModelOptions options{.weights = path.weights, .kv = KvOf(path), .max_batch_tokens = 48};
+    if (kv_pages_tokens > 0) {
+      options.kv_bytes =
+          KvPoolShape{.type = KvOf(path), .kv_heads = config.kv_heads, .head_dim = config.head_dim}
+              .page_bytes() *
+          config.layers * (kv_pages_tokens / kPageTokens);
+    }
+    executor_ = ModelExecutor::Load(*file, backend_.get(), options).value();
+    engine_ = std::make_unique<Engine>(
+        SchedulerOptions{.max_batch_tokens = 48, .max_sequences = 40, .reserve_output = 0},
+        executor_->kv_geometry(), executor_->ladder(), executor_.get(), &policy_);
+  }
+
+  static Request MakeRequest(RequestId id, int vocabulary) {
+    Request request{.id = id, .prompt = RandomIds(9 + id % 23, vocabulary, 500 + id)};
+    request.sampling = {.temperature = id % 3 == 0 ? 0.0f : 0.8f,
+                        .top_p = id % 2 == 0 ? 0.9f : 1.0f,
+                        .repetition_penalty = id % 5 == 0 ? 1.2f : 1.0f,
+                        .seed = id,
+                        .top_logprobs = 5};
+    request.stop.max_tokens = 40;
+    return request;
+  }
+
+  struct Answer {
+    std::vector<int32_t> tokens;
+    std::vector<float> logprobs;  // of the token, then of its five rivals
+    int preemptions = 0;
+
+    bool operator==(const Answer& other) const {
+      return tokens == other.tokens && BitEqual(logprobs, other.logprobs);
+    }
+  };
+
+  std::vector<Answer> Run(std::span<const RequestId> ids) {
+    std::vector<Answer> answers(ids.size());
+    for (RequestId id : ids) {
+      const absl::Status status = engine_->Submit(MakeRequest(id, executor_->config().vocabulary));
+      EXPECT_TRUE(status.ok()) << status;
+    }
+    for (int step = 0; !engine_->idle(); ++step) {
+      const auto report = engine_->Step(Instant(step));
+      EXPECT_TRUE(report.ok()) << report.status();
+      for (const SequenceOutput& output : (*report)->outputs) {
+        Answer& answer = answers[std::find(ids.begin(), ids.end(), output.id) - ids.begin()];
+        for (const TokenResult& token : output.tokens) {
+          answer.tokens.push_back(token.token);
+          answer.logprobs.push_back(token.logprob);
+          for (const auto& [rival, logprob] : token.top) answer.logprobs.push_back(logprob);
+        }
+        answer.preemptions = std::max(answer.preemptions, output.preemptions);
+      }
+      engine_->scheduler().CheckInvariants();
+      if (step > 20000) {
+        ADD_FAILURE() << "no end";
+        break;
+      }
+    }
+    return answers;
+  }
+
+ private:
+  FixedPolicy policy_{0};
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<ModelExecutor> executor_;
+  std::unique_ptr<Engine> engine_;
+};
+
+TEST_P(IndependenceTest, ServedTokensAreTheSameAloneInACrowdAndAfterPreemption) {
+  std::vector<RequestId> everyone(32);
+  std::iota(everyone.begin(), everyone.end(), 1);
+  const std::vector<Served::Answer> crowd = Served(GetParam()).Run(everyone);
+  Served alone(GetParam());
+  for (RequestId id : {1, 2, 15, 30}) {
+    const std::vector<RequestId> only = {id};
+    EXPECT_EQ(alone.Run(only)[0], crowd[id - 1]) << "request " << id;
+    EXPECT_EQ(crowd[id - 1].tokens.size(), 40u);
+  }
+  // A pool that holds about three of the thirty-two: most are preempted and recomputed.
+  const std::vector<Served::Answer> squeezed = Served(GetParam(), 208).Run(everyone);
+  int preemptions = 0;
+  for (size_t i = 0; i < everyone.size(); ++i) {
+    EXPECT_EQ(squeezed[i], crowd[i]) << "request " << everyone[i];
+    preemptions += squeezed[i].preemptions;
+  }
+  EXPECT_GT(preemptions, 0) << "the pool was meant to be too small";
+}
+
+TEST_P(IndependenceTest, AKeepProfileDependsOnTheKeptRowsOnly) {
+  ForwardHarness model(kTinyModel, {.isa = GetParam().isa,
+                                    .weights = GetParam().weights,
+                                    .kv = KvOf(GetParam()),
+                                    .max_rows = 64});
+  const ModelConfig& config = model.file().config();
+  const std::vector<int32_t> ids = RandomIds(20, config.vocabulary, 3);
+  const std::vector<float> dense = model.Logits(ids);
+
+  const int kept = config.channels / 2 + 3;
+  for (int layer = 0; layer < config.layers; ++layer) {
+    model.keep().Keep(layer, SiteKind::kChannels, kept);
+    model.keep().Keep(layer, SiteKind::kHeads, config.heads - 1);
+  }
+  const auto rank_channels = [&](const std::vector<int32_t>& ranking) {
+    for (int layer = 0; layer < config.layers; ++layer) {
+      ASSERT_TRUE(model.selector().SetRanking(layer, SiteKind::kChannels, ranking));
+    }
+  };
+  std::vector<int32_t> ranking(config.channels);
+  std::iota(ranking.begin(), ranking.end(), 0);
+  const std::vector<float> pruned = model.Logits(ids);
+  EXPECT_FALSE(BitEqual(dense, pruned));
+
+  std::reverse(ranking.begin() + kept, ranking.end());  // among the dropped: no difference at all
+  rank_channels(ranking);
+  EXPECT_TRUE(BitEqual(pruned, model.Logits(ids)));
+
+  std::reverse(ranking.begin(), ranking.begin() + kept);  // among the kept: another summing order
+  rank_channels(ranking);
+  const std::vector<float> reordered = model.Logits(ids);
+  double moved = 0, pruning = 0;
+  for (size_t i = 0; i < pruned.size(); ++i) {
+    moved = std::max<double>(moved, std::abs(reordered[i] - pruned[i]));
+    pruning = std::max<double>(pruning, std::abs(dense[i] - pruned[i]));
+  }
+  EXPECT_LT(moved, GetParam().weights == WeightType::kF32 ? 1e-3 : 0.5 * pruning);
+}
+
+TEST_P(IndependenceTest, WithoutBlocksARowIsItsTokenAndNothingElse) {
+  ForwardHarness model(kTinyModel, {.isa = GetParam().isa, .weights = GetParam().weights});
+  const ModelConfig& config = model.file().config();
+  for (int layer = 0; layer < config.layers; ++layer) {
+    model.keep().Keep(layer, SiteKind::kChannels, 0);
+    model.keep().Keep(layer, SiteKind::kHeads, 0);
+  }
+  const std::vector<int32_t> ids = RandomIds(6, config.vocabulary, 3);
+  const std::vector<float> together = model.Logits(ids);
+  const std::vector<float> lone = model.Logits(std::span(ids).subspan(4, 1));
+  EXPECT_TRUE(BitEqual(
+      std::span(together).subspan(size_t{4} * config.vocabulary, config.vocabulary), lone));
+}
+
+INSTANTIATE_TEST_SUITE_P(Paths, IndependenceTest, ::testing::ValuesIn(AllPaths()),
+                         [](const auto& info) { return PathName(info.param); });
+
+}  // namespace
+}  // namespace espalier
