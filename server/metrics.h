@@ -1,0 +1,55 @@
+// What the server shows to Prometheus: vLLM's names where they are true here, and espalier_*.
+//
+// The engine thread reports once per step, gRPC threads once per request; a scrape reads atomics
+// and takes only the short lock of one histogram at a time, never one of the scheduler's.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/engine.h"
+#include "server/load_snapshot.h"
+#include "server/request_summary.h"
+
+namespace espalier {
+
+// Labels of espalier_build_info.
+struct BuildInfo {
+  std::string version;
+  std::string model_name;  // also the label `model_name` of vLLM's metrics
+  std::string weights;
+  std::string kv_type;
+  std::string device;
+};
+
+class Metrics {
+ public:
+  // `foreign_bytes`, called once per scrape from its thread, says what other processes hold of the
+  // machine's memory.
+  Metrics(const BuildInfo& build, std::function<uint64_t()> foreign_bytes);
+  ~Metrics();
+
+  // Serves GET /metrics at host:port (0: a free one) on threads of its own, until destroyed. The
+  // port, or why it cannot be listened at. Call once.
+  absl::StatusOr<int> Serve(const std::string& host, int port);
+
+  // Engine thread: after each step, and once more when the engine goes idle. `step_seconds` is the
+  // step's wall time, `oldest_wait_seconds` the age of the oldest waiting request, 0 if none waits.
+  void OnStep(const StepReport& report, const LoadSnapshot& load, double step_seconds,
+              double oldest_wait_seconds);
+
+  // Once per call of Generate or Score, however it ended; refused ones too. Thread-safe.
+  void OnFinished(const RequestSummary& summary);
+
+  // What a scrape returns, in Prometheus' text format.
+  std::string Text() const;
+
+ private:
+  struct Instruments;
+  std::unique_ptr<Instruments> instruments_;
+};
+
+}  // namespace espalier

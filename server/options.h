@@ -1,0 +1,86 @@
+// Every setting of the server: meaning, unit, range and default, and how it is read.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+#include "kernels/backend.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/weight.h"
+
+namespace espalier {
+
+enum class LogFormat : uint8_t { kText, kJson };
+enum class LogLevel : uint8_t { kDebug, kInfo, kWarning, kError };
+
+struct ServerOptions {
+  // --- Model and machine.
+  // A .gguf file, or a folder with config.json, *.safetensors and tokenizer.json. Required.
+  std::string model;
+  // Name in answers and metrics; empty: as the model's file says.
+  std::string model_name;
+  // int8 quantised on loading (default), or f32, the reference.
+  WeightType weights = WeightType::kInt8;
+  // How keys and values are kept; none (auto): f32 with f32 weights, else f16.
+  std::optional<KvType> kv_type;
+  // Bytes for KV pages; 0 (auto): ModelOptions::kv_bytes says what is taken.
+  uint64_t kv_memory = 0;
+  // Instruction set; none (auto): the best this machine runs.
+  std::optional<Isa> isa;
+  // Compute threads, 0 to 1024; 0 (auto): the cores this process may use.
+  int threads = 0;
+
+  // --- Network.
+  // Address to listen at, for gRPC and metrics.
+  std::string host = "127.0.0.1";
+  // gRPC port, 0 to 65535; 0: a free one, told in the log and in port_file.
+  int port = 50051;
+  // The gRPC port is written here, and a newline, once the server listens; empty: nowhere.
+  std::string port_file;
+  // Prometheus port, -1 to 65535; -1: off, 0: a free one, told in the log.
+  int metrics_port = 9090;
+  // Largest message received, bytes, 1 KiB to 1 GiB.
+  uint64_t max_message_bytes = 4 << 20;
+  // A connection older than this is asked to reconnect, seconds; 0: never. For load balancers that
+  // place connections, not calls.
+  std::chrono::milliseconds max_connection_age{0};
+  // What its streams get to finish after that, seconds; 0: without limit.
+  std::chrono::milliseconds max_connection_age_grace{0};
+
+  // --- Scheduling.
+  int max_batch_tokens = 512;   // rows of one step, 1 to 65536
+  int max_sequences = 64;       // running at once, 1 to 4096, at most max_batch_tokens
+  int max_waiting = 256;        // queue bound, requests, 1 to 1000000; beyond: RESOURCE_EXHAUSTED
+  double reserve_output = 0.5;  // SchedulerOptions::reserve_output, 0 to 1
+  // Tokens that wait for a slow reader before its stream is ended, 16 to 1048576.
+  int stream_buffer_tokens = 1024;
+  // What running streams get to finish after SIGTERM, seconds, 0 to 86400.
+  std::chrono::milliseconds drain_timeout{30'000};
+
+  // --- Logs.
+  LogLevel log_level = LogLevel::kInfo;
+  LogFormat log_format = LogFormat::kText;
+  // Prompts appear in the request log.
+  bool log_prompts = false;
+
+  // kv_type, with auto resolved.
+  KvType effective_kv_type() const {
+    return kv_type.value_or(weights == WeightType::kF32 ? KvType::kF32 : KvType::kF16);
+  }
+};
+
+// "0.1.0", as the build says.
+std::string_view ServerVersion();
+
+// Reads options, each by precedence: flag, environment (ESPALIER_MAX_WAITING for --max-waiting),
+// file (--config FILE, lines `max-waiting = 128`), default. None: --help or --version was asked for
+// and is printed; exit 0. InvalidArgument: one line that names the option, and the file or variable
+// if it came from there; print it and exit 2. Unknown names are errors on the command line and in
+// the file; other variables named ESPALIER_* are not ours to judge.
+absl::StatusOr<std::optional<ServerOptions>> ParseServerOptions(int argc, const char* const* argv);
+
+}  // namespace espalier
