@@ -1,7 +1,6 @@
 // The engine: Submit, Cancel, Step(now). Single-threaded; starts no thread, reads no clock.
 #pragma once
 
-#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -14,7 +13,7 @@ namespace espalier {
 
 // What one step did: everything that goes up to the server.
 struct StepReport {
-  std::vector<SequenceOutput> outputs;
+  std::vector<SequenceOutput> outputs;  // expired ones first, then in the order of the batch
   SchedulerStats stats;
   PhaseTimes phases;
   int decode_rows = 0;
@@ -34,7 +33,7 @@ class Engine {
   bool Cancel(RequestId id);             // as Scheduler::Cancel
 
   // Schedules, executes and commits one batch. The report is reused by the next call. An error
-  // means that the device is lost: the engine must not be stepped again.
+  // means that the device is lost: the engine must not be stepped again, but may be cancelled on.
   absl::StatusOr<const StepReport*> Step(Instant now);
 
   bool idle() const { return scheduler_.idle(); }

@@ -10,10 +10,10 @@ namespace espalier {
 
 // What a rung costs and what it loses, measured by calibration. Rung 0 loses nothing.
 struct PriceTag {
-  double prefill_us_per_token = 0;   // time of one prefill row, microseconds
-  double decode_us_per_row = 0;      // time of one decode row, microseconds
-  double kv_bytes_per_token = 0;     // over all layers that keep attention
-  double quality_loss_nats = 0;      // expected loss above dense, nats per token
+  double prefill_us_per_token = 0;  // time of one prefill row, microseconds
+  double decode_us_per_row = 0;     // time of one decode row, microseconds
+  double kv_bytes_per_token = 0;    // over all layers that keep attention
+  double quality_loss_nats = 0;     // expected loss above dense, nats per token
 };
 
 // One step of the ladder. Prefill rows and decode rows may be narrowed differently.
@@ -21,6 +21,12 @@ struct Rung {
   KeepProfile prefill;
   KeepProfile decode;
   PriceTag price;
+
+  // Whether a sequence at this rung keeps K and V of `layer`: a block whose heads are all dropped
+  // in both phases writes none.
+  bool HoldsKv(int layer) const {
+    return prefill.kept(layer, SiteKind::kHeads) > 0 || decode.kept(layer, SiteKind::kHeads) > 0;
+  }
 };
 
 class Ladder {

@@ -14,19 +14,19 @@ namespace espalier {
 // What the scheduler and the monitor see at one instant. Fractions are of their limit, so 1 is
 // "at the limit" and more is "beyond"; times are seconds.
 struct PressureReport {
-  double kv_used = 0;          // KV pages held by running sequences / all pages
-  double kv_promised = 0;      // KV pages the waiting will need / all pages
-  double queue_length = 0;     // waiting requests / queue bound
-  double oldest_wait_s = 0;    // age of the oldest waiting request
-  int running = 0;             // sequences that hold pages
-  int waiting = 0;             // sequences that hold none
+  double kv_used = 0;        // KV pages held by running sequences / all pages
+  double kv_promised = 0;    // KV pages the waiting will need / all pages
+  double queue_length = 0;   // waiting requests / queue bound
+  double oldest_wait_s = 0;  // age of the oldest waiting request
+  int running = 0;           // sequences that hold pages
+  int waiting = 0;           // sequences that hold none
 };
 
 // What a caller allows. The served rung never goes beyond any of them.
 struct PruneBounds {
-  double max_prune_ratio = 1.0;  // in [0, 1]
+  double max_prune_ratio = 1.0;                                       // in [0, 1]
   double max_quality_loss = std::numeric_limits<double>::infinity();  // nats per token
-  bool never = false;            // rung 0 only
+  bool never = false;                                                 // rung 0 only
 };
 
 // True if serving at `rung` keeps what the caller stated.

@@ -15,11 +15,12 @@ struct BatchSpan {
   RequestId id = 0;
   int first_row = 0;
   int rows = 0;
-  int start = 0;     // position of first_row = tokens whose K and V the pages hold already
+  int start = 0;  // position of first_row = tokens whose K and V the pages hold already
   bool decode = false;
-  int rung = 0;      // index into the ladder
-  // Page tables, one per layer: page_tables[layer][i] holds positions [16 i, 16 i + 16). Long enough
-  // for this step's rows. Valid until Commit.
+  int rung = 0;  // index into the ladder
+  // Page tables, one per layer: page_tables[layer][i] holds positions [16 i, 16 i + 16). Long
+  // enough for this step's rows; empty where the rung drops the attention block. Valid until
+  // Commit.
   std::span<const std::vector<int32_t>> page_tables;
 };
 
@@ -30,20 +31,20 @@ struct LogitRow {
     kScore,   // log-probability of `target`, the prompt's next token
   };
   int row = 0;
-  int span = 0;         // index into Batch::spans
+  int span = 0;  // index into Batch::spans
   Use use = Use::kSample;
   int32_t target = -1;  // kScore only
-  // For kSample; pointers and spans are valid until Commit.
+  // Pointers and spans are valid until Commit.
   const SamplingParams* sampling = nullptr;  // kScore: only top_logprobs is read
   std::span<const int32_t> tokens;           // prompt and output so far
   int prompt_tokens = 0;                     // tokens[0, prompt_tokens) are the prompt
-  std::span<const int32_t> banned;           // stop tokens while below min_tokens
+  std::span<const int32_t> banned;           // stop tokens while below min_tokens, else empty
 };
 
 struct Batch {
-  std::vector<int32_t> tokens;  // [rows]
-  std::vector<BatchSpan> spans; // decode spans first, then prefill chunks, rows consecutive
-  std::vector<LogitRow> logits; // ascending rows
+  std::vector<int32_t> tokens;   // [rows]
+  std::vector<BatchSpan> spans;  // decode spans first, then prefill chunks, rows consecutive
+  std::vector<LogitRow> logits;  // ascending rows
   int decode_rows = 0;
   int prefill_rows = 0;
 
@@ -55,8 +56,8 @@ struct Batch {
 // One drawn or scored token.
 struct TokenResult {
   int32_t token = -1;  // drawn token, or the target
-  float logprob = 0;   // natural log, of the model's own distribution (before temperature, penalties
-                       // and bias); meaningful if log-probabilities were asked for
+  float logprob = 0;  // natural log, of the model's own distribution (before temperature, penalties
+                      // and bias); meaningful if log-probabilities were asked for
   std::vector<std::pair<int32_t, float>> top;  // the most likely (token, logprob), descending
 };
 

@@ -5,31 +5,39 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace espalier {
 
 class PagePool {
  public:
+  // Free = never taken, or returned. Crashes unless pages >= 0 and 0 < layers < 32,768.
   PagePool(int pages, int layers);
 
-  int total() const { return total_; }
+  int total() const { return static_cast<int>(layer_of_.size()); }
   int free() const { return static_cast<int>(free_.size()); }
-  int used() const { return total_ - free() - cached(); }
+  int used() const { return total() - free() - cached(); }
   int cached() const { return 0; }  // reusable pages of finished sequences: with the prefix cache
   int used_by(int layer) const { return used_by_layer_[layer]; }
 
-  // Takes one page for `layer`; -1 if none is free. Lowest-numbered-last-freed order, deterministic.
+  // The layer that holds `page`, or -1 if it is free.
+  int layer_of(int32_t page) const { return layer_of_[page]; }
+
+  // Takes one page for `layer`; -1 if none is free. The last one returned comes first (its lines
+  // may still be in a cache), fresh ones in ascending order.
   int32_t Take(int layer);
 
-  // Gives pages back. Crashes if a page is not out (a broken invariant of ours).
-  void Return(int layer, const std::vector<int32_t>& pages);
+  // Gives pages back. Crashes if one of them is not out for `layer`.
+  void Return(int layer, std::span<const int32_t> pages);
+
+  // Crashes unless every page is either free or out for exactly one layer, and the counts agree.
+  void CheckInvariants() const;
 
  private:
-  int total_;
-  std::vector<int32_t> free_;
-  std::vector<int> used_by_layer_;
-  std::vector<int16_t> owner_layer_;  // [pages], -1 = free
+  std::vector<int32_t> free_;       // a stack
+  std::vector<int16_t> layer_of_;   // [pages], -1 = free
+  std::vector<int> used_by_layer_;  // [layers]
 };
 
 }  // namespace espalier

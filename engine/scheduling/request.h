@@ -25,33 +25,34 @@ struct SamplingParams {
   int top_k = 0;                    // 0 = off
   float top_p = 1.0f;               // (0, 1]; 1 = off
   float min_p = 0.0f;               // [0, 1]; 0 = off
-  float repetition_penalty = 1.0f;  // > 0; divides positive, multiplies negative logits of tokens seen
-                                    // in prompt or output; 1 = off
-  float presence_penalty = 0.0f;    // [-2, 2]; subtracted once for each token of the output
-  float frequency_penalty = 0.0f;   // [-2, 2]; subtracted per occurrence in the output
+  float repetition_penalty = 1.0f;  // > 0; divides positive, multiplies negative logits of tokens
+                                    // seen in prompt or output; 1 = off
+  float presence_penalty = 0.0f;   // [-2, 2]; subtracted once for each token of the output
+  float frequency_penalty = 0.0f;  // [-2, 2]; subtracted per occurrence in the output
   std::vector<std::pair<int32_t, float>> logit_bias;  // (token, added logit)
-  uint64_t seed = 0;                // the draw for output token i depends on (seed, i) only
-  int top_logprobs = -1;            // -1: none; 0: of the chosen token; n: also the n most likely
+  uint64_t seed = 0;      // the draw for output token i depends on (seed, i) only
+  int top_logprobs = -1;  // -1: none; 0: of the chosen token; n: also the n most likely
 };
 
 // When a sequence ends. Stop strings are matched where text is made (server), and end the sequence
 // through Cancel.
 struct StopParams {
-  int max_tokens = 16;              // output tokens, >= 0 (0 only with prompt_logprobs)
-  int min_tokens = 0;               // no stop token is drawn before
-  std::vector<int32_t> stop_tokens; // end of text and the caller's; the stop token is not an output
+  int max_tokens = 16;  // output tokens, >= 0 (0 only with prompt_logprobs)
+  int min_tokens = 0;   // no stop token is drawn before
+  std::vector<int32_t>
+      stop_tokens;  // end of text and the caller's; the stop token is not an output
 };
 
 struct Request {
-  RequestId id = 0;                 // unique among live requests
-  std::vector<int32_t> prompt;      // at least one token
+  RequestId id = 0;             // unique among live requests
+  std::vector<int32_t> prompt;  // at least one token
   SamplingParams sampling;
   StopParams stop;
   PruneBounds bounds;
-  int priority = 0;                 // higher is served first
+  int priority = 0;  // higher is served first
   Instant arrival{0};
   Instant deadline = kNever;
-  bool prompt_logprobs = false;     // also log p(prompt[i+1] | prompt[..i]): Score
+  bool prompt_logprobs = false;  // also log p(prompt[i+1] | prompt[..i]): Score
 };
 
 }  // namespace espalier

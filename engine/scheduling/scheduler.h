@@ -2,11 +2,31 @@
 //
 // Integers only: no tensor, clock, thread or lock. The same calls with the same arguments give the
 // same batches.
+//
+// Service order is priority, descending, then arrival. A step is filled in this order:
+//   1. Expiry. What is past its deadline ends and gives its pages back before anything is planned.
+//   2. Decode rows, one for each decoding sequence, in service order. A row that enters a new page
+//      and finds none free preempts the last sequence in service order, itself if need be. A
+//      preempted sequence returns its pages, waits at its old place and later computes prompt and
+//      output anew; tokens that were drawn stay drawn.
+//   3. Prefill chunks in service order, of running and of newly admitted sequences.
+//
+// Admission is by full length: a newcomer takes the pages of its whole prompt at once, so a prefill
+// never stalls half-way, and only if its promise fits beside everyone else's:
+//   promise(s)  = pages(size + ceil(reserve_output * (max_tokens - output_tokens)))
+//   admitted if   promise(head) <= free - sum over running of (promise(s) - pages held by s)
+//   pages(n)    = ceil(n / page_tokens) * layers that keep K and V at the rung
+// With reserve_output = 1 growth never fails and nothing is preempted. When nothing runs the head
+// is admitted unasked: all pages are free then, and Submit has refused what they cannot hold.
+//
+// Only the head of the queue is tried. Nobody overtakes a request that waits for room, whatever the
+// size, so at equal priority none starves; the price is room left empty while a long one waits.
+// Hence also: the first running sequence in service order has rows in every step, unless newcomers
+// of higher priority took them all.
 #pragma once
 
-#include <deque>
+#include <cstdint>
 #include <memory>
-#include <span>
 #include <unordered_map>
 #include <vector>
 
@@ -21,32 +41,32 @@ namespace espalier {
 // What the pool and the model can hold.
 struct KvGeometry {
   int layers = 0;
-  int pages = 0;         // of the whole pool, all layers
+  int pages = 0;  // of the whole pool, all layers
   int page_tokens = 16;
-  int context = 0;       // longest sequence, tokens
+  int context = 0;  // longest sequence, tokens
 };
 
 struct SchedulerOptions {
-  int max_batch_tokens = 512;   // rows of a step; decode rows first, prefill chunks fill the rest
-  int max_sequences = 64;       // running at once
-  int max_waiting = 256;        // queue bound, requests
-  // Share of a newcomer's max_tokens that must fit beside what the running ones may still need;
-  // 0 admits on the prompt alone (more preemption), 1 never preempts.
+  int max_batch_tokens = 512;  // >= 1; rows of a step
+  int max_sequences = 64;      // >= 1; running at once
+  int max_waiting = 256;  // >= 0; queue bound for newcomers, requests; the preempted come on top
+  // In [0, 1]: share of the output still to come that a promise counts. 0 admits on what is there
+  // already (more preemption), 1 never preempts.
   double reserve_output = 0.5;
 };
 
-// What a step did, told by Commit and by Schedule's expiries.
+// What a step did to one sequence, told by Commit and by Schedule's expiries.
 struct SequenceOutput {
   RequestId id = 0;
   std::vector<TokenResult> tokens;         // drawn in this step; the stop token is left out
-  std::vector<TokenResult> prompt_scores;  // for prompt_logprobs, in order
+  std::vector<TokenResult> prompt_scores;  // for prompt_logprobs, in order, each told once
   FinishReason finish = FinishReason::kNone;
-  // Filled when finished:
+  // As of this step:
   int prompt_tokens = 0;
-  int cached_tokens = 0;
+  int cached_tokens = 0;  // of the prompt, found computed: none until there is a prefix cache
   int output_tokens = 0;
   int preemptions = 0;
-  Instant first_scheduled = kNever;        // kNever: never left the queue
+  Instant first_scheduled = kNever;  // kNever: never left the queue
   int rung = 0;
 };
 
@@ -58,16 +78,18 @@ struct SchedulerStats {
   int pages_used = 0;
   int pages_cached = 0;
   uint64_t preemptions = 0;        // since start
-  uint64_t recomputed_tokens = 0;  // since start
+  uint64_t recomputed_tokens = 0;  // since start; tokens whose K and V preemption threw away
 };
 
 class Scheduler {
  public:
+  // `policy` must outlive the scheduler. Crashes on options or a geometry out of range, or on a
+  // ladder of another number of layers.
   Scheduler(const SchedulerOptions& options, const KvGeometry& geometry, const Ladder& ladder,
             const Policy* policy);
 
-  // Queues a request. InvalidArgument: empty prompt, duplicate id. OutOfRange: prompt + max_tokens
-  // can never fit the context or the pool; the message says the length that would. 
+  // Queues a request. InvalidArgument: empty prompt, an id that is live, max_tokens that ask for
+  // nothing. OutOfRange: prompt + max_tokens can never fit; the message says the length that would.
   // ResourceExhausted: the queue is full.
   absl::Status Submit(Request request);
 
@@ -76,21 +98,76 @@ class Scheduler {
   bool Cancel(RequestId id);
 
   // Ends what is past its deadline (told in `expired`), admits, preempts and fills the next batch.
-  // The batch is valid until Commit; empty if there is nothing to do.
+  // The batch is valid, and out, until Commit or Discard; empty, and not out, if there is nothing
+  // to do. Nothing of a sequence with deadline <= now is in it.
   const Batch& Schedule(Instant now, std::vector<SequenceOutput>* expired);
 
-  // Appends what the executor drew, ends sequences, gives their pages back.
-  void Commit(const StepResult& result, Instant now, std::vector<SequenceOutput>* outputs);
+  // Appends what the executor drew, ends sequences, gives their pages back. `result` has one token
+  // for each logit row of the batch.
+  void Commit(const StepResult& result, std::vector<SequenceOutput>* outputs);
+
+  // The batch that is out was not computed: every sequence stands where it stood before it.
+  void Discard();
 
   PressureReport Pressure(Instant now) const;
   SchedulerStats stats() const;
-  bool idle() const;  // nothing waits, nothing runs
+  bool idle() const { return sequences_.empty(); }  // nothing waits, nothing runs
 
-  // Longest prompt + output that the pool and the context can ever hold, tokens.
+  // Longest prompt + output that the context and the pool, all of it, can hold at rung 0, tokens.
   int max_sequence_tokens() const;
 
-  // Crashes unless free + used + cached = total, per layer, and tables agree with the pool.
+  // Crashes unless free + used + cached = total in every layer, every page is held once, and
+  // queues, tables and counts agree. O(pages + sequences * layers).
   void CheckInvariants() const;
+
+ private:
+  using Queue = std::vector<Sequence*>;  // in service order
+
+  // The steps of Schedule.
+  void Expire(Instant now, std::vector<SequenceOutput>* expired);
+  void AddDecodes();
+  void AddPrefills(Instant now);
+
+  // Moves the head of the queue to running_[place]; false if it has to wait. `unpromised` is free
+  // pages less what the running were promised beyond what they hold.
+  bool AdmitHead(size_t place, Instant now, int64_t* unpromised);
+  int ChooseRung(const Request& request, Instant now) const;
+
+  // Gives `sequence` pages for all its tokens, preempting those after it. False if it was the last
+  // in service order and had to go itself.
+  bool Grow(Sequence* sequence);
+  void Preempt(Sequence* sequence);
+  void AddSpan(Sequence* sequence);
+  FinishReason Append(const TokenResult& drawn, Sequence* sequence, SequenceOutput* output) const;
+
+  void TakePages(Sequence* sequence, int table_length);
+  void ReturnPages(Sequence* sequence);
+  void Insert(Sequence* sequence, Queue* queue);
+  void Remove(Sequence* sequence, Queue* queue);
+  void End(Sequence* sequence);  // destroys it
+
+  int TableLength(int64_t tokens) const;
+  int64_t PagesHeld(const Sequence& sequence) const;
+  int64_t PagesPromised(const Sequence& sequence) const;
+
+  const SchedulerOptions options_;
+  const KvGeometry geometry_;
+  const Ladder ladder_;
+  const Policy* const policy_;
+  std::vector<std::vector<int>> kv_layers_;  // [rungs]: layers that keep K and V
+
+  PagePool pool_;
+  std::unordered_map<RequestId, std::unique_ptr<Sequence>>
+      sequences_;  // never walked for decisions
+  Queue waiting_;
+  Queue running_;
+  uint64_t arrivals_ = 0;
+  Instant next_deadline_ = kNever;  // no live sequence has an earlier one
+  uint64_t preemptions_ = 0;
+  uint64_t recomputed_tokens_ = 0;
+
+  Batch batch_;                       // empty unless out
+  std::vector<Sequence*> scheduled_;  // [batch_.spans]
 };
 
 }  // namespace espalier

@@ -12,32 +12,40 @@ namespace espalier {
 enum class FinishReason : uint8_t {
   kNone,
   kStop,       // a stop token, or a stop string found by the server
-  kLength,     // max_tokens, or the context is full
+  kLength,     // max_tokens; a scored prompt is complete
   kCancelled,  // the caller went away or stalled
   kDeadline,   // its time ran out, queued or running
 };
 
-// "stop", "length", "cancelled", "deadline".
+// "none", "stop", "length", "cancelled", "deadline".
 std::string_view FinishReasonName(FinishReason reason);
 
 struct Sequence {
   enum class State : uint8_t { kWaiting, kRunning };
 
   Request request;
-  uint64_t arrival_order = 0;   // the oldest has the smallest
+  uint64_t arrival_order = 0;  // the oldest has the smallest; kept across preemptions
   State state = State::kWaiting;
-  int rung = 0;
+  int rung = 0;                 // chosen at the first admission, kept across preemptions
   std::vector<int32_t> tokens;  // prompt, then output
   int computed = 0;             // tokens whose K and V lie in pages
-  int scheduled = 0;            // rows of the step in flight
+  int scored = 0;               // prompt scores told, so that a recomputation does not repeat them
   int preemptions = 0;
   Instant first_scheduled = kNever;
-  std::vector<std::vector<int32_t>> page_tables;  // [layers][pages]
+  int table_length = 0;  // pages held in each layer that keeps K and V at this rung
+  std::vector<std::vector<int32_t>> page_tables;  // [layers][table_length], other layers empty
 
+  int size() const { return static_cast<int>(tokens.size()); }
   int prompt_tokens() const { return static_cast<int>(request.prompt.size()); }
-  int output_tokens() const { return static_cast<int>(tokens.size()) - prompt_tokens(); }
-  // All but the last token are computed: the next step draws the next one.
-  bool decoding() const { return computed + 1 == static_cast<int>(tokens.size()) && output_tokens() > 0; }
+  int output_tokens() const { return size() - prompt_tokens(); }
+  // All but the last drawn token are computed: one row draws the next one.
+  bool decoding() const { return output_tokens() > 0 && computed + 1 == size(); }
 };
+
+// Service order: higher priority first, then the older one. Preemption takes from the other end.
+inline bool ServedBefore(const Sequence& a, const Sequence& b) {
+  if (a.request.priority != b.request.priority) return a.request.priority > b.request.priority;
+  return a.arrival_order < b.arrival_order;
+}
 
 }  // namespace espalier

@@ -1,0 +1,39 @@
+#include "engine/engine.h"
+
+#include <utility>
+
+namespace espalier {
+
+Engine::Engine(const SchedulerOptions& options, const KvGeometry& geometry, const Ladder& ladder,
+               Executor* executor, const Policy* policy)
+    : scheduler_(options, geometry, ladder, policy), executor_(executor) {}
+
+absl::Status Engine::Submit(Request request) { return scheduler_.Submit(std::move(request)); }
+
+bool Engine::Cancel(RequestId id) { return scheduler_.Cancel(id); }
+
+absl::StatusOr<const StepReport*> Engine::Step(Instant now) {
+  report_.outputs.clear();
+  const Batch& batch = scheduler_.Schedule(now, &report_.outputs);
+  report_.decode_rows = batch.decode_rows;
+  report_.prefill_rows = batch.prefill_rows;
+  report_.sequences = static_cast<int>(batch.spans.size());
+  report_.phases = {};
+  if (!batch.empty()) {
+    result_.tokens.clear();
+    result_.phases = {};
+    if (absl::Status status = executor_->Execute(batch, &result_); !status.ok()) {
+      scheduler_.Discard();
+      return status;
+    }
+    scheduler_.Commit(result_, &report_.outputs);
+    report_.phases = result_.phases;
+  }
+#ifndef NDEBUG
+  scheduler_.CheckInvariants();
+#endif
+  report_.stats = scheduler_.stats();
+  return &report_;
+}
+
+}  // namespace espalier

@@ -1,0 +1,432 @@
+#include "engine/scheduling/scheduler.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "engine/scheduling/invariant.h"
+
+namespace espalier {
+namespace {
+
+SequenceOutput Describe(const Sequence& sequence, FinishReason finish) {
+  return {.id = sequence.request.id,
+          .finish = finish,
+          .prompt_tokens = sequence.prompt_tokens(),
+          .output_tokens = sequence.output_tokens(),
+          .preemptions = sequence.preemptions,
+          .first_scheduled = sequence.first_scheduled,
+          .rung = sequence.rung};
+}
+
+bool Contains(const std::vector<int32_t>& tokens, int32_t token) {
+  return std::find(tokens.begin(), tokens.end(), token) != tokens.end();
+}
+
+}  // namespace
+
+Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry,
+                     const Ladder& ladder, const Policy* policy)
+    : options_(options),
+      geometry_(geometry),
+      ladder_(ladder),
+      policy_(policy),
+      pool_(geometry.pages, geometry.layers) {
+  Invariant(
+      options.max_batch_tokens >= 1 && options.max_sequences >= 1 && options.max_waiting >= 0 &&
+          options.reserve_output >= 0 && options.reserve_output <= 1,
+      "scheduler options: {} batch tokens, {} sequences, {} waiting, reserve {}",
+      options.max_batch_tokens, options.max_sequences, options.max_waiting, options.reserve_output);
+  Invariant(geometry.page_tokens >= 1 && geometry.context >= 1,
+            "KV geometry: pages of {} tokens, context of {}", geometry.page_tokens,
+            geometry.context);
+  Invariant(ladder.size() >= 1, "a ladder without rungs");
+  for (int rung = 0; rung < ladder.size(); ++rung) {
+    Invariant(ladder.rung(rung).prefill.widths().layers == geometry.layers,
+              "rung {} has {} layers, the KV pool {}", rung,
+              ladder.rung(rung).prefill.widths().layers, geometry.layers);
+    std::vector<int>& layers = kv_layers_.emplace_back();
+    for (int layer = 0; layer < geometry.layers; ++layer) {
+      if (ladder.rung(rung).HoldsKv(layer)) layers.push_back(layer);
+    }
+  }
+  batch_.tokens.reserve(options.max_batch_tokens);
+  batch_.spans.reserve(options.max_sequences);
+  batch_.logits.reserve(options.max_batch_tokens);
+  scheduled_.reserve(options.max_sequences);
+  running_.reserve(options.max_sequences);
+  waiting_.reserve(static_cast<size_t>(options.max_waiting) + options.max_sequences);
+}
+
+absl::Status Scheduler::Submit(Request request) {
+  if (request.prompt.empty()) {
+    return absl::InvalidArgumentError("prompt: expected at least one token, got none");
+  }
+  const int max_tokens = request.stop.max_tokens;
+  if (max_tokens < 0 || (max_tokens == 0 && !request.prompt_logprobs)) {
+    return absl::InvalidArgumentError(fmt::format(
+        "max_tokens: expected at least 1 (0 only to score the prompt), got {}", max_tokens));
+  }
+  if (sequences_.contains(request.id)) {
+    return absl::InvalidArgumentError(fmt::format("id: request {} is live already", request.id));
+  }
+  const size_t total = request.prompt.size() + static_cast<size_t>(max_tokens);
+  if (total > static_cast<size_t>(max_sequence_tokens())) {
+    return absl::OutOfRangeError(fmt::format(
+        "prompt + max_tokens: {} + {} tokens can never fit, the longest sequence is {} tokens",
+        request.prompt.size(), max_tokens, max_sequence_tokens()));
+  }
+  if (waiting_.size() >= static_cast<size_t>(options_.max_waiting)) {
+    return absl::ResourceExhaustedError(fmt::format(
+        "queue: {} requests wait already, the bound is {}", waiting_.size(), options_.max_waiting));
+  }
+
+  auto sequence = std::make_unique<Sequence>();
+  sequence->arrival_order = arrivals_++;
+  sequence->page_tables.resize(geometry_.layers);
+  sequence->tokens.reserve(total);
+  sequence->tokens = request.prompt;
+  next_deadline_ = std::min(next_deadline_, request.deadline);
+  sequence->request = std::move(request);
+  Insert(sequence.get(), &waiting_);
+  sequences_.emplace(sequence->request.id, std::move(sequence));
+  return absl::OkStatus();
+}
+
+bool Scheduler::Cancel(RequestId id) {
+  Invariant(batch_.empty(), "request {} cancelled while a batch is out", id);
+  const auto found = sequences_.find(id);
+  if (found == sequences_.end()) return false;
+  End(found->second.get());
+  return true;
+}
+
+const Batch& Scheduler::Schedule(Instant now, std::vector<SequenceOutput>* expired) {
+  Invariant(batch_.empty(), "Schedule while a batch is out");
+  Expire(now, expired);
+  AddDecodes();
+  AddPrefills(now);
+  return batch_;
+}
+
+void Scheduler::Expire(Instant now, std::vector<SequenceOutput>* expired) {
+  if (now < next_deadline_) return;
+  next_deadline_ = kNever;
+  for (Queue* queue : {&running_, &waiting_}) {
+    for (size_t i = 0; i < queue->size();) {
+      Sequence* sequence = (*queue)[i];
+      if (now < sequence->request.deadline) {
+        next_deadline_ = std::min(next_deadline_, sequence->request.deadline);
+        ++i;
+      } else {
+        expired->push_back(Describe(*sequence, FinishReason::kDeadline));
+        End(sequence);
+      }
+    }
+  }
+}
+
+void Scheduler::AddDecodes() {
+  // A prefilling head keeps one row, so that a step full of decodes cannot hold it up.
+  const int kept = !running_.empty() && !running_.front()->decoding() ? 1 : 0;
+  for (size_t i = 0; i < running_.size(); ++i) {
+    if (batch_.rows() + kept >= options_.max_batch_tokens) return;
+    if (running_[i]->decoding() && Grow(running_[i])) AddSpan(running_[i]);
+  }
+}
+
+void Scheduler::AddPrefills(Instant now) {
+  int64_t unpromised = pool_.free();
+  for (const Sequence* sequence : running_) {
+    unpromised -= PagesPromised(*sequence) - PagesHeld(*sequence);
+  }
+  bool admitting = true;
+  for (size_t i = 0; batch_.rows() < options_.max_batch_tokens; ++i) {
+    const bool head_is_next = !waiting_.empty() && (i == running_.size() ||
+                                                    ServedBefore(*waiting_.front(), *running_[i]));
+    if (head_is_next && admitting) admitting = AdmitHead(i, now, &unpromised);
+    if (i == running_.size()) return;
+    if (!running_[i]->decoding()) AddSpan(running_[i]);
+  }
+}
+
+bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
+  if (running_.size() >= static_cast<size_t>(options_.max_sequences)) return false;
+  Sequence* head = waiting_.front();
+  const bool newcomer = head->first_scheduled == kNever;
+  if (newcomer) head->rung = ChooseRung(head->request, now);
+  const int64_t promised = PagesPromised(*head);
+  if (promised > *unpromised && !running_.empty()) return false;
+
+  *unpromised -= promised;
+  if (newcomer) {
+    head->first_scheduled = now;
+    const int longest = TableLength(int64_t{head->prompt_tokens()} + head->request.stop.max_tokens);
+    for (const int layer : kv_layers_[head->rung]) head->page_tables[layer].reserve(longest);
+  }
+  TakePages(head, TableLength(head->size()));
+  head->state = Sequence::State::kRunning;
+  waiting_.erase(waiting_.begin());
+  running_.insert(running_.begin() + static_cast<ptrdiff_t>(place), head);
+  return true;
+}
+
+int Scheduler::ChooseRung(const Request& request, Instant now) const {
+  const int rung = policy_->ChooseRung(Pressure(now), request.bounds, ladder_);
+  Invariant(rung >= 0 && rung < ladder_.size() && Allows(request.bounds, ladder_.rung(rung)),
+            "policy {} chose rung {} of {} for request {}, against its bounds", policy_->name(),
+            rung, ladder_.size(), request.id);
+  return rung;
+}
+
+bool Scheduler::Grow(Sequence* sequence) {
+  const int length = TableLength(sequence->size());
+  const int64_t missing = static_cast<int64_t>(length - sequence->table_length) *
+                          static_cast<int64_t>(kv_layers_[sequence->rung].size());
+  while (pool_.free() < missing) {
+    Sequence* victim = running_.back();
+    Invariant(victim != running_.front(), "{} pages cannot hold the {} tokens of request {} alone",
+              pool_.total(), sequence->size(), sequence->request.id);
+    Preempt(victim);
+    if (victim == sequence) return false;
+  }
+  TakePages(sequence, length);
+  return true;
+}
+
+void Scheduler::Preempt(Sequence* sequence) {
+  ++preemptions_;
+  ++sequence->preemptions;
+  recomputed_tokens_ += static_cast<uint64_t>(sequence->computed);
+  ReturnPages(sequence);
+  sequence->computed = 0;
+  Remove(sequence, &running_);
+  sequence->state = Sequence::State::kWaiting;
+  Insert(sequence, &waiting_);
+}
+
+void Scheduler::AddSpan(Sequence* sequence) {
+  const Request& request = sequence->request;
+  const bool decode = sequence->decoding();
+  const int start = sequence->computed;
+  const int rows = std::min(sequence->size() - start, options_.max_batch_tokens - batch_.rows());
+  const int first_row = batch_.rows();
+  const auto first_token = sequence->tokens.begin() + start;
+
+  LogitRow logits{.span = static_cast<int>(batch_.spans.size()),
+                  .sampling = &request.sampling,
+                  .tokens = sequence->tokens,
+                  .prompt_tokens = sequence->prompt_tokens()};
+  if (request.prompt_logprobs) {
+    logits.use = LogitRow::Use::kScore;
+    const int end = std::min(start + rows, sequence->prompt_tokens() - 1);
+    for (int position = std::max(start, sequence->scored); position < end; ++position) {
+      logits.row = first_row + position - start;
+      logits.target = request.prompt[position + 1];
+      batch_.logits.push_back(logits);
+    }
+  }
+  if (start + rows == sequence->size() && request.stop.max_tokens > 0) {
+    logits.use = LogitRow::Use::kSample;
+    logits.row = first_row + rows - 1;
+    logits.target = -1;
+    if (sequence->output_tokens() < request.stop.min_tokens) {
+      logits.banned = request.stop.stop_tokens;
+    }
+    batch_.logits.push_back(logits);
+  }
+
+  batch_.spans.push_back({.id = request.id,
+                          .first_row = first_row,
+                          .rows = rows,
+                          .start = start,
+                          .decode = decode,
+                          .rung = sequence->rung,
+                          .page_tables = sequence->page_tables});
+  batch_.tokens.insert(batch_.tokens.end(), first_token, first_token + rows);
+  (decode ? batch_.decode_rows : batch_.prefill_rows) += rows;
+  scheduled_.push_back(sequence);
+}
+
+void Scheduler::Commit(const StepResult& result, std::vector<SequenceOutput>* outputs) {
+  Invariant(result.tokens.size() == batch_.logits.size(), "{} results for {} logit rows",
+            result.tokens.size(), batch_.logits.size());
+  size_t next = 0;
+  for (size_t i = 0; i < scheduled_.size(); ++i) {
+    Sequence* sequence = scheduled_[i];
+    sequence->computed += batch_.spans[i].rows;
+    SequenceOutput output;
+    for (; next < batch_.logits.size() && batch_.logits[next].span == static_cast<int>(i); ++next) {
+      if (batch_.logits[next].use == LogitRow::Use::kScore) {
+        output.prompt_scores.push_back(result.tokens[next]);
+        ++sequence->scored;
+      } else {
+        output.finish = Append(result.tokens[next], sequence, &output);
+      }
+    }
+    if (sequence->request.stop.max_tokens == 0 && sequence->computed == sequence->size()) {
+      output.finish = FinishReason::kLength;
+    }
+    if (output.finish == FinishReason::kNone && output.tokens.empty() &&
+        output.prompt_scores.empty()) {
+      continue;  // a prefill chunk in the middle has nothing to tell
+    }
+    SequenceOutput& told = outputs->emplace_back(Describe(*sequence, output.finish));
+    told.tokens = std::move(output.tokens);
+    told.prompt_scores = std::move(output.prompt_scores);
+    if (told.finish != FinishReason::kNone) End(sequence);
+  }
+  Discard();
+}
+
+FinishReason Scheduler::Append(const TokenResult& drawn, Sequence* sequence,
+                               SequenceOutput* output) const {
+  const StopParams& stop = sequence->request.stop;
+  if (Contains(stop.stop_tokens, drawn.token)) {
+    Invariant(sequence->output_tokens() >= stop.min_tokens,
+              "request {}: stop token {} drawn as output {} although banned before {}",
+              sequence->request.id, drawn.token, sequence->output_tokens(), stop.min_tokens);
+    return FinishReason::kStop;
+  }
+  sequence->tokens.push_back(drawn.token);
+  output->tokens.push_back(drawn);
+  return sequence->output_tokens() == stop.max_tokens ? FinishReason::kLength : FinishReason::kNone;
+}
+
+void Scheduler::Discard() {
+  batch_.Clear();
+  scheduled_.clear();
+}
+
+void Scheduler::TakePages(Sequence* sequence, int table_length) {
+  for (; sequence->table_length < table_length; ++sequence->table_length) {
+    for (const int layer : kv_layers_[sequence->rung]) {
+      const int32_t page = pool_.Take(layer);
+      Invariant(page >= 0, "no page left for layer {} of request {}", layer, sequence->request.id);
+      sequence->page_tables[layer].push_back(page);
+    }
+  }
+}
+
+void Scheduler::ReturnPages(Sequence* sequence) {
+  for (const int layer : kv_layers_[sequence->rung]) {
+    pool_.Return(layer, sequence->page_tables[layer]);
+    sequence->page_tables[layer].clear();
+  }
+  sequence->table_length = 0;
+}
+
+void Scheduler::Insert(Sequence* sequence, Queue* queue) {
+  const auto before = [](const Sequence* a, const Sequence* b) { return ServedBefore(*a, *b); };
+  queue->insert(std::upper_bound(queue->begin(), queue->end(), sequence, before), sequence);
+}
+
+void Scheduler::Remove(Sequence* sequence, Queue* queue) {
+  queue->erase(std::find(queue->begin(), queue->end(), sequence));
+}
+
+void Scheduler::End(Sequence* sequence) {
+  const RequestId id = sequence->request.id;
+  ReturnPages(sequence);
+  Remove(sequence, sequence->state == Sequence::State::kRunning ? &running_ : &waiting_);
+  sequences_.erase(id);
+}
+
+int Scheduler::TableLength(int64_t tokens) const {
+  return static_cast<int>((tokens + geometry_.page_tokens - 1) / geometry_.page_tokens);
+}
+
+int64_t Scheduler::PagesHeld(const Sequence& sequence) const {
+  return static_cast<int64_t>(sequence.table_length) *
+         static_cast<int64_t>(kv_layers_[sequence.rung].size());
+}
+
+int64_t Scheduler::PagesPromised(const Sequence& sequence) const {
+  const int to_come = sequence.request.stop.max_tokens - sequence.output_tokens();
+  const auto reserved = static_cast<int64_t>(std::ceil(options_.reserve_output * to_come));
+  return static_cast<int64_t>(TableLength(sequence.size() + reserved)) *
+         static_cast<int64_t>(kv_layers_[sequence.rung].size());
+}
+
+int Scheduler::max_sequence_tokens() const {
+  const int64_t pool_tokens = int64_t{geometry_.pages / geometry_.layers} * geometry_.page_tokens;
+  return static_cast<int>(std::min<int64_t>(geometry_.context, pool_tokens));
+}
+
+PressureReport Scheduler::Pressure(Instant now) const {
+  const auto share = [](int64_t part, int64_t whole) {
+    return whole == 0 ? 0.0 : static_cast<double>(part) / static_cast<double>(whole);
+  };
+  int64_t promised = 0;
+  Instant oldest = now;
+  for (const Sequence* sequence : waiting_) {
+    promised += PagesPromised(*sequence);
+    oldest = std::min(oldest, sequence->request.arrival);
+  }
+  return {.kv_used = share(pool_.used(), pool_.total()),
+          .kv_promised = share(promised, pool_.total()),
+          .queue_length = share(static_cast<int64_t>(waiting_.size()), options_.max_waiting),
+          .oldest_wait_s = std::chrono::duration<double>(now - oldest).count(),
+          .running = static_cast<int>(running_.size()),
+          .waiting = static_cast<int>(waiting_.size())};
+}
+
+SchedulerStats Scheduler::stats() const {
+  return {.running = static_cast<int>(running_.size()),
+          .waiting = static_cast<int>(waiting_.size()),
+          .pages_total = pool_.total(),
+          .pages_free = pool_.free(),
+          .pages_used = pool_.used(),
+          .pages_cached = pool_.cached(),
+          .preemptions = preemptions_,
+          .recomputed_tokens = recomputed_tokens_};
+}
+
+void Scheduler::CheckInvariants() const {
+  pool_.CheckInvariants();
+  Invariant(running_.size() + waiting_.size() == sequences_.size(),
+            "{} running + {} waiting sequences, {} live", running_.size(), waiting_.size(),
+            sequences_.size());
+  Invariant(running_.size() <= static_cast<size_t>(options_.max_sequences),
+            "{} sequences run, {} may", running_.size(), options_.max_sequences);
+  std::vector<bool> seen(pool_.total(), false);
+  std::vector<int> held(geometry_.layers, 0);
+  for (const Queue* queue : {&running_, &waiting_}) {
+    const bool running = queue == &running_;
+    for (size_t i = 0; i < queue->size(); ++i) {
+      const Sequence& sequence = *(*queue)[i];
+      const RequestId id = sequence.request.id;
+      Invariant(i == 0 || ServedBefore(*(*queue)[i - 1], sequence), "request {} is out of order",
+                id);
+      Invariant((sequence.state == Sequence::State::kRunning) == running,
+                "request {} is in a queue of another state", id);
+      Invariant(running || (sequence.table_length == 0 && sequence.computed == 0),
+                "request {} waits with {} tokens in pages", id, sequence.computed);
+      Invariant(sequence.computed <= sequence.size() &&
+                    sequence.computed <= int64_t{sequence.table_length} * geometry_.page_tokens,
+                "request {}: {} computed of {} tokens in {} pages", id, sequence.computed,
+                sequence.size(), sequence.table_length);
+      for (int layer = 0; layer < geometry_.layers; ++layer) {
+        const std::vector<int32_t>& table = sequence.page_tables[layer];
+        const int expected = ladder_.rung(sequence.rung).HoldsKv(layer) ? sequence.table_length : 0;
+        Invariant(static_cast<int>(table.size()) == expected,
+                  "request {} holds {} pages of layer {}, expected {}", id, table.size(), layer,
+                  expected);
+        held[layer] += expected;
+        for (const int32_t page : table) {
+          Invariant(pool_.layer_of(page) == layer && !seen[page],
+                    "request {}: page {} of layer {} is not its own", id, page, layer);
+          seen[page] = true;
+        }
+      }
+    }
+  }
+  for (int layer = 0; layer < geometry_.layers; ++layer) {
+    Invariant(held[layer] == pool_.used_by(layer), "layer {}: sequences hold {} pages, the pool {}",
+              layer, held[layer], pool_.used_by(layer));
+  }
+}
+
+}  // namespace espalier
