@@ -1,0 +1,188 @@
+#include "server/engine_thread.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "server/steady_clock.h"
+
+namespace espalier {
+namespace {
+
+// Nothing to run although something waits: look again soon, without spinning.
+constexpr Instant kRetry = std::chrono::milliseconds(1);
+
+}  // namespace
+
+EngineThread::EngineThread(Engine* engine, ReadyQueue* ready, int max_waiting, EngineHooks hooks)
+    : engine_(engine), ready_(ready), hooks_(std::move(hooks)), inbox_(max_waiting) {
+  next_load_.max_waiting = max_waiting;
+  Publish(SteadyNow());
+  thread_ = std::thread([this] { Run(); });
+}
+
+EngineThread::~EngineThread() {
+  if (thread_.joinable()) Drain(Instant::zero());
+}
+
+LoadSnapshot EngineThread::load() const {
+  const int arriving = inbox_.arriving();
+  const bool closed = inbox_.closed();
+  std::lock_guard lock(load_mutex_);
+  LoadSnapshot load = load_;
+  const Instant now = SteadyNow();
+  load.generated_tokens_per_second = tokens_.PerSecond(now);
+  load.finished_per_second = finishes_.PerSecond(now);
+  load.arriving = arriving;
+  load.draining = closed;
+  return load;
+}
+
+double EngineThread::seconds_in_step() const {
+  const int64_t started = step_started_.load(std::memory_order_acquire);
+  return started == 0 ? 0 : Seconds(SteadyNow() - Instant(started));
+}
+
+bool EngineThread::Drain(Instant timeout) {
+  inbox_.Close();
+  {
+    std::unique_lock lock(exit_mutex_);
+    exit_.wait_for(lock, timeout, [this] { return exited_; });
+  }
+  abandon_.store(true, std::memory_order_release);
+  inbox_.Wake();
+  thread_.join();
+  return !abandoned_;
+}
+
+void EngineThread::Run() {
+  static const StepReport kNothing;
+  std::vector<Command> commands;
+  Instant wait = Instant::zero();
+  for (;;) {
+    const bool idle = engine_->idle();
+    // Asked before Take: once closed, what Take brings is the last of it.
+    const bool closed = inbox_.closed();
+    if (idle) {
+      next_load_.stats = engine_->scheduler().stats();
+      Publish(SteadyNow());
+      if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, 0, 0);
+      wait = closed ? Instant::zero() : kNever;
+    }
+    inbox_.Take(next_load_.stats.waiting, wait, &commands);
+    for (Command& command : commands) Obey(command);
+    ready_->Post(&posts_);
+    if (abandon_.load(std::memory_order_acquire)) {
+      abandoned_ = !streams_.empty();
+      EndAll({.cause = StreamEnd::Cause::kShutdown});
+      break;
+    }
+    if (engine_->idle()) {
+      if (closed) break;
+      continue;
+    }
+
+    const Instant started = SteadyNow();
+    step_started_.store(started.count(), std::memory_order_release);
+    const absl::StatusOr<const StepReport*> report = engine_->Step(started);
+    const Instant now = SteadyNow();
+    step_started_.store(0, std::memory_order_release);
+    if (!report.ok()) {
+      Lose(report.status());
+      break;
+    }
+    for (const SequenceOutput& output : (*report)->outputs) Deliver(output, now);
+    ready_->Post(&posts_);
+    next_load_.stats = (*report)->stats;
+    ++next_load_.steps;
+    wait = (*report)->did_work() ? Instant::zero() : now + kRetry;
+    Publish(now);
+    if (hooks_.on_step) {
+      hooks_.on_step(**report, next_load_, Seconds(now - started),
+                     engine_->scheduler().Pressure(now).oldest_wait_s);
+    }
+  }
+  next_load_.stats = engine_->scheduler().stats();
+  Publish(SteadyNow());
+  std::lock_guard lock(exit_mutex_);
+  exited_ = true;
+  exit_.notify_all();
+}
+
+void EngineThread::Obey(Command& command) {
+  if (const auto* cancellation = std::get_if<Cancellation>(&command)) {
+    if (streams_.erase(cancellation->id) == 0) return;  // it has ended by itself
+    engine_->Cancel(cancellation->id);
+    ++finishes_to_tell_;
+    return;
+  }
+  auto& submission = std::get<Submission>(command);
+  const RequestId id = submission.request.id;
+  if (absl::Status status = engine_->Submit(std::move(submission.request)); !status.ok()) {
+    submission.stream->End({.cause = StreamEnd::Cause::kRefused, .error = std::move(status)});
+    posts_.push_back(std::move(submission.stream));
+    return;
+  }
+  streams_.emplace(id, std::move(submission.stream));
+}
+
+void EngineThread::Deliver(const SequenceOutput& output, Instant now) {
+  const auto found = streams_.find(output.id);
+  if (found == streams_.end()) return;
+  const std::shared_ptr<TokenStream>& stream = found->second;
+  const bool finished = output.finish != FinishReason::kNone;
+  tokens_to_tell_ += static_cast<int>(output.tokens.size());
+  bool ended = finished;
+  if (!stream->Push(output, now)) {
+    if (!finished) engine_->Cancel(output.id);
+    stream->End({.cause = StreamEnd::Cause::kStalled});
+    ended = true;
+  } else if (finished) {
+    stream->End({.cause = StreamEnd::Cause::kFinished,
+                 .reason = output.finish,
+                 .prompt_tokens = output.prompt_tokens,
+                 .cached_tokens = output.cached_tokens,
+                 .preemptions = output.preemptions,
+                 .rung = output.rung});
+  }
+  posts_.push_back(stream);
+  if (!ended) return;
+  ++finishes_to_tell_;
+  streams_.erase(found);
+}
+
+void EngineThread::Lose(const absl::Status& status) {
+  inbox_.Close();
+  if (hooks_.on_lost) hooks_.on_lost(status);
+  std::vector<Command> late;  // what slipped in before Close
+  inbox_.Take(0, Instant::zero(), &late);
+  for (Command& command : late) {
+    if (auto* submission = std::get_if<Submission>(&command)) {
+      streams_.emplace(submission->request.id, std::move(submission->stream));
+    }
+  }
+  EndAll({.cause = StreamEnd::Cause::kLost, .error = status});
+}
+
+void EngineThread::EndAll(const StreamEnd& end) {
+  for (auto& [id, stream] : streams_) {
+    engine_->Cancel(id);
+    stream->End(end);
+    posts_.push_back(std::move(stream));
+  }
+  streams_.clear();
+  ready_->Post(&posts_);
+}
+
+void EngineThread::Publish(Instant now) {
+  if (hooks_.ledger) next_load_.ledger = hooks_.ledger(next_load_.stats);
+  next_load_.arriving = inbox_.arriving();
+  next_load_.draining = inbox_.closed();
+  std::lock_guard lock(load_mutex_);
+  if (tokens_to_tell_ > 0) tokens_.Add(std::exchange(tokens_to_tell_, 0), now);
+  if (finishes_to_tell_ > 0) finishes_.Add(std::exchange(finishes_to_tell_, 0), now);
+  next_load_.generated_tokens_per_second = tokens_.PerSecond(now);
+  next_load_.finished_per_second = finishes_.PerSecond(now);
+  load_ = next_load_;
+}
+
+}  // namespace espalier

@@ -1,0 +1,90 @@
+// The one thread that touches the engine: commands in, steps, tokens out.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+
+#include "engine/engine.h"
+#include "server/inbox.h"
+#include "server/load_snapshot.h"
+#include "server/rate_meter.h"
+#include "server/ready_queue.h"
+#include "server/token_stream.h"
+
+namespace espalier {
+
+// What the engine thread tells, on its own thread; each must be quick. Empty ones are skipped.
+struct EngineHooks {
+  std::function<Ledger(const SchedulerStats&)> ledger;
+  // After each step, and whenever the engine finds nothing to do (with an empty report).
+  std::function<void(const StepReport&, const LoadSnapshot&, double step_seconds,
+                     double oldest_wait_seconds)>
+      on_step;
+  // Once, when the device is lost: nothing will be served any more.
+  std::function<void(const absl::Status&)> on_lost;
+};
+
+class EngineThread {
+ public:
+  // Starts the thread. `engine` and `ready` must outlive it; nobody else touches `engine` from now
+  // on. At most `max_waiting` requests wait.
+  EngineThread(Engine* engine, ReadyQueue* ready, int max_waiting, EngineHooks hooks);
+  // Drains with no time to spare.
+  ~EngineThread();
+
+  Inbox& inbox() { return inbox_; }
+
+  // The state after the last step, with what arrived since. Any thread; no wait for a step.
+  LoadSnapshot load() const;
+
+  // How long the step in progress has taken so far, seconds; 0 between steps. Any thread.
+  double seconds_in_step() const;
+
+  // Takes no new requests, lets the accepted ones finish for at most `timeout`, ends the rest with
+  // StreamEnd::kShutdown and joins. False if some had to be ended so.
+  bool Drain(Instant timeout);
+
+ private:
+  void Run();
+  void Obey(Command& command);
+  void Deliver(const SequenceOutput& output, Instant now);
+  void EndAll(const StreamEnd& end);
+  void Lose(const absl::Status& status);
+  void Publish(Instant now);
+
+  Engine* const engine_;
+  ReadyQueue* const ready_;
+  const EngineHooks hooks_;
+  Inbox inbox_;
+
+  // Engine thread only.
+  std::unordered_map<RequestId, std::shared_ptr<TokenStream>> streams_;
+  std::vector<std::shared_ptr<TokenStream>> posts_;  // of this step
+  LoadSnapshot next_load_;
+  int tokens_to_tell_ = 0;    // since the last Publish
+  int finishes_to_tell_ = 0;
+
+  mutable std::mutex load_mutex_;  // held for a copy
+  LoadSnapshot load_;
+  RateMeter tokens_{5.0};
+  RateMeter finishes_{5.0};
+
+  std::atomic<int64_t> step_started_{0};  // steady nanoseconds; 0: not in a step
+  std::atomic<bool> abandon_{false};      // the drain's time is out
+  bool abandoned_ = false;                // engine thread; read after join
+
+  std::mutex exit_mutex_;
+  std::condition_variable exit_;
+  bool exited_ = false;
+
+  std::thread thread_;  // last: everything is there when it starts
+};
+
+}  // namespace espalier

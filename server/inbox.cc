@@ -1,0 +1,95 @@
+#include "server/inbox.h"
+
+#include <chrono>
+
+#include <fmt/format.h>
+
+#include "server/steady_clock.h"
+
+namespace espalier {
+
+Reservation::~Reservation() {
+  if (inbox_ != nullptr) inbox_->GiveBack();
+}
+
+bool Reservation::Submit(Submission submission) && {
+  return std::exchange(inbox_, nullptr)->Submit(std::move(submission));
+}
+
+absl::StatusOr<Reservation> Inbox::Reserve() {
+  std::lock_guard lock(mutex_);
+  if (closed_) return absl::UnavailableError("the server takes no new requests");
+  const int taken = reserved_ + submitted_ + in_scheduler_;
+  if (taken >= max_waiting_) {
+    return absl::ResourceExhaustedError(
+        fmt::format("{} requests wait, {} may", taken, max_waiting_));
+  }
+  ++reserved_;
+  return Reservation(this);
+}
+
+bool Inbox::Submit(Submission submission) {
+  std::lock_guard lock(mutex_);
+  --reserved_;
+  if (closed_) return false;
+  ++submitted_;
+  commands_.emplace_back(std::move(submission));
+  changed_.notify_one();
+  return true;
+}
+
+void Inbox::GiveBack() {
+  std::lock_guard lock(mutex_);
+  --reserved_;
+}
+
+void Inbox::Cancel(RequestId id) {
+  std::lock_guard lock(mutex_);
+  commands_.emplace_back(Cancellation{id});
+  changed_.notify_one();
+}
+
+void Inbox::Close() {
+  std::lock_guard lock(mutex_);
+  closed_ = true;
+  woken_ = true;
+  changed_.notify_one();
+}
+
+void Inbox::Wake() {
+  std::lock_guard lock(mutex_);
+  woken_ = true;
+  changed_.notify_one();
+}
+
+void Inbox::Take(int waiting_in_scheduler, Instant until, std::vector<Command>* commands) {
+  commands->clear();
+  std::unique_lock lock(mutex_);
+  in_scheduler_ = waiting_in_scheduler;
+  const auto called = [this] { return !commands_.empty() || woken_; };
+  if (until == kNever) {
+    changed_.wait(lock, called);
+  } else if (until > Instant::zero()) {
+    changed_.wait_until(lock, std::chrono::steady_clock::time_point(until), called);
+  }
+  woken_ = false;
+  commands_.swap(*commands);
+  in_scheduler_ += std::exchange(submitted_, 0);
+}
+
+bool Inbox::closed() const {
+  std::lock_guard lock(mutex_);
+  return closed_;
+}
+
+int Inbox::arriving() const {
+  std::lock_guard lock(mutex_);
+  return reserved_ + submitted_;
+}
+
+int Inbox::waiting() const {
+  std::lock_guard lock(mutex_);
+  return reserved_ + submitted_ + in_scheduler_;
+}
+
+}  // namespace espalier

@@ -1,0 +1,96 @@
+// The one door to the engine thread: a bounded queue of requests, and cancellations.
+//
+// A request holds a place from before it is tokenised until the scheduler first runs it. Places are
+// counted under the lock that grants them, so a burst cannot slip past the bound.
+#pragma once
+
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/scheduling/request.h"
+
+namespace espalier {
+
+class Inbox;
+class TokenStream;
+
+struct Submission {
+  Request request;
+  std::shared_ptr<TokenStream> stream;  // where its tokens go
+};
+
+struct Cancellation {
+  RequestId id = 0;
+};
+
+using Command = std::variant<Submission, Cancellation>;
+
+// A granted place. Given back on destruction unless it was used.
+class Reservation {
+ public:
+  Reservation(Reservation&& other) noexcept : inbox_(std::exchange(other.inbox_, nullptr)) {}
+  Reservation& operator=(Reservation&&) = delete;
+  ~Reservation();
+
+  // Hands the request to the engine thread. False if the inbox was closed meanwhile.
+  bool Submit(Submission submission) &&;
+
+ private:
+  friend class Inbox;
+  explicit Reservation(Inbox* inbox) : inbox_(inbox) {}
+
+  Inbox* inbox_;
+};
+
+class Inbox {
+ public:
+  // At most `max_waiting` (>= 1) requests that the scheduler does not run yet.
+  explicit Inbox(int max_waiting) : max_waiting_(max_waiting) {}
+
+  // ResourceExhausted if full, Unavailable once closed. Any thread.
+  absl::StatusOr<Reservation> Reserve();
+
+  // Never refused: who is in must be able to leave. Any thread.
+  void Cancel(RequestId id);
+
+  // No new places; what was submitted stays. Any thread.
+  void Close();
+
+  // Makes a blocked Take return. Any thread.
+  void Wake();
+
+  // Engine thread: says how many requests the scheduler keeps waiting, and moves all commands to
+  // `commands` in the order they came. Without a command it waits for one, Close or Wake, until
+  // `until` (kNever: without end; zero: not at all).
+  void Take(int waiting_in_scheduler, Instant until, std::vector<Command>* commands);
+
+  int max_waiting() const { return max_waiting_; }
+  bool closed() const;
+  // Places taken by what the scheduler has not seen yet.
+  int arriving() const;
+  // All places taken.
+  int waiting() const;
+
+ private:
+  friend class Reservation;
+  bool Submit(Submission submission);
+  void GiveBack();
+
+  const int max_waiting_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<Command> commands_;
+  int reserved_ = 0;   // places granted, not yet submitted
+  int submitted_ = 0;  // submissions among commands_
+  int in_scheduler_ = 0;
+  bool closed_ = false;
+  bool woken_ = false;
+};
+
+}  // namespace espalier
