@@ -1,0 +1,369 @@
+#include "server/options.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+
+namespace espalier {
+namespace {
+
+using std::chrono::milliseconds;
+
+// How one kind of value is read and shown. What --help says of a range is what is checked.
+struct Value {
+  std::string placeholder;  // in --help
+  std::string expected;     // "a whole number from 1 to 4096"
+  std::function<bool(std::string_view text, ServerOptions* options)> read;
+  std::function<std::string(const ServerOptions& options)> show;
+};
+
+struct Setting {
+  std::string group;
+  std::string name;     // "max-waiting"
+  std::string meaning;  // with the unit, if it has one
+  Value value;
+};
+
+template <typename T>
+std::optional<T> ReadNumber(std::string_view text) {
+  T number{};
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return number;
+}
+
+// A number and a unit's factor: "512MiB", "1.5s". Splits at the first letter.
+template <typename T>
+std::optional<std::pair<T, int64_t>> ReadQuantity(
+    std::string_view text, std::initializer_list<std::pair<std::string_view, int64_t>> units) {
+  const size_t split = std::min(text.find_first_not_of("0123456789.+-"), text.size());
+  const std::optional<T> number = ReadNumber<T>(text.substr(0, split));
+  for (const auto& [unit, factor] : units) {
+    if (number && text.substr(split) == unit) return std::pair(*number, factor);
+  }
+  return std::nullopt;
+}
+
+Value Text(std::string ServerOptions::* field, std::string placeholder, std::string expected) {
+  return {std::move(placeholder), std::move(expected),
+          [field](std::string_view text, ServerOptions* options) {
+            options->*field = text;
+            return true;
+          },
+          [field](const ServerOptions& options) { return options.*field; }};
+}
+
+Value Whole(int ServerOptions::* field, int low, int high) {
+  return {"N", fmt::format("a whole number from {} to {}", low, high),
+          [=](std::string_view text, ServerOptions* options) {
+            const std::optional<int> number = ReadNumber<int>(text);
+            if (!number || *number < low || *number > high) return false;
+            options->*field = *number;
+            return true;
+          },
+          [field](const ServerOptions& options) { return fmt::format("{}", options.*field); }};
+}
+
+Value Share(double ServerOptions::* field) {
+  return {"SHARE", "a number from 0 to 1",
+          [field](std::string_view text, ServerOptions* options) {
+            const std::optional<double> number = ReadNumber<double>(text);
+            if (!number || !(*number >= 0 && *number <= 1)) return false;
+            options->*field = *number;
+            return true;
+          },
+          [field](const ServerOptions& options) { return fmt::format("{}", options.*field); }};
+}
+
+Value Bytes(uint64_t ServerOptions::* field, uint64_t low, uint64_t high, std::string range,
+            bool zero_is_auto) {
+  return {
+      "BYTES",
+      fmt::format("{}bytes or with KiB, MiB, GiB, TiB; {}", zero_is_auto ? "auto, or " : "", range),
+      [=](std::string_view text, ServerOptions* options) {
+        if (zero_is_auto && (text == "auto" || text == "0")) return options->*field = 0, true;
+        const auto quantity = ReadQuantity<uint64_t>(text, {{"", 1},
+                                                            {"B", 1},
+                                                            {"KiB", 1ll << 10},
+                                                            {"MiB", 1ll << 20},
+                                                            {"GiB", 1ll << 30},
+                                                            {"TiB", 1ll << 40}});
+        // Divided, not multiplied: a product could wrap around into the range.
+        if (!quantity || quantity->first > high / quantity->second) return false;
+        const uint64_t bytes = quantity->first * quantity->second;
+        if (bytes < low) return false;
+        options->*field = bytes;
+        return true;
+      },
+      [=](const ServerOptions& options) -> std::string {
+        const uint64_t bytes = options.*field;
+        if (zero_is_auto && bytes == 0) return "auto";
+        if (bytes % (1 << 20) == 0) return fmt::format("{}MiB", bytes >> 20);
+        return fmt::format("{}", bytes);
+      }};
+}
+
+Value Seconds(milliseconds ServerOptions::* field) {
+  return {"SECONDS", "seconds from 0 to 86400, with an optional ms, s, m or h",
+          [=](std::string_view text, ServerOptions* options) {
+            const auto quantity = ReadQuantity<double>(
+                text, {{"", 1000}, {"s", 1000}, {"ms", 1}, {"m", 60'000}, {"h", 3'600'000}});
+            if (!quantity) return false;
+            const double ms = quantity->first * quantity->second;
+            if (!(ms >= 0 && ms <= 86'400'000)) return false;
+            options->*field = milliseconds(std::llround(ms));
+            return true;
+          },
+          [field](const ServerOptions& options) {
+            return fmt::format("{}", (options.*field).count() / 1000.0);
+          }};
+}
+
+template <typename T>
+Value Choice(T ServerOptions::* field, std::vector<std::pair<std::string, T>> choices) {
+  std::string names;
+  for (const auto& [name, value] : choices) names += (names.empty() ? "" : "|") + name;
+  return {names, "one of " + names,
+          [=](std::string_view text, ServerOptions* options) {
+            for (const auto& [name, value] : choices) {
+              if (text == name) return options->*field = value, true;
+            }
+            return false;
+          },
+          [=](const ServerOptions& options) -> std::string {
+            for (const auto& [name, value] : choices) {
+              if (options.*field == value) return name;
+            }
+            return "";
+          }};
+}
+
+// Every setting, in the order of --help.
+const std::vector<Setting>& Settings() {
+  using O = ServerOptions;
+  constexpr const char *kModel = "Model and machine", *kNetwork = "Network",
+                       *kScheduling = "Scheduling", *kLogs = "Logs";
+  static const std::vector<Setting> settings = {
+      {kModel, "model", "The model to serve. Required",
+       Text(&O::model, "PATH", "a .gguf file or a Hugging Face folder")},
+      {kModel, "model-name", "Name in answers and metrics; empty: as the file says",
+       Text(&O::model_name, "NAME", "any text")},
+      {kModel, "weights", "Type of the weights in memory; f32 is the reference",
+       Choice<WeightType>(&O::weights, {{"int8", WeightType::kInt8}, {"f32", WeightType::kF32}})},
+      {kModel, "kv-type", "Type of keys and values; auto: f32 with f32 weights, else f16",
+       Choice<std::optional<KvType>>(&O::kv_type,
+                                     {{"auto", {}}, {"f16", KvType::kF16}, {"f32", KvType::kF32}})},
+      {kModel, "kv-memory",
+       "Memory for keys and values; auto: 32 sequences of 1,024 tokens,\n"
+       "or one of the whole context if that is more; at most half of what is free",
+       Bytes(&O::kv_memory, 1 << 16, 1ull << 50, "64KiB to 1024TiB", true)},
+      {kModel, "isa", "Instruction set of the kernels; auto: the best this machine runs",
+       Choice<std::optional<Isa>>(&O::isa, {{"auto", {}},
+                                            {"portable", Isa::kPortable},
+                                            {"avx2", Isa::kAvx2},
+                                            {"avx512", Isa::kAvx512Vnni}})},
+      {kModel, "threads", "Compute threads; 0: the cores this process may use",
+       Whole(&O::threads, 0, 1024)},
+
+      {kNetwork, "host", "Where to listen, for gRPC and metrics",
+       Text(&O::host, "ADDRESS", "an IP address or host name")},
+      {kNetwork, "port", "gRPC port; 0: a free one", Whole(&O::port, 0, 65535)},
+      {kNetwork, "port-file", "File that the gRPC port is written to once the server listens",
+       Text(&O::port_file, "PATH", "a path; empty: none")},
+      {kNetwork, "metrics-port", "Prometheus port; -1: off, 0: a free one",
+       Whole(&O::metrics_port, -1, 65535)},
+      {kNetwork, "max-message-bytes", "Largest message received",
+       Bytes(&O::max_message_bytes, 1 << 10, 1 << 30, "1KiB to 1GiB", false)},
+      {kNetwork, "max-connection-age",
+       "Age at which a connection is asked to reconnect, for balancers\n"
+       "that place connections rather than calls; 0: never",
+       Seconds(&O::max_connection_age)},
+      {kNetwork, "max-connection-age-grace",
+       "What its streams get to finish after that; 0: without limit",
+       Seconds(&O::max_connection_age_grace)},
+
+      {kScheduling, "max-batch-tokens", "Rows of one step: decode rows first, then prefill",
+       Whole(&O::max_batch_tokens, 1, 65536)},
+      {kScheduling, "max-sequences", "Sequences that run at once, at most max-batch-tokens",
+       Whole(&O::max_sequences, 1, 4096)},
+      {kScheduling, "max-waiting", "Requests that wait; what is beyond gets RESOURCE_EXHAUSTED",
+       Whole(&O::max_waiting, 1, 1'000'000)},
+      {kScheduling, "reserve-output",
+       "Share of a newcomer's max_tokens that must fit beside the running;\n"
+       "0 admits on the prompt alone and preempts more, 1 never preempts",
+       Share(&O::reserve_output)},
+      {kScheduling, "stream-buffer-tokens",
+       "Tokens that wait for a slow reader before its stream is ended",
+       Whole(&O::stream_buffer_tokens, 16, 1 << 20)},
+      {kScheduling, "drain-timeout", "What running streams get to finish after SIGTERM",
+       Seconds(&O::drain_timeout)},
+
+      {kLogs, "log-level", "Least level that is logged",
+       Choice<LogLevel>(&O::log_level, {{"debug", LogLevel::kDebug},
+                                        {"info", LogLevel::kInfo},
+                                        {"warning", LogLevel::kWarning},
+                                        {"error", LogLevel::kError}})},
+      {kLogs, "log-format", "Lines of text, or one JSON object a line",
+       Choice<LogFormat>(&O::log_format, {{"text", LogFormat::kText}, {"json", LogFormat::kJson}})},
+      {kLogs, "log-prompts", "Write prompts to the request log",
+       Choice<bool>(&O::log_prompts, {{"false", false}, {"true", true}})},
+  };
+  return settings;
+}
+
+// A value as given, and where: "--port", "ESPALIER_PORT", "server.conf:3: port".
+struct Given {
+  std::string text;
+  std::string origin;
+};
+using GivenByName = std::map<std::string, Given, std::less<>>;
+
+std::string EnvironmentName(std::string_view name) {
+  std::string variable = "ESPALIER_";
+  for (const char c : name) variable += c == '-' ? '_' : static_cast<char>(std::toupper(c));
+  return variable;
+}
+
+void AddEnvironment(GivenByName* given) {
+  for (const Setting& setting : Settings()) {
+    const std::string variable = EnvironmentName(setting.name);
+    const char* text = std::getenv(variable.c_str());
+    // In a cluster with a service named "espalier", Kubernetes sets ESPALIER_PORT to its address.
+    if (!text || (setting.name == "port" && std::string_view(text).starts_with("tcp://"))) continue;
+    given->try_emplace(setting.name, Given{text, variable});
+  }
+}
+
+std::string_view Trim(std::string_view text) {
+  constexpr std::string_view kSpace = " \t\r";
+  const size_t first = text.find_first_not_of(kSpace);
+  if (first == std::string_view::npos) return {};
+  return text.substr(first, text.find_last_not_of(kSpace) - first + 1);
+}
+
+absl::Status AddFile(const std::string& path, GivenByName* given) {
+  std::ifstream file(path);
+  if (!file) return absl::InvalidArgumentError(fmt::format("--config: cannot read {}", path));
+  GivenByName in_file;
+  std::string line;
+  for (int number = 1; std::getline(file, line); ++number) {
+    const std::string_view entry = Trim(line);
+    if (entry.empty() || entry.front() == '#') continue;
+    const size_t equals = entry.find('=');
+    if (equals == std::string_view::npos) {
+      return absl::InvalidArgumentError(
+          fmt::format("{}:{}: expected `key = value`, got \"{}\"", path, number, entry));
+    }
+    std::string name(Trim(entry.substr(0, equals)));
+    std::replace(name.begin(), name.end(), '_', '-');
+    const bool known = std::any_of(Settings().begin(), Settings().end(),
+                                   [&](const Setting& setting) { return setting.name == name; });
+    if (!known) {
+      return absl::InvalidArgumentError(
+          fmt::format("{}:{}: unknown option {}", path, number, name));
+    }
+    const auto origin = fmt::format("{}:{}: {}", path, number, name);
+    const Given value{std::string(Trim(entry.substr(equals + 1))), origin};
+    if (!in_file.emplace(name, value).second) {
+      return absl::InvalidArgumentError(origin + ": given twice");
+    }
+  }
+  if (file.bad() || !file.eof()) {
+    return absl::InvalidArgumentError(fmt::format("--config: cannot read {}", path));
+  }
+  given->merge(in_file);
+  return absl::OkStatus();
+}
+
+// What a user sees of CLI11's complaint: one line.
+absl::Status AsStatus(const CLI::ParseError& error) {
+  std::string text = error.what();
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  return absl::InvalidArgumentError(text);
+}
+
+absl::StatusOr<ServerOptions> ReadOptions(const GivenByName& given) {
+  ServerOptions options;
+  for (const Setting& setting : Settings()) {
+    const auto it = given.find(setting.name);
+    if (it == given.end() || setting.value.read(it->second.text, &options)) continue;
+    return absl::InvalidArgumentError(fmt::format("{}: expected {}, got \"{}\"", it->second.origin,
+                                                  setting.value.expected, it->second.text));
+  }
+  if (options.model.empty()) {
+    return absl::InvalidArgumentError(
+        "--model: expected a .gguf file or a Hugging Face folder, got nothing");
+  }
+  if (options.max_sequences > options.max_batch_tokens) {
+    return absl::InvalidArgumentError(
+        fmt::format("--max-sequences: expected at most max-batch-tokens = {}, got {}",
+                    options.max_batch_tokens, options.max_sequences));
+  }
+  return options;
+}
+
+}  // namespace
+
+std::string_view ServerVersion() { return ESPALIER_VERSION; }
+
+absl::StatusOr<std::optional<ServerOptions>> ParseServerOptions(int argc, const char* const* argv) {
+  CLI::App app("Serves a large language model over gRPC.", "espalier-server");
+  app.get_formatter()->column_width(34);
+  app.set_version_flag("--version", fmt::format("espalier-server {}", ServerVersion()),
+                       "Print the version and exit");
+  app.footer(
+      "Each option is also read from the environment (ESPALIER_MAX_WAITING for --max-waiting) and\n"
+      "from the file of --config. Flags win over the environment, it wins over the file.");
+  std::string config;
+  app.add_option("--config", config, "File of options: lines `key = value`, # starts a comment")
+      ->type_name("PATH")
+      ->envname("ESPALIER_CONFIG");
+
+  const ServerOptions defaults;
+  std::map<std::string, std::string> flags;
+  for (const Setting& setting : Settings()) {
+    const std::string shown = setting.value.show(defaults);
+    const std::string help = fmt::format("{}\n[{}; default: {}]", setting.meaning,
+                                         setting.value.expected, shown.empty() ? "none" : shown);
+    const std::string flag = "--" + setting.name;
+    CLI::Option* option = setting.name == "log-prompts"
+                              ? app.add_flag(flag, flags[setting.name], help)
+                              : app.add_option(flag, flags[setting.name], help);
+    option->type_name(setting.value.placeholder)->group(setting.group);
+  }
+
+  GivenByName given;
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::Success& help_or_version) {
+    app.exit(help_or_version);
+    return std::optional<ServerOptions>();
+  } catch (const CLI::ParseError& error) {
+    return AsStatus(error);
+  }
+  for (const Setting& setting : Settings()) {
+    const std::string flag = "--" + setting.name;
+    if (app.count(flag) > 0) given[setting.name] = {flags[setting.name], flag};
+  }
+  AddEnvironment(&given);
+  if (!config.empty()) {
+    const absl::Status status = AddFile(config, &given);
+    if (!status.ok()) return status;
+  }
+  absl::StatusOr<ServerOptions> options = ReadOptions(given);
+  if (!options.ok()) return options.status();
+  return std::optional<ServerOptions>(*std::move(options));
+}
+
+}  // namespace espalier

@@ -1,0 +1,267 @@
+#include "server/options.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace espalier {
+namespace {
+
+using std::chrono::milliseconds;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+// An environment of our own making: what the caller of the test has set does not reach it.
+class OptionsTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::vector<std::string> names;
+    for (char** entry = environ; *entry; ++entry) {
+      const std::string variable = *entry;
+      if (variable.starts_with("ESPALIER_"))
+        names.push_back(variable.substr(0, variable.find('=')));
+    }
+    for (const std::string& name : names) {
+      saved_[name] = std::getenv(name.c_str());
+      unsetenv(name.c_str());
+    }
+  }
+
+  void TearDown() override {
+    for (const std::string& name : set_) unsetenv(name.c_str());
+    for (const auto& [name, value] : saved_) setenv(name.c_str(), value.c_str(), 1);
+  }
+
+  void SetEnvironment(const std::string& name, const std::string& value) {
+    setenv(name.c_str(), value.c_str(), 1);
+    set_.push_back(name);
+  }
+
+  std::string WriteFile(const std::string& text) {
+    const std::string path = ::testing::TempDir() + "/options_test.conf";
+    std::ofstream(path) << text;
+    return path;
+  }
+
+  absl::StatusOr<std::optional<ServerOptions>> Parse(std::vector<std::string> flags) {
+    std::vector<const char*> argv{"espalier-server"};
+    for (const std::string& flag : flags) argv.push_back(flag.c_str());
+    return ParseServerOptions(static_cast<int>(argv.size()), argv.data());
+  }
+
+  // For command lines that must be right.
+  ServerOptions Read(std::vector<std::string> flags) {
+    flags.push_back("--model=m.gguf");
+    const auto options = Parse(flags);
+    EXPECT_TRUE(options.ok()) << options.status().message();
+    return options.ok() && *options ? **options : ServerOptions();
+  }
+
+  // The one line of a command line that must be refused.
+  std::string Refusal(std::vector<std::string> flags) {
+    flags.push_back("--model=m.gguf");
+    const auto options = Parse(flags);
+    EXPECT_FALSE(options.ok());
+    const std::string line(options.status().message());
+    EXPECT_EQ(line.find('\n'), std::string::npos) << line;
+    return line;
+  }
+
+ private:
+  std::map<std::string, std::string> saved_;
+  std::vector<std::string> set_;
+};
+
+TEST_F(OptionsTest, DefaultsAreTheStructs) {
+  const ServerOptions options = Read({});
+  EXPECT_EQ(options.model, "m.gguf");
+  EXPECT_EQ(options.host, "127.0.0.1");
+  EXPECT_EQ(options.port, 50051);
+  EXPECT_EQ(options.metrics_port, 9090);
+  EXPECT_EQ(options.weights, WeightType::kInt8);
+  EXPECT_EQ(options.kv_memory, 0u);
+  EXPECT_FALSE(options.isa.has_value());
+  EXPECT_EQ(options.max_message_bytes, 4u << 20);
+  EXPECT_EQ(options.drain_timeout, milliseconds(30'000));
+  EXPECT_FALSE(options.log_prompts);
+}
+
+TEST_F(OptionsTest, KvTypeFollowsWeightsUnlessSaid) {
+  EXPECT_EQ(Read({}).effective_kv_type(), KvType::kF16);
+  EXPECT_EQ(Read({"--weights=f32"}).effective_kv_type(), KvType::kF32);
+  EXPECT_EQ(Read({"--weights=f32", "--kv-type=f16"}).effective_kv_type(), KvType::kF16);
+}
+
+TEST_F(OptionsTest, ReadsEveryKindOfValue) {
+  const ServerOptions options =
+      Read({"--port", "0", "--metrics-port=-1", "--kv-memory=512MiB", "--isa=avx2", "--threads=3",
+            "--reserve-output=0.25", "--drain-timeout=1.5", "--max-connection-age=5m",
+            "--max-connection-age-grace=250ms", "--log-format=json", "--log-level=warning",
+            "--log-prompts", "--max-message-bytes=65536", "--port-file=p", "--model-name=smol"});
+  EXPECT_EQ(options.port, 0);
+  EXPECT_EQ(options.metrics_port, -1);
+  EXPECT_EQ(options.kv_memory, 512ull << 20);
+  EXPECT_EQ(options.isa, Isa::kAvx2);
+  EXPECT_EQ(options.threads, 3);
+  EXPECT_EQ(options.reserve_output, 0.25);
+  EXPECT_EQ(options.drain_timeout, milliseconds(1'500));
+  EXPECT_EQ(options.max_connection_age, milliseconds(300'000));
+  EXPECT_EQ(options.max_connection_age_grace, milliseconds(250));
+  EXPECT_EQ(options.log_format, LogFormat::kJson);
+  EXPECT_EQ(options.log_level, LogLevel::kWarning);
+  EXPECT_TRUE(options.log_prompts);
+  EXPECT_EQ(options.max_message_bytes, 65536u);
+  EXPECT_EQ(options.port_file, "p");
+  EXPECT_EQ(options.model_name, "smol");
+}
+
+TEST_F(OptionsTest, FlagBeatsEnvironmentBeatsFileBeatsDefault) {
+  const std::string file = WriteFile(
+      "# what a machine is set up with\n\n"
+      "max-waiting = 1\n"
+      "  max_sequences=2  \n"
+      "max-batch-tokens = 3\r\n");
+  SetEnvironment("ESPALIER_MAX_WAITING", "10");
+  SetEnvironment("ESPALIER_MAX_SEQUENCES", "20");
+  const ServerOptions options =
+      Read({"--config", file, "--max-waiting=100", "--max-batch-tokens=200"});
+  EXPECT_EQ(options.max_waiting, 100);
+  EXPECT_EQ(options.max_sequences, 20);
+  EXPECT_EQ(options.max_batch_tokens, 200);
+  EXPECT_EQ(options.stream_buffer_tokens, 1024);
+
+  SetEnvironment("ESPALIER_CONFIG", file);
+  SetEnvironment("ESPALIER_MAX_SEQUENCES", "3");
+  EXPECT_EQ(Read({}).max_batch_tokens, 3);
+}
+
+TEST_F(OptionsTest, ModelMayComeFromAnywhere) {
+  SetEnvironment("ESPALIER_MODEL", "from-environment");
+  const auto options = Parse({});
+  ASSERT_TRUE(options.ok() && options->has_value());
+  EXPECT_EQ((*options)->model, "from-environment");
+}
+
+TEST_F(OptionsTest, MissingModelIsNamed) {
+  const auto options = Parse({});
+  ASSERT_FALSE(options.ok());
+  EXPECT_THAT(std::string(options.status().message()), HasSubstr("--model"));
+}
+
+TEST_F(OptionsTest, UnknownFlagIsNamed) {
+  EXPECT_THAT(Refusal({"--max-wating=3"}), HasSubstr("--max-wating"));
+  EXPECT_THAT(Refusal({"serve"}), HasSubstr("serve"));
+}
+
+TEST_F(OptionsTest, BadFlagValueIsNamedWithTheRange) {
+  for (const std::string value : {"0", "-5", "1000001", "many", "", "12x", "1e3", "99999999999"}) {
+    const std::string line = Refusal({"--max-waiting=" + value});
+    EXPECT_THAT(line, HasSubstr("--max-waiting")) << value;
+  }
+  EXPECT_EQ(Refusal({"--max-waiting=0"}),
+            "--max-waiting: expected a whole number from 1 to 1000000, got \"0\"");
+  EXPECT_THAT(Refusal({"--max-waiting"}), HasSubstr("--max-waiting"));
+  EXPECT_THAT(Refusal({"--port=1", "--port=2"}), HasSubstr("--port"));
+}
+
+TEST_F(OptionsTest, BytesDoNotWrapAround) {
+  for (const std::string value : {"17179869185GiB", "18446744073709551615", "1PiB", "-1", "1.5GiB",
+                                  "GiB", "1023TiBx", "65535"}) {
+    EXPECT_THAT(Refusal({"--kv-memory=" + value}), HasSubstr("--kv-memory")) << value;
+  }
+  EXPECT_EQ(Read({"--kv-memory=1TiB"}).kv_memory, 1ull << 40);
+  EXPECT_EQ(Read({"--kv-memory=auto"}).kv_memory, 0u);
+}
+
+TEST_F(OptionsTest, OddNumbersAreRefused) {
+  for (const std::string value : {"nan", "inf", "-0.1", "1.01", "half"}) {
+    EXPECT_THAT(Refusal({"--reserve-output=" + value}), HasSubstr("--reserve-output")) << value;
+  }
+  for (const std::string value : {"nan", "-1", "25h", "10d", "s"}) {
+    EXPECT_THAT(Refusal({"--drain-timeout=" + value}), HasSubstr("--drain-timeout")) << value;
+  }
+  EXPECT_THAT(Refusal({"--log-prompts=maybe"}), HasSubstr("--log-prompts"));
+}
+
+TEST_F(OptionsTest, BadEnvironmentNamesTheVariable) {
+  SetEnvironment("ESPALIER_WEIGHTS", "int3");
+  EXPECT_EQ(Refusal({}), "ESPALIER_WEIGHTS: expected one of int8|f32, got \"int3\"");
+}
+
+TEST_F(OptionsTest, KubernetesServiceLinkIsNotAPort) {
+  SetEnvironment("ESPALIER_PORT", "tcp://10.0.0.7:50051");
+  EXPECT_EQ(Read({}).port, 50051);
+  SetEnvironment("ESPALIER_PORT", "udp");
+  EXPECT_THAT(Refusal({}), HasSubstr("ESPALIER_PORT"));
+}
+
+TEST_F(OptionsTest, BadFileNamesItsLine) {
+  EXPECT_THAT(Refusal({"--config", WriteFile("\nport = x\n")}),
+              HasSubstr("options_test.conf:2: port"));
+  EXPECT_THAT(Refusal({"--config", WriteFile("colour = red\n")}),
+              HasSubstr("options_test.conf:1: unknown option colour"));
+  EXPECT_THAT(Refusal({"--config", WriteFile("port\n")}), HasSubstr("options_test.conf:1:"));
+  EXPECT_THAT(Refusal({"--config", WriteFile("port = 1\nport = 2\n")}), HasSubstr("given twice"));
+  EXPECT_THAT(Refusal({"--config", "/no/such/file"}), HasSubstr("/no/such/file"));
+  EXPECT_THAT(Refusal({"--config", ::testing::TempDir()}), HasSubstr(::testing::TempDir()));
+}
+
+TEST_F(OptionsTest, MoreSequencesThanRowsCannotRun) {
+  EXPECT_THAT(Refusal({"--max-batch-tokens=8", "--max-sequences=9"}), HasSubstr("--max-sequences"));
+}
+
+TEST_F(OptionsTest, HelpSaysRangeAndDefaultOfEveryOption) {
+  ::testing::internal::CaptureStdout();
+  const auto options = Parse({"--help"});
+  const std::string help = ::testing::internal::GetCapturedStdout();
+  ASSERT_TRUE(options.ok());
+  EXPECT_FALSE(options->has_value());
+  for (const char* name : {"model",
+                           "model-name",
+                           "weights",
+                           "kv-type",
+                           "kv-memory",
+                           "isa",
+                           "threads",
+                           "host",
+                           "port",
+                           "port-file",
+                           "metrics-port",
+                           "max-message-bytes",
+                           "max-connection-age",
+                           "max-connection-age-grace",
+                           "max-batch-tokens",
+                           "max-sequences",
+                           "max-waiting",
+                           "reserve-output",
+                           "stream-buffer-tokens",
+                           "drain-timeout",
+                           "log-level",
+                           "log-format",
+                           "log-prompts"}) {
+    const size_t at = help.find(std::string("--") + name + " ");
+    ASSERT_NE(at, std::string::npos) << name;
+    EXPECT_THAT(help.substr(at, 400), HasSubstr("default: ")) << name;
+  }
+  EXPECT_THAT(help, HasSubstr("a whole number from 1 to 1000000; default: 256"));
+  EXPECT_THAT(help, HasSubstr("default: 4MiB"));
+  EXPECT_THAT(help, HasSubstr("default: 30]"));
+}
+
+TEST_F(OptionsTest, VersionIsPrinted) {
+  ::testing::internal::CaptureStdout();
+  const auto options = Parse({"--version"});
+  EXPECT_EQ(::testing::internal::GetCapturedStdout(),
+            "espalier-server " + std::string(ServerVersion()) + "\n");
+  ASSERT_TRUE(options.ok());
+  EXPECT_FALSE(options->has_value());
+}
+
+}  // namespace
+}  // namespace espalier
