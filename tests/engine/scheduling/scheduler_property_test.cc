@@ -1,0 +1,306 @@
+// Random traffic against the scheduler: whatever arrives, is cancelled, expires or is preempted,
+// the books balance after every step and every answer is the puppet's own, token for token.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <random>
+#include <set>
+#include <string>
+#include <utility>
+
+#include "engine/engine.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/support/puppet_executor.h"
+
+namespace espalier {
+namespace {
+
+constexpr Instant kStep = std::chrono::milliseconds(1);
+
+// One configuration and its traffic, all drawn from one seed.
+class Traffic : public Executor {
+ public:
+  explicit Traffic(uint64_t seed)
+      : random_(seed),
+        geometry_(DrawGeometry()),
+        options_(DrawOptions()),
+        ladder_(DrawLadder()),
+        policy_(Draw(0, 1)),
+        one_priority_(Draw(0, 1) == 0),
+        puppet_(geometry_, ladder_),
+        engine_(options_, geometry_, ladder_, this, &policy_) {}
+
+  void Run(int operations) {
+    for (int i = 0; i < operations && !testing::Test::HasFatalFailure(); ++i) {
+      const int dice = Draw(0, 99);
+      if (dice < 30) {
+        Submit();
+      } else if (dice < 34) {
+        Cancel();
+      } else {
+        Step();
+      }
+    }
+    // Each step draws or computes at least one token of the first in service order, and that one is
+    // never preempted, so what is left takes no longer than all of it one row at a time.
+    int64_t bound = 1;
+    for (const auto& [id, live] : live_) {
+      bound += live.request.prompt.size() + 2 * live.request.stop.max_tokens;
+    }
+    bound *= static_cast<int64_t>(live_.size()) + 1;
+    while (!engine_.idle() && bound-- > 0 && !testing::Test::HasFatalFailure()) Step();
+    ASSERT_TRUE(engine_.idle()) << "work is left over";
+    ASSERT_TRUE(live_.empty()) << "an ending was not told";
+    const SchedulerStats stats = engine_.scheduler().stats();
+    ASSERT_EQ(stats.pages_free, stats.pages_total);
+    if (options_.reserve_output == 1) {
+      ASSERT_EQ(stats.preemptions, 0u);
+    }
+  }
+
+  uint64_t digest() const { return puppet_.digest(); }
+  uint64_t preemptions() const { return engine_.scheduler().stats().preemptions; }
+  int finished() const { return finished_; }
+  int refused() const { return refused_; }
+  int expired() const { return expired_; }
+  int cancelled() const { return cancelled_; }
+
+  std::string Describe() const {
+    return fmt::format(
+        "layers {} pages {} of {} tokens, context {}, rows {}, sequences {}, waiting {}, "
+        "reserve {}, rungs {}",
+        geometry_.layers, geometry_.pages, geometry_.page_tokens, geometry_.context,
+        options_.max_batch_tokens, options_.max_sequences, options_.max_waiting,
+        options_.reserve_output, ladder_.size());
+  }
+
+ private:
+  struct Live {
+    Request request;
+    uint64_t order = 0;
+    bool scheduled = false;
+    std::vector<int32_t> outputs;
+    std::vector<TokenResult> scores;
+  };
+
+  // The engine's batches pass through here on their way to the puppet.
+  absl::Status Execute(const Batch& batch, StepResult* result) override {
+    CheckBatch(batch);
+    return puppet_.Execute(batch, result);
+  }
+
+  void CheckBatch(const Batch& batch) {
+    ASSERT_LE(batch.rows(), options_.max_batch_tokens);
+    ASSERT_LE(static_cast<int>(batch.spans.size()), options_.max_sequences);
+    const Live* first = nullptr;
+    for (const BatchSpan& span : batch.spans) {
+      ASSERT_TRUE(live_.contains(span.id)) << "request " << span.id << " has ended";
+      Live& live = live_.at(span.id);
+      ASSERT_GT(live.request.deadline, now_) << "request " << span.id << " is past its deadline";
+      ASSERT_TRUE(Allows(live.request.bounds, ladder_.rung(span.rung)));
+      if (!std::exchange(live.scheduled, true)) fresh_.push_back(&live);
+      if (first == nullptr || Before(live, *first)) first = &live;
+    }
+    for (const auto& [id, other] : live_) {
+      if (other.request.deadline <= now_) continue;  // ended by this step, told after it
+      for (const Live* newcomer : fresh_) {
+        ASSERT_TRUE(other.scheduled || Before(*newcomer, other))
+            << "request " << newcomer->request.id << " overtook " << id;
+      }
+      if (other.order == head_) {
+        ASSERT_TRUE(first == &other || Before(*first, other))
+            << "request " << id << " was first in service order and did not progress";
+      }
+    }
+    fresh_.clear();
+    head_ = first->order;
+  }
+
+  static bool Before(const Live& a, const Live& b) {
+    return std::pair(-a.request.priority, a.order) < std::pair(-b.request.priority, b.order);
+  }
+
+  void Submit() {
+    Request request{.id = static_cast<RequestId>(Draw(1, 60)), .arrival = now_};
+    // Mostly what fits well, at times the longest possible or a little more.
+    const int longest = engine_.scheduler().max_sequence_tokens();
+    const int total = Draw(0, 9) == 0 ? Draw(longest - 1, longest + 2) : Draw(1, longest / 2 + 1);
+    const int prompt = Draw(Draw(0, 50) == 0 ? 0 : 1, std::max(1, total / Draw(1, 4)));
+    request.stop.max_tokens = std::max(0, total - prompt);
+    request.stop.min_tokens = Draw(0, 3);
+    for (int i = 0; i < prompt; ++i) request.prompt.push_back(Draw(0, PuppetExecutor::kVocabulary));
+    for (int i = Draw(0, 20); i > 0; --i) request.stop.stop_tokens.push_back(Draw(0, 999));
+    request.priority = one_priority_ ? 0 : Draw(-1, 1);
+    request.prompt_logprobs = request.stop.max_tokens == 0 || Draw(0, 3) == 0;
+    request.bounds.never = Draw(0, 1) == 0;
+    if (Draw(0, 9) == 0) request.deadline = now_ + Draw(0, 30) * kStep;
+
+    const int waiting = engine_.scheduler().stats().waiting;
+    const absl::StatusCode expected =
+        request.prompt.empty() || live_.contains(request.id) ? absl::StatusCode::kInvalidArgument
+        : prompt + request.stop.max_tokens > longest         ? absl::StatusCode::kOutOfRange
+        : waiting >= options_.max_waiting                    ? absl::StatusCode::kResourceExhausted
+                                                             : absl::StatusCode::kOk;
+    const absl::Status status = engine_.Submit(request);
+    ASSERT_EQ(status.code(), expected) << status;
+    if (status.ok()) {
+      live_[request.id] = {.request = request, .order = order_++};
+    } else {
+      ++refused_;
+    }
+  }
+
+  void Cancel() {
+    const auto id = static_cast<RequestId>(Draw(1, 60));
+    const bool known = live_.erase(id) > 0;
+    ASSERT_EQ(engine_.Cancel(id), known);
+    engine_.scheduler().CheckInvariants();
+    cancelled_ += known ? 1 : 0;
+    if (live_.empty()) {
+      ASSERT_EQ(engine_.scheduler().stats().pages_used, 0);
+    }
+  }
+
+  void Step() {
+    now_ += kStep;
+    const absl::StatusOr<const StepReport*> report = engine_.Step(now_);
+    ASSERT_TRUE(report.ok()) << report.status();
+    engine_.scheduler().CheckInvariants();
+    ASSERT_TRUE((*report)->did_work() || live_.empty()) << "a step did nothing";
+    for (const SequenceOutput& output : (*report)->outputs) Take(output);
+    ASSERT_TRUE(std::ranges::none_of(live_, [this](const auto& entry) {
+      return entry.second.request.deadline <= now_;
+    })) << "an expired request lives on";
+  }
+
+  void Take(const SequenceOutput& output) {
+    ASSERT_TRUE(live_.contains(output.id));
+    Live& live = live_.at(output.id);
+    for (const TokenResult& token : output.tokens) live.outputs.push_back(token.token);
+    live.scores.insert(live.scores.end(), output.prompt_scores.begin(), output.prompt_scores.end());
+    ASSERT_EQ(output.output_tokens, static_cast<int>(live.outputs.size()));
+    ASSERT_EQ(output.prompt_tokens, static_cast<int>(live.request.prompt.size()));
+    ASSERT_EQ(output.first_scheduled != kNever, live.scheduled);
+    if (output.finish == FinishReason::kNone) return;
+
+    std::vector<int32_t> answer = puppet_.Answer(live.request);
+    size_t scores = live.request.prompt_logprobs ? live.request.prompt.size() - 1 : 0;
+    if (output.finish == FinishReason::kDeadline) {
+      ASSERT_LE(live.request.deadline, now_);
+      ASSERT_LE(live.outputs.size(), answer.size());
+      answer.resize(live.outputs.size());
+      scores = live.scores.size();
+      ++expired_;
+    } else {
+      const bool full = static_cast<int>(answer.size()) == live.request.stop.max_tokens;
+      ASSERT_EQ(output.finish, full ? FinishReason::kLength : FinishReason::kStop);
+      ++finished_;
+    }
+    ASSERT_EQ(live.outputs, answer);
+    ASSERT_EQ(live.scores.size(), scores);
+    for (size_t i = 0; i < scores; ++i) {
+      ASSERT_EQ(live.scores[i].token, live.request.prompt[i + 1]);
+      ASSERT_EQ(live.scores[i].logprob,
+                PuppetExecutor::Logprob(output.id, static_cast<int>(i) + 1));
+    }
+    live_.erase(output.id);
+  }
+
+  KvGeometry DrawGeometry() {
+    const int layers = Draw(1, 4);
+    const int page_tokens = 1 << Draw(0, 4);
+    return {.layers = layers,
+            .pages = layers * Draw(2, 16) + Draw(0, layers - 1),
+            .page_tokens = page_tokens,
+            .context = Draw(2, 100)};
+  }
+
+  SchedulerOptions DrawOptions() {
+    return {.max_batch_tokens = 1 << Draw(0, 6),
+            .max_sequences = Draw(1, 10),
+            .max_waiting = Draw(1, 12),
+            .reserve_output = std::max(0, Draw(-4, 4)) * 0.25};
+  }
+
+  // Rung 1 drops about half of the attention blocks, at times all.
+  Ladder DrawLadder() {
+    const SiteWidths widths{.layers = geometry_.layers, .heads = 2, .channels = 8};
+    Ladder ladder = Ladder::DenseOnly(widths);
+    Rung rung = ladder.rung(0);
+    for (int layer = 0; layer < widths.layers; ++layer) {
+      if (Draw(0, 1) == 0) continue;
+      rung.prefill.Keep(layer, SiteKind::kHeads, 0);
+      rung.decode.Keep(layer, SiteKind::kHeads, 0);
+    }
+    ladder.Append(rung);
+    return ladder;
+  }
+
+  int Draw(int low, int high) {
+    // Not std::uniform_int_distribution: its draws differ between standard libraries.
+    return low + static_cast<int>(random_() % static_cast<uint64_t>(high - low + 1));
+  }
+
+  std::mt19937_64 random_;
+  KvGeometry geometry_;
+  SchedulerOptions options_;
+  Ladder ladder_;
+  FixedPolicy policy_;
+  bool one_priority_;
+  PuppetExecutor puppet_;
+  Engine engine_;
+  Instant now_{0};
+  uint64_t order_ = 0;
+  std::map<RequestId, Live> live_;
+  std::vector<const Live*> fresh_;
+  std::optional<uint64_t> head_;  // the order of the first in service order of the last batch
+  int finished_ = 0;
+  int refused_ = 0;
+  int expired_ = 0;
+  int cancelled_ = 0;
+};
+
+constexpr int kConfigurations = 400;
+constexpr int kOperations = 3000;
+
+TEST(SchedulerProperty, EveryAnswerIsCompleteAndTheBooksBalance) {
+  uint64_t preemptions = 0;
+  int finished = 0, refused = 0, expired = 0, cancelled = 0;
+  for (uint64_t seed = 0; seed < kConfigurations; ++seed) {
+    Traffic traffic(seed);
+    SCOPED_TRACE(fmt::format("seed {}: {}", seed, traffic.Describe()));
+    traffic.Run(kOperations);
+    if (HasFatalFailure()) return;
+    preemptions += traffic.preemptions();
+    finished += traffic.finished();
+    refused += traffic.refused();
+    expired += traffic.expired();
+    cancelled += traffic.cancelled();
+  }
+  fmt::print(
+      "{} configurations: {} answers, {} preemptions, {} refused, {} expired, {} cancelled\n",
+      kConfigurations, finished, preemptions, refused, expired, cancelled);
+  // The traffic must reach what it is there to test.
+  EXPECT_GT(finished, 20 * kConfigurations);
+  EXPECT_GT(preemptions, 5u * kConfigurations);
+  EXPECT_GT(refused, kConfigurations);
+  EXPECT_GT(expired, kConfigurations);
+  EXPECT_GT(cancelled, kConfigurations);
+}
+
+TEST(SchedulerProperty, TheSameSeedGivesTheSameBatches) {
+  for (uint64_t seed = 0; seed < kConfigurations / 10; ++seed) {
+    Traffic first(seed), again(seed), other(seed + kConfigurations);
+    first.Run(kOperations / 2);
+    again.Run(kOperations / 2);
+    other.Run(kOperations / 2);
+    ASSERT_EQ(first.digest(), again.digest()) << "seed " << seed;
+    ASSERT_NE(first.digest(), other.digest()) << "seed " << seed;
+  }
+}
+
+}  // namespace
+}  // namespace espalier

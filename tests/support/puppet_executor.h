@@ -1,0 +1,72 @@
+// An Executor without a model: draws known tokens and finds fault with every batch it is given.
+//
+// It keeps a model of the KV memory: which (request, layer, position, token) was last written to
+// each slot of each page. A batch that reads a slot which was never written, or was since written
+// by another, is refused, so a page freed too early or a recomputation that skips a token shows at
+// once.
+#pragma once
+
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "engine/executor.h"
+#include "engine/scheduling/scheduler.h"
+#include "policy/ladder.h"
+
+namespace espalier {
+
+class PuppetExecutor final : public Executor {
+ public:
+  static constexpr int kVocabulary = 1000;
+
+  // `geometry` and `ladder` as given to the scheduler.
+  PuppetExecutor(const KvGeometry& geometry, const Ladder& ladder);
+
+  // Internal with the fault of the batch, if it has one; Unavailable when told to fail.
+  absl::Status Execute(const Batch& batch, StepResult* result) override;
+
+  // From now on `outputs` are the first tokens drawn for `id`; after them, as for an id that was
+  // told nothing, a hash of (id, output index).
+  void Tell(RequestId id, std::vector<int32_t> outputs) { told_[id] = std::move(outputs); }
+
+  // The executions numbered `step` (from 0) and later fail.
+  void FailFrom(int step) { fail_from_ = step; }
+
+  // The whole answer to `request`: what must come out however it was scheduled.
+  std::vector<int32_t> Answer(const Request& request) const;
+
+  // The log-probability reported for the token at `position` of request `id`: a hash in [-8, 0).
+  static float Logprob(RequestId id, int position);
+
+  int steps() const { return steps_; }
+  uint64_t digest() const { return digest_; }  // of every field of all batches so far
+
+ private:
+  struct Slot {
+    RequestId id = 0;
+    int layer = -1;  // never written
+    int position = 0;
+    int32_t token = 0;
+  };
+
+  int32_t Draw(RequestId id, int index, std::span<const int32_t> banned) const;
+  Slot& SlotOf(const BatchSpan& span, int layer, int position);
+  absl::Status CheckShape(const Batch& batch);
+  absl::Status CheckPages(const Batch& batch);
+  absl::Status WriteAndRead(const Batch& batch);
+  absl::Status CheckLogits(const Batch& batch);
+  void Digest(const Batch& batch);
+
+  KvGeometry geometry_;
+  Ladder ladder_;
+  std::unordered_map<RequestId, std::vector<int32_t>> told_;
+  std::vector<Slot> memory_;    // [pages * page_tokens]
+  std::vector<int> page_step_;  // [pages]: last step in which a span named the page
+  int fail_from_ = -1;
+  int steps_ = 0;
+  uint64_t digest_ = 0;
+};
+
+}  // namespace espalier
