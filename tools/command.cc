@@ -1,0 +1,142 @@
+#include "tools/command.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include <CLI/CLI.hpp>
+
+#include "tools/interrupt.h"
+
+namespace espalier {
+namespace {
+
+constexpr size_t kHelpWidth = 100;
+constexpr size_t kHelpColumn = 30;
+
+// "FLOAT in [0 - 100]" and "{int8,f32}" as CLI11 tells them: "0 - 100", "int8, f32".
+std::string Range(std::string text) {
+  const size_t bracket = text.find_first_of("[{");
+  if (bracket == std::string::npos) return "";
+  text = text.substr(bracket + 1, text.find_last_of("]}") - bracket - 1);
+  for (size_t comma = text.find(','); comma != std::string::npos;
+       comma = text.find(',', comma + 2)) {
+    text.insert(comma + 1, " ");
+  }
+  return text;
+}
+
+// One option: its name and unit, then what it means with range and default, wrapped.
+class HelpFormatter : public CLI::Formatter {
+ public:
+  std::string make_option(const CLI::Option* option, bool positional) const override {
+    std::string left = "  " + option->get_name(positional, !positional);
+    std::string right = option->get_description();
+    if (option->get_type_size() != 0) {
+      const std::string type = option->get_type_name();
+      const size_t colon = type.find(':');
+      if (!positional) left += " " + type.substr(0, colon);
+      std::string bounds = colon == std::string::npos ? "" : Range(type.substr(colon + 1));
+      if (!option->get_default_str().empty()) {
+        bounds += (bounds.empty() ? "" : "; ") + ("default " + option->get_default_str());
+      }
+      if (!bounds.empty()) right += " [" + bounds + "]";
+    }
+    return Columns(left, right);
+  }
+
+  std::string make_subcommand(const CLI::App* sub) const override {
+    return Columns("  " + sub->get_name(), sub->get_description());
+  }
+
+ private:
+  static std::string Columns(std::string line, std::string_view right) {
+    std::string text;
+    if (line.size() + 2 > kHelpColumn) {
+      text = line + "\n";
+      line.clear();
+    }
+    line.resize(kHelpColumn, ' ');
+    while (!right.empty()) {
+      const size_t end = std::min(right.find(' '), right.size());
+      if (line.size() + end > kHelpWidth) {
+        line.erase(line.find_last_not_of(' ') + 1);
+        text += line + "\n";
+        line.assign(kHelpColumn, ' ');
+      }
+      line.append(right.substr(0, end)).append(" ");
+      right.remove_prefix(std::min(end + 1, right.size()));
+    }
+    line.erase(line.find_last_not_of(' ') + 1);
+    return text + line + "\n";
+  }
+};
+
+// ESPALIER_TOP_K for --top-k, for every option that has a long name.
+void NameEnvironment(CLI::App* sub) {
+  for (CLI::Option* option : sub->get_options()) {
+    if (option->get_lnames().empty() || option == sub->get_help_ptr()) continue;
+    std::string name = "ESPALIER_" + option->get_lnames().front();
+    for (char& c : name) c = c == '-' ? '_' : static_cast<char>(std::toupper(c));
+    option->envname(name);
+  }
+  // A subcommand with this callback reads its environment before the file is read, so that the
+  // environment wins over the file.
+  sub->parse_complete_callback([] {});
+}
+
+std::string OneLine(std::string text) {
+  std::replace(text.begin(), text.end(), '\n', ' ');
+  return text;
+}
+
+}  // namespace
+
+int RunCommand(int argc, const char* const* argv) {
+  CLI::App root("Talks to an Espalier server and measures the engine on this machine.", "espalier");
+  root.formatter(std::make_shared<HelpFormatter>());
+  root.set_version_flag("--version", ESPALIER_VERSION, "Print the version and exit");
+  root.set_config("--config", "", "Options from a file: a section per subcommand, [chat]")
+      ->type_name("FILE")
+      ->envname("ESPALIER_CONFIG");
+  root.allow_config_extras(CLI::config_extras_mode::error);
+  root.require_subcommand(1);
+  root.fallthrough();
+  root.footer(
+      "`espalier SUBCOMMAND --help` lists a subcommand's options. Each option may also be set in\n"
+      "the environment (ESPALIER_TOP_K for --top-k) or in the file given by --config; the command\n"
+      "line wins over the environment, and the environment over the file.\n"
+      "Exit codes: 0; 1 failed; 2 unknown option or bad value; 130 interrupted.");
+
+  Action action;
+  AddChat(root, &action);
+  AddGenerate(root, &action);
+  AddScore(root, &action);
+  AddTokenize(root, &action);
+  AddLoad(root, &action);
+  AddHealth(root, &action);
+  AddBench(root, &action);
+  for (CLI::App* sub : root.get_subcommands({})) NameEnvironment(sub);
+
+  try {
+    root.parse(argc, argv);
+  } catch (const CLI::ParseError& error) {
+    if (error.get_exit_code() == 0) return root.exit(error);  // --help, --version
+    fmt::print(stderr, "espalier: {}\n", OneLine(error.what()));
+    return 2;
+  }
+
+  const absl::Status status = action();
+  if (Interrupt::raised()) return 130;
+  if (status.ok()) return 0;
+  const std::string message(status.message());
+  fmt::print(stderr, "espalier: {}\n", OneLine(message));
+  return 1;
+}
+
+}  // namespace espalier

@@ -1,0 +1,49 @@
+// A model loaded into this process: what `bench` and a local `score` or `tokenize` run on.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "engine/model/files/model_file.h"
+#include "engine/model/model_executor.h"
+#include "kernels/backend.h"
+#include "kernels/cpu/cpu_backend.h"
+
+namespace CLI {
+class App;
+}
+
+namespace espalier {
+
+struct LocalModelOptions {
+  std::string model;  // path; empty: none
+  std::string weights = "int8";
+  std::string kv = "auto";
+  std::string isa = "auto";
+  int threads = 0;
+};
+
+// --model, --weights, --kv, --isa, --threads.
+void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options);
+
+struct LocalModel {
+  std::unique_ptr<ModelFile> file;
+  std::unique_ptr<Backend> backend;
+  std::unique_ptr<ModelExecutor> executor;
+  WeightType weights = WeightType::kInt8;
+  KvType kv = KvType::kF16;
+  Isa isa = Isa::kPortable;
+  int threads = 1;
+};
+
+// Loads, with a progress bar, with pages for `kv_tokens` tokens and a workspace for steps of
+// `step_rows` rows.
+absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int64_t kv_tokens,
+                                          int step_rows);
+
+// What a sequence of `tokens` tokens takes of kv_tokens: whole pages.
+int64_t PagedTokens(int64_t tokens);
+
+}  // namespace espalier
