@@ -7,6 +7,7 @@
 #include <concepts>
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 #include <string>
 #include <string_view>
 #include <variant>
@@ -35,12 +36,16 @@ struct LogField {
 void StartLogging(LogLevel level, LogFormat format);
 
 // Writes one line: time (UTC), level, message, fields. Thread-safe.
-void Log(LogLevel level, std::string_view message, std::initializer_list<LogField> fields = {});
+void Log(LogLevel level, std::string_view message, std::span<const LogField> fields);
+inline void Log(LogLevel level, std::string_view message,
+                std::initializer_list<LogField> fields = {}) {
+  Log(level, message, std::span(fields.begin(), fields.size()));
+}
 
 // The part of a line behind time and level. Control characters, quotes and ill-formed UTF-8 are
 // escaped, so that a line stays one line and valid JSON whatever a caller sends.
 std::string FormatLogLine(LogFormat format, std::string_view message,
-                          std::initializer_list<LogField> fields);
+                          std::span<const LogField> fields);
 
 // The info line of a call that ended: ids, counts, times; its prompt only if the summary has one.
 void LogRequest(const RequestSummary& summary);

@@ -49,7 +49,7 @@ class Metrics {
 
  private:
   struct Instruments;
-  std::unique_ptr<Instruments> instruments_;
+  std::shared_ptr<Instruments> instruments_;
 };
 
 }  // namespace espalier

@@ -1,0 +1,283 @@
+#include "server/metrics.h"
+
+#include <fmt/format.h>
+#include <prometheus/counter.h>
+#include <prometheus/exposer.h>
+#include <prometheus/gauge.h>
+#include <prometheus/histogram.h>
+#include <prometheus/registry.h>
+#include <prometheus/text_serializer.h>
+
+#include <algorithm>
+#include <array>
+#include <exception>
+#include <sstream>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace espalier {
+namespace {
+
+using prometheus::Counter;
+using prometheus::Gauge;
+using prometheus::Histogram;
+using prometheus::Labels;
+using prometheus::Registry;
+using Bounds = Histogram::BucketBoundaries;
+
+// vLLM's bounds in seconds, with finer ones below, where a small model on a CPU lives. More buckets
+// do not break a query written for fewer.
+const Bounds kFirstToken = {.001, .005, .01, .02, .04, .06, .08, .1, .25, .5,  .75,
+                            1,    2.5,  5,   7.5, 10,  20,  40,  80, 160, 640, 2560};
+const Bounds kPerToken = {.001, .0025, .005, .01, .025, .05, .075, .1, .15, .2, .3,
+                          .4,   .5,    .75,  1,   2.5,  5,   7.5,  10, 20,  40, 80};
+const Bounds kRequest = {.005, .01, .025, .05, .1, .2, .3, .5,  .8,  1,   1.5, 2,    2.5, 5,
+                         10,   15,  20,   30,  40, 50, 60, 120, 240, 480, 960, 1920, 7680};
+const Bounds kIterationTokens = {1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384};
+// vLLM's 1-2-5 series, which it ends at the model's length.
+const Bounds kTokens = {1,   2,    5,    10,   20,    50,    100,   200,
+                        500, 1000, 2000, 5000, 10000, 20000, 50000, 100000};
+
+const Bounds kStep = {.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5};
+const Bounds kRows = {0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096};
+const Bounds kRatio = {0, .05, .1, .15, .2, .25, .3, .4, .5, .6, .8, 1};
+
+// The share of PhaseTimes that each label stands for.
+struct Phase {
+  const char* name;
+  double PhaseTimes::* seconds;
+};
+constexpr std::array kPhases = {
+    Phase{"embed", &PhaseTimes::embed},
+    Phase{"attention_projections", &PhaseTimes::attention_projections},
+    Phase{"attention", &PhaseTimes::attention},
+    Phase{"mlp", &PhaseTimes::mlp},
+    Phase{"norm", &PhaseTimes::norm},
+    Phase{"head", &PhaseTimes::head},
+    Phase{"sampling", &PhaseTimes::sampling},
+};
+
+// How requests end that were queued; any other outcome is a refusal.
+constexpr std::array kOutcomes = {"stop", "length", "cancelled", "deadline", "reader_stalled"};
+
+bool Contains(const auto& names, std::string_view name) {
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+Gauge& AddGauge(Registry* registry, const char* name, const char* help, const Labels& labels = {}) {
+  return prometheus::BuildGauge().Name(name).Help(help).Register(*registry).Add(labels);
+}
+
+Counter& AddCounter(Registry* registry, const char* name, const char* help,
+                    const Labels& labels = {}) {
+  return prometheus::BuildCounter().Name(name).Help(help).Register(*registry).Add(labels);
+}
+
+Histogram& AddHistogram(Registry* registry, const char* name, const char* help,
+                        const Bounds& bounds, const Labels& labels = {}) {
+  return prometheus::BuildHistogram().Name(name).Help(help).Register(*registry).Add(labels, bounds);
+}
+
+// Adds what a total since start has grown by.
+void Advance(Counter* counter, uint64_t total) {
+  counter->Increment(static_cast<double>(total) - counter->Value());
+}
+
+}  // namespace
+
+struct Metrics::Instruments : prometheus::Collectable {
+  Instruments(const BuildInfo& build, std::function<uint64_t()> foreign)
+      : vllm{{"model_name", build.model_name}, {"engine", "0"}}, foreign_bytes(std::move(foreign)) {
+    AddGauge(r, "espalier_build_info", "What is served by which build; always 1.",
+             {{"version", build.version},
+              {"model_name", build.model_name},
+              {"weights", build.weights},
+              {"kv_type", build.kv_type},
+              {"device", build.device}})
+        .Set(1);
+    for (size_t i = 0; i < kPhases.size(); ++i) {
+      phases[i] =
+          &AddCounter(r, "espalier_step_phase_seconds_total",
+                      "Time of engine steps by what was computed.", {{"phase", kPhases[i].name}});
+    }
+    // Present from the start, so that a rate over them has no gap.
+    for (const char* outcome : kOutcomes) Finished(outcome);
+    for (const char* reason : {"stop", "length", "abort"}) Success(reason);
+    for (const char* reason : {"queue_full", "draining", "out_of_range"}) Refused(reason);
+  }
+
+  std::vector<prometheus::MetricFamily> Collect() const override {
+    if (foreign_bytes) foreign.Set(static_cast<double>(foreign_bytes()));
+    return registry.Collect();
+  }
+
+  Gauge& Memory(const char* part) {
+    return AddGauge(r, "espalier_memory_bytes", "The ledger: where memory is.", {{"part", part}});
+  }
+  Counter& Finished(std::string_view outcome) {
+    return AddCounter(r, "espalier_requests_finished_total",
+                      "Requests that were queued, by how they ended.",
+                      {{"outcome", std::string(outcome)}});
+  }
+  Counter& Refused(std::string_view reason) {
+    return AddCounter(r, "espalier_requests_refused_total",
+                      "Requests turned away before any work, by reason.",
+                      {{"reason", std::string(reason)}});
+  }
+  Counter& Success(std::string_view reason) {
+    Labels labels = vllm;
+    labels["finished_reason"] = std::string(reason);
+    return AddCounter(r, "vllm:request_success_total", "Requests that ended, by reason.", labels);
+  }
+  Histogram& Rows(const char* kind) {
+    return AddHistogram(r, "espalier_batch_rows", "Rows of a step by kind.", kRows,
+                        {{"kind", kind}});
+  }
+  Counter& TokensByRung(int rung) {
+    return AddCounter(r, "espalier_tokens_by_rung_total",
+                      "Output tokens of finished requests by the last rung they were served at.",
+                      {{"rung", fmt::format("{}", rung)}});
+  }
+
+  Registry registry;
+  Registry* const r = &registry;
+  const Labels vllm;
+  const std::function<uint64_t()> foreign_bytes;
+
+  // Engine thread.
+  Gauge& running = AddGauge(r, "vllm:num_requests_running", "Requests that hold KV memory.", vllm);
+  Gauge& waiting = AddGauge(r, "vllm:num_requests_waiting", "Requests that hold none yet.", vllm);
+  Gauge& kv_usage =
+      AddGauge(r, "vllm:kv_cache_usage_perc",
+               "KV pages in use / all pages, from 0 to 1; reusable ones are free.", vllm);
+  Counter& preemptions = AddCounter(r, "vllm:num_preemptions_total",
+                                    "Requests that lost their KV memory to others.", vllm);
+  Counter& generated =
+      AddCounter(r, "vllm:generation_tokens_total", "Tokens drawn for requests.", vllm);
+  Histogram& iteration_tokens =
+      AddHistogram(r, "vllm:iteration_tokens_total", "Rows of a step.", kIterationTokens, vllm);
+  Histogram& step = AddHistogram(r, "espalier_step_seconds", "Wall time of an engine step.", kStep);
+  Histogram& decode_rows = Rows("decode");
+  Histogram& prefill_rows = Rows("prefill");
+  std::array<Counter*, kPhases.size()> phases;
+  Counter& recomputed = AddCounter(r, "espalier_recomputed_tokens_total",
+                                   "Tokens computed again after a preemption.");
+  Gauge& queue = AddGauge(r, "espalier_queue_requests", "Requests admitted, but not running.");
+  Gauge& queue_bound = AddGauge(r, "espalier_queue_limit", "Requests that may wait.");
+  Gauge& oldest =
+      AddGauge(r, "espalier_queue_oldest_seconds", "Age of the oldest waiting request.");
+  Gauge& weights = Memory("weights");
+  Gauge& kv_used = Memory("kv_used");
+  Gauge& kv_reusable = Memory("kv_reusable");
+  Gauge& kv_free = Memory("kv_free");
+  Gauge& workspace = Memory("workspace");
+  Gauge& foreign = Memory("foreign");
+
+  // Once per request.
+  Histogram& first_token = AddHistogram(
+      r, "vllm:time_to_first_token_seconds",
+      "Arrival of the call to first token; tokenising and queueing included.", kFirstToken, vllm);
+  Histogram& per_token = AddHistogram(r, "vllm:request_time_per_output_token_seconds",
+                                      "Mean time per token after the first.", kPerToken, vllm);
+  Histogram& total = AddHistogram(r, "vllm:e2e_request_latency_seconds",
+                                  "Arrival to end of the call.", kRequest, vllm);
+  Histogram& queue_time = AddHistogram(r, "vllm:request_queue_time_seconds",
+                                       "Arrival to first scheduled.", kRequest, vllm);
+  Histogram& prompt_tokens =
+      AddHistogram(r, "vllm:request_prompt_tokens", "Prompt tokens of a request.", kTokens, vllm);
+  Histogram& output_tokens = AddHistogram(r, "vllm:request_generation_tokens",
+                                          "Output tokens of a request.", kTokens, vllm);
+  Counter& prompt_total = AddCounter(r, "vllm:prompt_tokens_total",
+                                     "Prompt tokens of requests that got to a first token.", vllm);
+  Histogram& prune_ratio =
+      AddHistogram(r, "espalier_prune_ratio",
+                   "Share of heads and channels left out, mean over a request.", kRatio);
+
+  // Holds the others weakly. Metrics ends it first, so that no scrape outlives what it reads.
+  std::unique_ptr<prometheus::Exposer> exposer;
+};
+
+Metrics::Metrics(const BuildInfo& build, std::function<uint64_t()> foreign_bytes)
+    : instruments_(std::make_shared<Instruments>(build, std::move(foreign_bytes))) {}
+
+Metrics::~Metrics() { instruments_->exposer.reset(); }
+
+absl::StatusOr<int> Metrics::Serve(const std::string& host, int port) {
+  const bool ipv6 = host.find(':') != std::string::npos;
+  const std::string address =
+      fmt::format("{}{}{}:{}", ipv6 ? "[" : "", host, ipv6 ? "]" : "", port);
+  // The library tells by exceptions, and of a port in use only that it could not start.
+  try {
+    auto exposer = std::make_unique<prometheus::Exposer>(address, /*num_threads=*/1);
+    exposer->RegisterCollectable(instruments_);
+    const std::vector<int> ports = exposer->GetListeningPorts();
+    if (ports.empty()) return absl::UnavailableError("metrics: listens nowhere at " + address);
+    instruments_->exposer = std::move(exposer);
+    return ports.front();
+  } catch (const std::exception& error) {
+    return absl::UnavailableError(fmt::format(
+        "metrics: cannot listen at {} ({}); is the port in use?", address, error.what()));
+  }
+}
+
+void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, double step_seconds,
+                     double oldest_wait_seconds) {
+  Instruments& m = *instruments_;
+  m.running.Set(load.stats.running);
+  m.waiting.Set(load.waiting());
+  m.queue.Set(load.waiting());
+  m.queue_bound.Set(load.max_waiting);
+  m.oldest.Set(oldest_wait_seconds);
+  m.kv_usage.Set(load.kv_utilization());
+  m.weights.Set(static_cast<double>(load.ledger.weights));
+  m.kv_used.Set(static_cast<double>(load.ledger.kv_used));
+  m.kv_reusable.Set(static_cast<double>(load.ledger.kv_reusable));
+  m.kv_free.Set(static_cast<double>(load.ledger.kv_free));
+  m.workspace.Set(static_cast<double>(load.ledger.workspace));
+  Advance(&m.preemptions, load.stats.preemptions);
+  Advance(&m.recomputed, load.stats.recomputed_tokens);
+
+  const int rows = report.decode_rows + report.prefill_rows;
+  if (rows == 0) return;
+  m.step.Observe(step_seconds);
+  m.iteration_tokens.Observe(rows);
+  m.decode_rows.Observe(report.decode_rows);
+  m.prefill_rows.Observe(report.prefill_rows);
+  for (size_t i = 0; i < kPhases.size(); ++i) {
+    m.phases[i]->Increment(report.phases.*kPhases[i].seconds);
+  }
+  size_t drawn = 0;
+  for (const SequenceOutput& output : report.outputs) drawn += output.tokens.size();
+  m.generated.Increment(static_cast<double>(drawn));
+}
+
+void Metrics::OnFinished(const RequestSummary& summary) {
+  Instruments& m = *instruments_;
+  const bool queued = summary.queue_s >= 0 || Contains(kOutcomes, summary.outcome);
+  if (!queued) {
+    m.Refused(summary.outcome).Increment();
+    return;
+  }
+  const bool succeeded = summary.outcome == "stop" || summary.outcome == "length";
+  m.Finished(summary.outcome).Increment();
+  m.Success(succeeded ? summary.outcome : "abort").Increment();
+  m.total.Observe(summary.total_s);
+  m.prompt_tokens.Observe(summary.prompt_tokens);
+  if (summary.queue_s >= 0) m.queue_time.Observe(summary.queue_s);
+  if (succeeded || summary.first_token_s >= 0) m.prompt_total.Increment(summary.prompt_tokens);
+  if (summary.first_token_s < 0) return;
+  m.first_token.Observe(summary.first_token_s);
+  m.output_tokens.Observe(summary.output_tokens);
+  m.prune_ratio.Observe(summary.mean_prune_ratio);
+  m.TokensByRung(summary.rung).Increment(summary.output_tokens);
+  if (summary.output_tokens > 1) m.per_token.Observe(summary.per_token_s());
+}
+
+std::string Metrics::Text() const {
+  std::ostringstream out;
+  prometheus::TextSerializer().Serialize(out, instruments_->Collect());
+  return out.str();
+}
+
+}  // namespace espalier
