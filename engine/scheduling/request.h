@@ -27,8 +27,8 @@ struct SamplingParams {
   float min_p = 0.0f;               // [0, 1]; 0 = off
   float repetition_penalty = 1.0f;  // > 0; divides positive, multiplies negative logits of tokens
                                     // seen in prompt or output; 1 = off
-  float presence_penalty = 0.0f;   // [-2, 2]; subtracted once for each token of the output
-  float frequency_penalty = 0.0f;  // [-2, 2]; subtracted per occurrence in the output
+  float presence_penalty = 0.0f;    // [-2, 2]; subtracted once for each token of the output
+  float frequency_penalty = 0.0f;   // [-2, 2]; subtracted per occurrence in the output
   std::vector<std::pair<int32_t, float>> logit_bias;  // (token, added logit)
   uint64_t seed = 0;      // the draw for output token i depends on (seed, i) only
   int top_logprobs = -1;  // -1: none; 0: of the chosen token; n: also the n most likely

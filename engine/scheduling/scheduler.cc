@@ -129,10 +129,7 @@ void Scheduler::Expire(Instant now, std::vector<SequenceOutput>* expired) {
 }
 
 void Scheduler::AddDecodes() {
-  // A prefilling head keeps one row, so that a step full of decodes cannot hold it up.
-  const int kept = !running_.empty() && !running_.front()->decoding() ? 1 : 0;
   for (size_t i = 0; i < running_.size(); ++i) {
-    if (batch_.rows() + kept >= options_.max_batch_tokens) return;
     if (running_[i]->decoding() && Grow(running_[i])) AddSpan(running_[i]);
   }
 }
@@ -212,6 +209,7 @@ void Scheduler::AddSpan(Sequence* sequence) {
   const bool decode = sequence->decoding();
   const int start = sequence->computed;
   const int rows = std::min(sequence->size() - start, options_.max_batch_tokens - batch_.rows());
+  Invariant(rows > 0, "request {} got no row of {}", request.id, options_.max_batch_tokens);
   const int first_row = batch_.rows();
   const auto first_token = sequence->tokens.begin() + start;
 

@@ -21,8 +21,11 @@
 //
 // Only the head of the queue is tried. Nobody overtakes a request that waits for room, whatever the
 // size, so at equal priority none starves; the price is room left empty while a long one waits.
-// Hence also: the first running sequence in service order has rows in every step, unless newcomers
-// of higher priority took them all.
+//
+// The first running sequence in service order has rows in every step (unless newcomers of higher
+// priority took what decodes leave): decoding, since a sequence comes to decode only by a row of
+// the step before, so there are never more decodes than rows; prefilling, since nobody behind it
+// got a row, and with it a decode, before its prompt was done. And it is never preempted.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +50,7 @@ struct KvGeometry {
 };
 
 struct SchedulerOptions {
-  int max_batch_tokens = 512;  // >= 1; rows of a step
+  int max_batch_tokens = 512;  // >= 1; rows of a step; newcomers wait while decodes take them all
   int max_sequences = 64;      // >= 1; running at once
   int max_waiting = 256;  // >= 0; queue bound for newcomers, requests; the preempted come on top
   // In [0, 1]: share of the output still to come that a promise counts. 0 admits on what is there
