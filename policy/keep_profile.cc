@@ -27,7 +27,7 @@ double KeepProfile::prune_ratio() const {
   for (int count : heads_) kept += count;
   for (int count : channels_) kept += count;
   const int64_t full = int64_t{widths_.layers} * (widths_.heads + widths_.channels);
-  return full == 0 ? 0.0 : 1.0 - static_cast<double>(kept) / static_cast<double>(full);
+  return full == 0 ? 0.0 : static_cast<double>(full - kept) / static_cast<double>(full);
 }
 
 bool KeepProfile::NestedIn(const KeepProfile& other) const {

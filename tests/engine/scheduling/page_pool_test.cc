@@ -1,0 +1,53 @@
+#include "engine/scheduling/page_pool.h"
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace espalier {
+namespace {
+
+TEST(PagePool, GivesFreshPagesInOrderAndTheLastReturnedFirst) {
+  PagePool pool(4, 2);
+  EXPECT_EQ(pool.Take(0), 0);
+  EXPECT_EQ(pool.Take(1), 1);
+  EXPECT_EQ(pool.Take(1), 2);
+  pool.Return(0, std::vector<int32_t>{0});
+  EXPECT_EQ(pool.Take(1), 0);
+  EXPECT_EQ(pool.Take(0), 3);
+  EXPECT_EQ(pool.Take(0), -1);
+  pool.CheckInvariants();
+}
+
+TEST(PagePool, CountsByLayer) {
+  PagePool pool(5, 3);
+  const std::vector<int32_t> pages = {pool.Take(2), pool.Take(2)};
+  pool.Take(0);
+  EXPECT_EQ(pool.used_by(0), 1);
+  EXPECT_EQ(pool.used_by(1), 0);
+  EXPECT_EQ(pool.used_by(2), 2);
+  EXPECT_EQ(pool.layer_of(pages[1]), 2);
+  pool.Return(2, pages);
+  EXPECT_EQ(pool.used_by(2), 0);
+  EXPECT_EQ(pool.layer_of(pages[1]), -1);
+  EXPECT_EQ(pool.free() + pool.used() + pool.cached(), pool.total());
+  EXPECT_EQ(pool.used(), 1);
+  pool.CheckInvariants();
+}
+
+TEST(PagePool, AnEmptyPoolHasNothingToGive) {
+  PagePool pool(0, 1);
+  EXPECT_EQ(pool.Take(0), -1);
+  pool.CheckInvariants();
+}
+
+TEST(PagePoolDeathTest, CrashesOnPagesThatAreNotOut) {
+  PagePool pool(4, 2);
+  const int32_t page = pool.Take(1);
+  EXPECT_DEATH(pool.Return(0, std::vector<int32_t>{page}), "page 0 returned by layer 0, held by 1");
+  EXPECT_DEATH(pool.Return(1, std::vector<int32_t>{page, page}), "held by -1");
+  EXPECT_DEATH(pool.Return(1, std::vector<int32_t>{4}), "page 4 returned, the pool has 4");
+  EXPECT_DEATH(PagePool(1, 0), "1 pages for 0 layers");
+}
+
+}  // namespace
+}  // namespace espalier
