@@ -68,7 +68,7 @@ class EngineThread {
   std::unordered_map<RequestId, std::shared_ptr<TokenStream>> streams_;
   std::vector<std::shared_ptr<TokenStream>> posts_;  // of this step
   LoadSnapshot next_load_;
-  int tokens_to_tell_ = 0;    // since the last Publish
+  int tokens_to_tell_ = 0;  // since the last Publish
   int finishes_to_tell_ = 0;
 
   mutable std::mutex load_mutex_;  // held for a copy

@@ -1,8 +1,8 @@
 #include "server/inbox.h"
 
-#include <chrono>
-
 #include <fmt/format.h>
+
+#include <chrono>
 
 #include "server/steady_clock.h"
 

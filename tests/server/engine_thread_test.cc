@@ -1,0 +1,324 @@
+#include "server/engine_thread.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <random>
+#include <thread>
+
+#include "server/steady_clock.h"
+#include "tests/server/paced_executor.h"
+
+namespace espalier {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+// Collects a stream; optionally refuses to read at all.
+class Reader final : public StreamReader {
+ public:
+  explicit Reader(bool reads = true) : reads_(reads) {}
+
+  void OnReady() override {
+    if (!reads_) return;
+    std::lock_guard lock(mutex_);
+    TokenStream::Pending pending;
+    stream->Drain(&pending);
+    for (const TokenResult& token : pending.tokens) tokens_.push_back(token.token);
+    scores_ += pending.prompt_scores.size();
+    if (pending.end.has_value()) end_ = std::move(pending.end);
+    changed_.notify_all();
+  }
+
+  // The end, or nothing after 20 s.
+  std::optional<StreamEnd> WaitForEnd() {
+    std::unique_lock lock(mutex_);
+    changed_.wait_for(lock, seconds(20), [this] { return end_.has_value(); });
+    return end_;
+  }
+  // False if it ended, or 20 s went by, with fewer.
+  bool WaitForTokens(size_t count) {
+    std::unique_lock lock(mutex_);
+    changed_.wait_for(lock, seconds(20),
+                      [&] { return tokens_.size() >= count || end_.has_value(); });
+    return tokens_.size() >= count;
+  }
+  std::vector<int32_t> tokens() {
+    std::lock_guard lock(mutex_);
+    return tokens_;
+  }
+  size_t scores() {
+    std::lock_guard lock(mutex_);
+    return scores_;
+  }
+
+  std::shared_ptr<TokenStream> stream;
+
+ private:
+  const bool reads_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<int32_t> tokens_;
+  size_t scores_ = 0;
+  std::optional<StreamEnd> end_;
+};
+
+class EngineThreadTest : public testing::Test {
+ protected:
+  void Start(int max_waiting = 256, SchedulerOptions options = {.max_waiting = 1 << 20},
+             KvGeometry geometry = {.layers = 2, .pages = 4096, .context = 4096}) {
+    paced_ = std::make_unique<PacedEngine>(options, geometry);
+    thread_ = std::make_unique<EngineThread>(
+        &paced_->engine, &ready_, max_waiting,
+        EngineHooks{.on_step = [this](const StepReport&, const LoadSnapshot&, double,
+                                      double) { ++reports_; },
+                    .on_lost = [this](const absl::Status&) { lost_ = true; }});
+  }
+
+  std::shared_ptr<Reader> Offer(Request request, size_t capacity = TokenStream::kUnbounded,
+                                bool reads = true) {
+    absl::StatusOr<Reservation> place = thread_->inbox().Reserve();
+    if (!place.ok()) return nullptr;
+    auto reader = std::make_shared<Reader>(reads);
+    reader->stream = std::make_shared<TokenStream>(request.id, capacity, reader);
+    request.arrival = SteadyNow();
+    if (!(*std::move(place)).Submit({std::move(request), reader->stream})) return nullptr;
+    return reader;
+  }
+
+  static Request Prompt(RequestId id, int max_tokens, int prompt_tokens = 4) {
+    return {.id = id,
+            .prompt = std::vector<int32_t>(prompt_tokens, static_cast<int32_t>(id)),
+            .stop = {.max_tokens = max_tokens}};
+  }
+
+  static std::vector<int32_t> Expected(RequestId id, int count) {
+    std::vector<int32_t> tokens;
+    for (int i = 0; i < count; ++i) tokens.push_back(PacedToken(static_cast<int32_t>(id), i));
+    return tokens;
+  }
+
+  // Waits until no page is used; false after 20 s.
+  bool PagesComeBack() {
+    for (const Instant until = SteadyNow() + seconds(20); SteadyNow() < until;) {
+      const LoadSnapshot load = thread_->load();
+      if (load.stats.running + load.stats.waiting + load.stats.pages_used == 0) return true;
+      std::this_thread::sleep_for(milliseconds(1));
+    }
+    return false;
+  }
+
+  std::unique_ptr<PacedEngine> paced_;
+  ReadyQueue ready_{2};
+  std::unique_ptr<EngineThread> thread_;
+  std::atomic<int> reports_ = 0;
+  std::atomic<bool> lost_ = false;
+};
+
+TEST_F(EngineThreadTest, StreamsEveryTokenInOrder) {
+  Start();
+  std::vector<std::shared_ptr<Reader>> readers;
+  for (RequestId id = 1; id <= 20; ++id) readers.push_back(Offer(Prompt(id, 50 + int(id))));
+  for (RequestId id = 1; id <= 20; ++id) {
+    const std::optional<StreamEnd> end = readers[id - 1]->WaitForEnd();
+    ASSERT_TRUE(end.has_value());
+    EXPECT_EQ(end->reason, FinishReason::kLength);
+    EXPECT_EQ(end->prompt_tokens, 4);
+    EXPECT_EQ(readers[id - 1]->tokens(), Expected(id, 50 + int(id)));
+  }
+  EXPECT_TRUE(PagesComeBack());
+  const LoadSnapshot load = thread_->load();
+  EXPECT_GT(load.generated_tokens_per_second, 0);
+  EXPECT_GT(load.finished_per_second, 0);
+  EXPECT_GE(reports_, 70);
+}
+
+TEST_F(EngineThreadTest, ScoresComeWithTheEnd) {
+  Start();
+  Request request = Prompt(1, 0, 600);  // more than one prefill chunk
+  request.prompt_logprobs = true;
+  const auto reader = Offer(std::move(request));
+  ASSERT_TRUE(reader->WaitForEnd().has_value());
+  EXPECT_EQ(reader->scores(), 599u);
+  EXPECT_TRUE(reader->tokens().empty());
+}
+
+TEST_F(EngineThreadTest, WhatCanNeverFitIsRefusedWithItsReason) {
+  Start();
+  const auto reader = Offer(Prompt(1, 5000));
+  const std::optional<StreamEnd> end = reader->WaitForEnd();
+  ASSERT_TRUE(end.has_value());
+  EXPECT_EQ(end->cause, StreamEnd::Cause::kRefused);
+  EXPECT_EQ(end->error.code(), absl::StatusCode::kOutOfRange);
+}
+
+TEST_F(EngineThreadTest, QueueIsBoundedWhileTheEngineIsBusy) {
+  Start(3, {.max_sequences = 1, .max_waiting = 1 << 20});
+  paced_->executor.Hold();
+  std::vector<std::shared_ptr<Reader>> in;
+  for (RequestId id = 1; id <= 10; ++id) {
+    if (auto reader = Offer(Prompt(id, 4))) in.push_back(std::move(reader));
+  }
+  // 3 wait; besides one may run, if the engine took it before the others came.
+  EXPECT_GE(in.size(), 3u);
+  EXPECT_LE(in.size(), 4u);
+  EXPECT_EQ(thread_->inbox().Reserve().status().code(), absl::StatusCode::kResourceExhausted);
+  paced_->executor.Go();
+  for (const auto& reader : in) EXPECT_TRUE(reader->WaitForEnd().has_value());
+  EXPECT_TRUE(thread_->inbox().Reserve().ok());
+}
+
+TEST_F(EngineThreadTest, ReaderThatStallsIsEndedAndItsPagesComeBack) {
+  Start();
+  const auto stalled = Offer(Prompt(1, 2000), 16, /*reads=*/false);
+  const auto reader = Offer(Prompt(2, 300), 1 << 20);
+  ASSERT_TRUE(reader->WaitForEnd().has_value());
+  EXPECT_EQ(reader->tokens(), Expected(2, 300));
+  EXPECT_TRUE(PagesComeBack());
+  EXPECT_TRUE(stalled->stream->stalled());
+  TokenStream::Pending pending;
+  stalled->stream->Drain(&pending);
+  EXPECT_EQ(pending.tokens.size(), 16u);
+  ASSERT_TRUE(pending.end.has_value());
+  EXPECT_EQ(pending.end->cause, StreamEnd::Cause::kStalled);
+}
+
+TEST_F(EngineThreadTest, CancelWorksQueuedInPrefillAndInDecode) {
+  Start(256, {.max_batch_tokens = 16, .max_sequences = 2, .max_waiting = 1 << 20});
+  paced_->executor.set_step_time(std::chrono::microseconds(500));
+  const auto decoding = Offer(Prompt(1, 3000));
+  ASSERT_TRUE(decoding->WaitForTokens(5));
+  const auto prefilling = Offer(Prompt(2, 10, 3000));
+  const auto queued = Offer(Prompt(3, 10));
+  while (thread_->load().stats.running < 2) std::this_thread::sleep_for(milliseconds(1));
+  thread_->inbox().Cancel(2);
+  thread_->inbox().Cancel(3);
+  while (thread_->load().stats.running + thread_->load().stats.waiting > 1) {
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  EXPECT_TRUE(prefilling->tokens().empty());
+  thread_->inbox().Cancel(1);
+  thread_->inbox().Cancel(1);   // twice is as once
+  thread_->inbox().Cancel(99);  // never heard of
+  EXPECT_TRUE(PagesComeBack());
+  EXPECT_EQ(decoding->tokens(), Expected(1, static_cast<int>(decoding->tokens().size())));
+}
+
+TEST_F(EngineThreadTest, CancelBeforeTheEngineSawTheRequest) {
+  Start();
+  const auto first = Offer(Prompt(1, 3000));
+  ASSERT_TRUE(first->WaitForTokens(1));
+  paced_->executor.Hold();
+  const auto second = Offer(Prompt(2, 3000));
+  thread_->inbox().Cancel(2);
+  thread_->inbox().Cancel(1);
+  paced_->executor.Go();
+  EXPECT_TRUE(PagesComeBack());
+  EXPECT_TRUE(second->tokens().empty());
+}
+
+TEST_F(EngineThreadTest, DeadlineEndsQueuedAndRunning) {
+  Start(256, {.max_sequences = 1, .max_waiting = 1 << 20});
+  paced_->executor.set_step_time(milliseconds(1));
+  Request runs = Prompt(1, 3000), waits = Prompt(2, 10);
+  runs.deadline = SteadyNow() + milliseconds(100);
+  waits.deadline = SteadyNow() + milliseconds(30);
+  const auto running = Offer(std::move(runs));
+  ASSERT_TRUE(running->WaitForTokens(1));
+  const auto waiting = Offer(std::move(waits));
+  EXPECT_EQ(waiting->WaitForEnd()->reason, FinishReason::kDeadline);
+  EXPECT_TRUE(waiting->tokens().empty());
+  EXPECT_EQ(running->WaitForEnd()->reason, FinishReason::kDeadline);
+  EXPECT_TRUE(PagesComeBack());
+}
+
+TEST_F(EngineThreadTest, DrainLetsTheAcceptedFinish) {
+  Start();
+  paced_->executor.set_step_time(std::chrono::microseconds(100));
+  std::vector<std::shared_ptr<Reader>> readers;
+  for (RequestId id = 1; id <= 80; ++id) readers.push_back(Offer(Prompt(id, 40)));
+  EXPECT_TRUE(thread_->Drain(seconds(20)));
+  EXPECT_EQ(Offer(Prompt(99, 1)), nullptr);
+  for (const auto& reader : readers) {
+    EXPECT_EQ(reader->WaitForEnd()->cause, StreamEnd::Cause::kFinished);
+  }
+  EXPECT_TRUE(thread_->load().draining);
+}
+
+TEST_F(EngineThreadTest, DrainEndsWhatTakesTooLong) {
+  Start();
+  paced_->executor.set_step_time(milliseconds(2));
+  const auto slow = Offer(Prompt(1, 4000));
+  ASSERT_TRUE(slow->WaitForTokens(1));
+  EXPECT_FALSE(thread_->Drain(milliseconds(20)));
+  EXPECT_EQ(slow->WaitForEnd()->cause, StreamEnd::Cause::kShutdown);
+  EXPECT_EQ(thread_->load().stats.pages_used, 0);
+}
+
+TEST_F(EngineThreadTest, LostDeviceEndsEveryStreamAndTakesNoMore) {
+  Start();
+  const auto running = Offer(Prompt(1, 4000));
+  ASSERT_TRUE(running->WaitForTokens(1));
+  paced_->executor.Hold();
+  const auto late = Offer(Prompt(2, 10));
+  paced_->executor.Break(absl::InternalError("the device fell off the bus"));
+  paced_->executor.Go();
+  for (const auto& reader : {running, late}) {
+    const std::optional<StreamEnd> end = reader->WaitForEnd();
+    ASSERT_TRUE(end.has_value());
+    EXPECT_EQ(end->cause, StreamEnd::Cause::kLost);
+    EXPECT_THAT(end->error.ToString(), testing::HasSubstr("fell off"));
+  }
+  EXPECT_TRUE(lost_);
+  EXPECT_EQ(Offer(Prompt(3, 1)), nullptr);
+}
+
+// Clients of every temper at once, while the server drains: whoever was accepted gets an end unless
+// it cancelled, whoever was not is told so, and all pages are back.
+TEST_F(EngineThreadTest, StormOfClientsAcrossADrain) {
+  Start(32, {.max_batch_tokens = 64, .max_sequences = 8, .max_waiting = 1 << 20},
+        {.layers = 2, .pages = 256, .context = 512});
+  std::atomic<int> finished = 0, refused = 0, cancelled = 0, wrong = 0;
+  std::vector<std::thread> clients;
+  for (int client = 0; client < 6; ++client) {
+    clients.emplace_back([&, client] {
+      std::mt19937 random(static_cast<unsigned>(client));
+      for (int i = 0; i < 60; ++i) {
+        const RequestId id = static_cast<RequestId>(client * 1000 + i + 1);
+        const int length = 1 + static_cast<int>(random() % 60);
+        Request request = Prompt(id, length, 1 + static_cast<int>(random() % 100));
+        if (random() % 4 == 0) request.deadline = SteadyNow() + milliseconds(random() % 5);
+        const auto reader = Offer(std::move(request));
+        if (reader == nullptr) {
+          ++refused;
+          std::this_thread::yield();
+          continue;
+        }
+        if (random() % 3 == 0) {
+          reader->WaitForTokens(random() % 2);
+          thread_->inbox().Cancel(id);
+          ++cancelled;
+          continue;
+        }
+        if (!reader->WaitForEnd().has_value()) ++wrong;
+        const std::vector<int32_t> tokens = reader->tokens();
+        if (tokens != Expected(id, static_cast<int>(tokens.size()))) ++wrong;
+        ++finished;
+      }
+    });
+  }
+  std::this_thread::sleep_for(milliseconds(30));
+  EXPECT_TRUE(thread_->Drain(seconds(30)));
+  for (std::thread& client : clients) client.join();
+  EXPECT_EQ(wrong, 0);
+  EXPECT_EQ(finished + refused + cancelled, 6 * 60);
+  EXPECT_EQ(thread_->load().stats.pages_used, 0);
+  paced_->engine.scheduler().CheckInvariants();
+}
+
+}  // namespace
+}  // namespace espalier
