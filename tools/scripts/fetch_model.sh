@@ -18,7 +18,7 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/espalier
 model=$cache/$name
 # Left beside a model whose checksum was right, so that later runs need only look at the size.
 checked=$model.sha256
-if [ "$(stat -Lc %s "$model" 2>/dev/null)" = "$bytes" ] && [ "$checked" -nt "$model" ] &&
+if [ "$(stat -Lc %s "$model" 2>/dev/null)" = "$bytes" ] && [ ! "$checked" -ot "$model" ] &&
   [ "$(cat "$checked")" = "$sha256" ]; then
   echo "$model"
   exit 0
@@ -54,6 +54,5 @@ if [ "$got" != "$sha256" ]; then
   exit 1
 fi
 mv "$work/$name" "$model"
-touch -d '-1 second' "$model"
 echo "$sha256" >"$checked"
 echo "$model"
