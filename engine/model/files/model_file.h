@@ -18,9 +18,9 @@ namespace espalier {
 
 // A tensor in the mapped file. Matrices are [out, in], rows of `in` values contiguous.
 struct StoredTensor {
-  std::string name;            // canonical (GGUF) name, e.g. "blk.0.attn_q.weight"
+  std::string name;  // canonical (GGUF) name, e.g. "blk.0.attn_q.weight"
   BlockType type = BlockType::kF32;
-  int rows = 1;                // 1 for vectors
+  int rows = 1;  // 1 for vectors
   int cols = 0;
   const std::byte* data = nullptr;
   size_t bytes = 0;
@@ -33,9 +33,9 @@ class ModelFile {
  public:
   virtual ~ModelFile() = default;
 
-  // `path`: a .gguf file, or a folder with config.json, *.safetensors and tokenizer.json. Every size
-  // and offset is checked against the file before use. An error is one line: file, tensor or key,
-  // expected, got.
+  // `path`: a .gguf file, or a folder with config.json, *.safetensors and tokenizer.json. Every
+  // size and offset is checked against the file before use. An error is one line: file, tensor or
+  // key, expected, got.
   static absl::StatusOr<std::unique_ptr<ModelFile>> Open(const std::string& path);
 
   const ModelConfig& config() const { return config_; }

@@ -1,0 +1,104 @@
+#include "engine/model/files/quant_blocks.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <limits>
+#include <string>
+#include <vector>
+
+namespace espalier {
+namespace {
+
+std::string ReadAll(const std::filesystem::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+std::vector<uint32_t> Bits(const float* values, size_t count) {
+  std::vector<uint32_t> bits(count);
+  std::memcpy(bits.data(), values, count * sizeof(float));
+  return bits;
+}
+
+class QuantBlocks : public testing::TestWithParam<BlockType> {};
+
+// `folder` has TYPE.raw.bin and TYPE.f32.bin.
+void ExpectBitEqual(BlockType type, const std::filesystem::path& folder) {
+  const std::string name(BlockTypeName(type));
+  const std::string raw = ReadAll(folder / (name + ".raw.bin"));
+  const std::string expected_bytes = ReadAll(folder / (name + ".f32.bin"));
+  ASSERT_FALSE(raw.empty()) << folder;
+  const size_t count = expected_bytes.size() / sizeof(float);
+  ASSERT_EQ(raw.size() / BlockBytes(type) * BlockValues(type), count);
+  std::vector<float> values(count);
+  // From an odd address: blocks in a file are not aligned.
+  const std::string shifted = " " + raw;
+  Dequantize(type, reinterpret_cast<const std::byte*>(shifted.data() + 1), count, values.data());
+  std::vector<float> expected(count);
+  std::memcpy(expected.data(), expected_bytes.data(), expected_bytes.size());
+  EXPECT_EQ(Bits(values.data(), count), Bits(expected.data(), count));
+}
+
+TEST_P(QuantBlocks, EqualGoldenBitForBit) {
+  const char* golden = std::getenv("ESPALIER_GOLDEN");
+  if (golden == nullptr) GTEST_SKIP() << "ESPALIER_GOLDEN is not set";
+  if (GetParam() == BlockType::kF32) GTEST_SKIP() << "no golden blocks of F32: a copy";
+  ExpectBitEqual(GetParam(), std::filesystem::path(golden) / "quant_blocks");
+}
+
+INSTANTIATE_TEST_SUITE_P(All, QuantBlocks,
+                         testing::Values(BlockType::kF32, BlockType::kF16, BlockType::kBF16,
+                                         BlockType::kQ8_0, BlockType::kQ4_0, BlockType::kQ4_1,
+                                         BlockType::kQ4_K, BlockType::kQ6_K),
+                         [](const auto& info) { return std::string(BlockTypeName(info.param)); });
+
+TEST(Half, EveryValueSurvivesTheRoundTrip) {
+  for (uint32_t half = 0; half <= 0xFFFF; ++half) {
+    const float value = HalfToFloat(static_cast<uint16_t>(half));
+    if (std::isnan(value)) {
+      EXPECT_TRUE((half & 0x7C00) == 0x7C00 && (half & 0x3FF) != 0) << half;
+      EXPECT_TRUE(std::isnan(HalfToFloat(FloatToHalf(value)))) << half;
+    } else {
+      EXPECT_EQ(FloatToHalf(value), half);
+    }
+  }
+}
+
+TEST(Half, IsWhatItsBitsSay) {
+  EXPECT_EQ(HalfToFloat(0x3C00), 1.0f);
+  EXPECT_EQ(HalfToFloat(0xC000), -2.0f);
+  EXPECT_EQ(HalfToFloat(0x0001), 0x1p-24f);
+  EXPECT_EQ(HalfToFloat(0x03FF), 1023 * 0x1p-24f);
+  EXPECT_EQ(HalfToFloat(0x0400), 0x1p-14f);
+  EXPECT_EQ(HalfToFloat(0x7BFF), 65504.0f);
+  EXPECT_EQ(HalfToFloat(0xFC00), -std::numeric_limits<float>::infinity());
+  EXPECT_TRUE(std::signbit(HalfToFloat(0x8000)));
+}
+
+TEST(Half, RoundsToNearestEven) {
+  // Between each two neighbours: below, at and above the middle. The middle of two halfs and its
+  // neighbours are floats, so nothing here rounds but FloatToHalf.
+  for (uint32_t half = 0; half < 0x7BFF; ++half) {
+    const float low = HalfToFloat(static_cast<uint16_t>(half));
+    const float high = HalfToFloat(static_cast<uint16_t>(half + 1));
+    const float middle = low + (high - low) / 2;
+    EXPECT_EQ(FloatToHalf(std::nextafter(middle, 0.0f)), half);
+    EXPECT_EQ(FloatToHalf(middle), half % 2 == 0 ? half : half + 1);
+    EXPECT_EQ(FloatToHalf(std::nextafter(middle, high)), half + 1);
+  }
+  EXPECT_EQ(FloatToHalf(65519.996f), 0x7BFF);
+  EXPECT_EQ(FloatToHalf(65520.0f), 0x7C00);
+  EXPECT_EQ(FloatToHalf(-1e30f), 0xFC00);
+  EXPECT_EQ(FloatToHalf(std::numeric_limits<float>::denorm_min()), 0);
+}
+
+}  // namespace
+}  // namespace espalier
