@@ -1,0 +1,58 @@
+# The commands of this tree; `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help demo test serve bench build debug asan tsan format format-check tidy layering \
+  lint-proto packages clean
+
+SCRIPTS := tools/scripts
+SOURCES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
+
+help: ## This list
+	@echo "MODEL=path uses a model of yours, ARGS='--flag ...' goes to serve, bench and tidy."
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
+
+demo: ## Fetch a model, serve it, stream an answer, run a burst, drain
+	@$(SCRIPTS)/demo.sh
+
+test: ## Build and run every test
+	@$(SCRIPTS)/test.sh release
+
+serve: build ## Serve the model until Ctrl-C
+	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/espalier-server --model "$$model" $(ARGS)
+
+bench: build ## Prefill and decode speed, and their share of this machine's roofline
+	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/espalier bench --model "$$model" $(ARGS)
+
+build: ## Build release into build/release
+	@$(SCRIPTS)/build.sh release
+
+debug: ## Build debug into build/debug
+	@$(SCRIPTS)/build.sh debug
+
+asan: ## Every test under AddressSanitizer, LeakSanitizer and UBSan
+	@$(SCRIPTS)/test.sh asan
+
+tsan: ## Every test that links no gRPC under ThreadSanitizer
+	@$(SCRIPTS)/test.sh tsan
+
+format: ## Format the C++ sources in place
+	@$(SCRIPTS)/install_packages.sh clang
+	@clang-format-19 -i $(SOURCES)
+
+format-check: ## Fail if a C++ source is not formatted
+	@$(SCRIPTS)/install_packages.sh clang
+	@clang-format-19 --dry-run --Werror $(SOURCES)
+
+tidy: build ## clang-tidy over what differs from HEAD; ARGS=--all: everything
+	@$(SCRIPTS)/tidy.sh $(ARGS)
+
+layering: ## Check who includes whom, and what the pure folders know
+	@python3 tests/layering_test.py
+
+lint-proto: ## buf lint over proto/
+	@python=$$($(SCRIPTS)/python_env.sh) && "$${python%/*}/buf" lint proto && echo "proto: clean"
+
+packages: ## Install the Debian packages that building, testing and linting need
+	@$(SCRIPTS)/install_packages.sh build test clang
+
+clean: ## Remove build/
+	rm -rf build
