@@ -26,14 +26,14 @@ struct VocabularyToken {
 };
 
 struct Vocabulary {
-  std::vector<VocabularyToken> tokens;  // index = token id
+  std::vector<VocabularyToken> tokens;                      // index = token id
   std::vector<std::pair<std::string, std::string>> merges;  // by rank, byte-level alphabet
   PreTokenizer pre_tokenizer = PreTokenizer::kGpt2;
-  int32_t bos = -1;                     // -1: none
+  int32_t bos = -1;  // -1: none
   int32_t eos = -1;
-  std::vector<int32_t> end_tokens;      // every token that ends a generation, eos among them
+  std::vector<int32_t> end_tokens;  // every token that ends a generation, eos among them
   bool add_bos = false;
-  std::string chat_template;            // Jinja; empty: none
+  std::string chat_template;  // Jinja; empty: none
 };
 
 }  // namespace espalier
