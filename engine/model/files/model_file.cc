@@ -10,12 +10,15 @@
 #include "engine/model/files/architecture.h"
 #include "engine/model/files/file_error.h"
 #include "engine/model/files/gguf_model.h"
+#include "engine/model/files/hf_folder.h"
 #include "engine/model/files/mapped_file.h"
 
 namespace espalier {
 namespace {
 
 absl::StatusOr<std::unique_ptr<ModelFile>> OpenAnyFormat(const std::string& path) {
+  std::error_code ignored;
+  if (std::filesystem::is_directory(path, ignored)) return OpenHfFolder(path);
   absl::StatusOr<MappedFile> file = MappedFile::Open(path);
   if (!file.ok()) return file.status();
   const std::string_view start = file->bytes().substr(0, 4);
