@@ -12,8 +12,7 @@ uint64_t PairKey(int32_t left, int32_t right) {
 
 }  // namespace
 
-Merges::Merges(const std::array<int32_t, 256>& byte_tokens)
-    : byte_tokens_(byte_tokens), slots_(16) {}
+Merges::Merges() : slots_(16) { byte_tokens_.fill(-1); }
 
 size_t Merges::SlotOf(uint64_t pair) const {
   const size_t mask = slots_.size() - 1;

@@ -32,10 +32,10 @@ class Merges {
     std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> candidates;
   };
 
-  Merges() = default;
+  // No byte has a token and there are no rules.
+  Merges();
 
-  // `byte_tokens`: token of each byte, -1 for none.
-  explicit Merges(const std::array<int32_t, 256>& byte_tokens);
+  void SetByteToken(uint8_t byte, int32_t token) { byte_tokens_[byte] = token; }
 
   // Adds the rule of the next rank. False if its pair has one already.
   bool Add(const Rule& rule);
@@ -56,9 +56,9 @@ class Merges {
   int32_t RankOf(int32_t left, int32_t right) const;  // -1: never merged
   void Grow();
 
-  std::array<int32_t, 256> byte_tokens_;
-  std::vector<Rule> rules_;  // by rank
-  std::vector<Slot> slots_;  // open addressing, a power of two, at most half full
+  std::array<int32_t, 256> byte_tokens_;  // -1: none
+  std::vector<Rule> rules_;               // by rank
+  std::vector<Slot> slots_;               // open addressing, a power of two, at most half full
 };
 
 }  // namespace espalier

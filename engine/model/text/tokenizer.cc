@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <array>
 #include <unordered_map>
 #include <utility>
 
@@ -17,9 +16,9 @@
 namespace espalier {
 namespace {
 
-// Far above any known model: 2^18 tokens, special strings of some dozen bytes.
+// Well above any known model: 2^18 tokens, of at most some hundred bytes.
 constexpr size_t kMaxTokens = size_t{1} << 24;
-constexpr size_t kMaxTokenBytes = size_t{1} << 16;
+constexpr size_t kMaxTokenBytes = 1024;
 // Keeps every offset below 2^31, after NFC too, which at most triples a text.
 constexpr size_t kMaxTextBytes = size_t{1} << 29;
 
@@ -114,9 +113,10 @@ absl::Status Tokenizer::Impl::ReadMerges() {
     const auto found = normal.find(text);
     return found == normal.end() ? -1 : found->second;
   };
-  std::array<int32_t, 256> byte_tokens;
-  for (int b = 0; b < 256; ++b) byte_tokens[b] = token_of(SpellByte(static_cast<uint8_t>(b)));
-  merges = Merges(byte_tokens);
+  for (int b = 0; b < 256; ++b) {
+    const auto byte = static_cast<uint8_t>(b);
+    merges.SetByteToken(byte, token_of(SpellByte(byte)));
+  }
   size_t rank = 0;
   for (const auto& [left, right] : vocabulary.merges) {
     const auto invalid = [&](std::string_view why) {
@@ -156,6 +156,7 @@ absl::StatusOr<std::unique_ptr<const Tokenizer>> Tokenizer::Create(Vocabulary vo
   if (auto status = impl->ReadTokens(); !status.ok()) return status;
   if (auto status = impl->ReadMerges(); !status.ok()) return status;
   impl->normal = {};
+  CharacterTable::Get();  // made now, so that no request waits for it
   return std::unique_ptr<const Tokenizer>(new Tokenizer(std::move(impl)));
 }
 

@@ -30,7 +30,8 @@ class Tokenizer {
   // Byte lengths of the pre-tokenizer's pieces of `text` (normalised), for tests.
   std::vector<int> PieceLengths(std::string_view text) const;
 
-  // The bytes of one token: text of a special token, raw bytes of a normal one. "" if out of range.
+  // The bytes of one token: text of a special token, raw bytes of a normal one. "" if out of range
+  // or unused.
   std::string_view TokenBytes(int32_t token) const;
   bool IsSpecial(int32_t token) const;
 

@@ -38,10 +38,8 @@ std::vector<int32_t> EncodeSlowly(const std::vector<Merges::Rule>& rules,
 TEST(Merges, EqualTheDefinitionForAnyRules) {
   std::mt19937 random(7);
   for (int round = 0; round < 300; ++round) {
-    std::array<int32_t, 256> byte_tokens;
-    byte_tokens.fill(-1);
-    for (int i = 0; i < 4; ++i) byte_tokens['a' + i] = i;
-    Merges merges(byte_tokens);
+    Merges merges;
+    for (int i = 0; i < 4; ++i) merges.SetByteToken(static_cast<uint8_t>('a' + i), i);
     std::vector<Merges::Rule> rules;
     for (int32_t merged = 4; merged < 40; ++merged) {
       const Merges::Rule rule{static_cast<int32_t>(random() % 20),
@@ -67,9 +65,7 @@ TEST(Merges, EqualTheDefinitionForAnyRules) {
 }
 
 TEST(Merges, RefuseASecondRuleForAPair) {
-  std::array<int32_t, 256> byte_tokens;
-  byte_tokens.fill(-1);
-  Merges merges(byte_tokens);
+  Merges merges;
   EXPECT_TRUE(merges.Add({1, 2, 3}));
   EXPECT_FALSE(merges.Add({1, 2, 4}));
   EXPECT_TRUE(merges.Add({2, 1, 4}));

@@ -6,8 +6,10 @@
 #include <cstdlib>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "engine/model/files/model_file.h"
+#include "engine/model/text/byte_alphabet.h"
 #include "engine/model/text/tokenizer.h"
 #include "tests/engine/text/text_vectors.h"
 
@@ -94,14 +96,22 @@ TEST_F(SmolLmGolden, Decode) {
   EXPECT_GE(streamed, 499);  // of 500
 }
 
-TEST_F(SmolLmGolden, InvalidUtf8) {
+TEST_F(TextGolden, InvalidUtf8) {
+  Vocabulary bytes_only;  // token b is byte b
+  for (int b = 0; b < 256; ++b) {
+    bytes_only.tokens.push_back({SpellByte(static_cast<uint8_t>(b)), TokenKind::kNormal});
+  }
+  const auto tokenizer = MakeTokenizer(std::move(bytes_only));
   for (const json& line : Lines("tokenizer/invalid_utf8.jsonl")) {
     const std::string bytes = FromHex(line["hex"]);
     EXPECT_EQ(ValidUtf8Prefix(bytes), line["valid_up_to"]) << line;
-    const auto tokens = tokenizer_->Encode(bytes, kAsText);
+    const auto tokens = tokenizer->Encode(bytes, kAsText);
     ASSERT_EQ(tokens.status().code(), absl::StatusCode::kInvalidArgument) << line;
     EXPECT_THAT(std::string(tokens.status().message()),
                 ::testing::EndsWith("byte offset " + line["valid_up_to"].dump()));
+    std::vector<int32_t> ids;
+    for (const char c : bytes) ids.push_back(static_cast<uint8_t>(c));
+    EXPECT_EQ(tokenizer->Decode(ids, /*skip_special=*/false), line["lossy_text"]) << line;
   }
 }
 
