@@ -131,7 +131,7 @@ Value Seconds(milliseconds ServerOptions::* field) {
 }
 
 template <typename T>
-Value Choice(T ServerOptions::* field, std::vector<std::pair<std::string, T>> choices) {
+Value Choice(T ServerOptions::* field, const std::vector<std::pair<std::string, T>>& choices) {
   std::string names;
   for (const auto& [name, value] : choices) names += (names.empty() ? "" : "|") + name;
   return {names, "one of " + names,

@@ -15,7 +15,6 @@ namespace {
 
 using std::chrono::milliseconds;
 using ::testing::HasSubstr;
-using ::testing::Not;
 
 // An environment of our own making: what the caller of the test has set does not reach it.
 class OptionsTest : public ::testing::Test {
@@ -49,7 +48,7 @@ class OptionsTest : public ::testing::Test {
     return path;
   }
 
-  absl::StatusOr<std::optional<ServerOptions>> Parse(std::vector<std::string> flags) {
+  absl::StatusOr<std::optional<ServerOptions>> Parse(const std::vector<std::string>& flags) {
     std::vector<const char*> argv{"espalier-server"};
     for (const std::string& flag : flags) argv.push_back(flag.c_str());
     return ParseServerOptions(static_cast<int>(argv.size()), argv.data());

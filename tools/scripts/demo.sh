@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# First contact: builds, serves the model on a free port, streams an answer, runs a burst, drains.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+bin=build/release/bin
+work=build/demo
+server=
+
+say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+
+fail() {
+  [ -s $work/server.log ] && tail -n 5 $work/server.log >&2
+  echo "demo: $1" >&2
+  exit 1
+}
+
+# Whatever happens, nothing of ours is left running.
+stop_server() { [ -n "$server" ] && kill -KILL "$server" 2>/dev/null && wait "$server" 2>/dev/null; }
+trap stop_server EXIT
+trap 'exit 130' INT TERM
+
+tools/scripts/build.sh release || fail "the build failed (above)"
+model=$(tools/scripts/fetch_model.sh) || exit 1
+
+rm -rf $work
+mkdir -p $work
+say "Serving $(basename "$model")"
+began=$SECONDS
+$bin/espalier-server --model "$model" --host 127.0.0.1 --port 0 --port-file $work/port \
+  --metrics-port -1 >$work/server.log 2>&1 &
+server=$!
+while [ ! -s $work/port ]; do
+  kill -0 $server 2>/dev/null || fail "the server ended before it listened; its last lines are above"
+  [ $((SECONDS - began)) -lt 120 ] || fail "the server does not listen after 120 s"
+  sleep 0.05
+done
+address=127.0.0.1:$(<$work/port)
+$bin/espalier health --wait --deadline 120 --address "$address" >$work/health.log ||
+  fail "the server is not SERVING after 120 s"
+echo "SERVING at $address"
+
+say "> Why is the sky blue?"
+$bin/espalier chat --address "$address" --deadline 120 --temperature 0 --max-tokens 96 \
+  --once "Why is the sky blue?" || fail "no answer"
+
+say "16 requests at once, 64 + 64 tokens each"
+$bin/espalier load --address "$address" --requests 16 --concurrency 16 --prompt-tokens 64 \
+  --max-tokens 64 --deadline 300 || fail "the burst failed"
+
+say "Draining"
+kill -TERM $server
+wait $server
+status=$?
+server=
+[ $status -eq 0 ] || fail "the server ended with code $status"
+echo "The server finished what ran and ended. demo: done in $SECONDS s"
