@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cctype>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -95,7 +96,17 @@ std::string OneLine(std::string text) {
   return text;
 }
 
+bool FromEnvironment(const CLI::Option* option) {
+  const char* value = std::getenv(option->get_envname().c_str());
+  return value != nullptr && option->count() > 0 && option->results().front() == value;
+}
+
 }  // namespace
+
+bool IsLocal(const CLI::Option* model, const CLI::Option* address) {
+  if (model->count() == 0) return false;
+  return !(FromEnvironment(model) && address->count() > 0 && !FromEnvironment(address));
+}
 
 int RunCommand(int argc, const char* const* argv) {
   CLI::App root("Talks to an Espalier server and measures the engine on this machine.", "espalier");

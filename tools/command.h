@@ -7,7 +7,8 @@
 
 namespace CLI {
 class App;
-}
+class Option;
+}  // namespace CLI
 
 namespace espalier {
 
@@ -22,6 +23,10 @@ void AddTokenize(CLI::App& root, Action* action);
 void AddLoad(CLI::App& root, Action* action);
 void AddHealth(CLI::App& root, Action* action);
 void AddBench(CLI::App& root, Action* action);
+
+// Whether a subcommand that has both --model and --address works on the model: it does if a model
+// is given, but an --address on the command line wins over a model that the environment names.
+bool IsLocal(const CLI::Option* model, const CLI::Option* address);
 
 // The whole command. Exit codes: 0; 1 if it failed at run time; 2 for an unknown option or a bad
 // value; 130 after Ctrl-C. Either failure is one line on stderr.

@@ -6,7 +6,9 @@ bin=build/release/bin
 work=build/demo
 server=
 
-say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
+bold='' plain=''
+[ -t 1 ] && bold=$'\033[1m' plain=$'\033[0m'
+say() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 
 fail() {
   [ -s $work/server.log ] && tail -n 5 $work/server.log >&2

@@ -1,0 +1,142 @@
+// `espalier load`: a server under load, as its callers see it.
+#include <fmt/format.h>
+
+#include <limits>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include "tools/command.h"
+#include "tools/load_run.h"
+#include "tools/progress.h"
+#include "tools/remote.h"
+#include "tools/statistics.h"
+
+namespace espalier {
+namespace {
+
+struct Options {
+  RemoteOptions remote;
+  LoadShape shape;
+  bool json = false;
+};
+
+void PrintTable(const LoadReport& report) {
+  fmt::print(
+      "{} calls, {} finished, {} past their deadline, {} tokens in {:.2f} s: {:.1f} tokens/s\n",
+      report.started, report.finished, report.past_deadline, report.tokens, report.seconds,
+      static_cast<double>(report.tokens) / report.seconds);
+  fmt::print("{:>8} {:>10} {:>10} {:>10} {:>7}\n", "ms", "p50", "p90", "p99", "count");
+  const auto line = [](const char* name, const std::vector<double>& seconds) {
+    fmt::print("{:>8} {:>10.1f} {:>10.1f} {:>10.1f} {:>7}\n", name, 1e3 * Percentile(seconds, 50),
+               1e3 * Percentile(seconds, 90), 1e3 * Percentile(seconds, 99), seconds.size());
+  };
+  line("TTFT", report.first_token);
+  line("TPOT", report.per_token);
+  line("e2e", report.end);
+  for (const auto& [code, refusals] : report.refusals) {
+    fmt::print("{}: {} calls, {} with RetryInfo ({})\n", code, refusals.calls,
+               refusals.with_retry_info, refusals.example);
+  }
+}
+
+void PrintJson(const LoadReport& report) {
+  nlohmann::ordered_json json = {
+      {"calls", report.started},
+      {"finished", report.finished},
+      {"past_deadline", report.past_deadline},
+      {"tokens", report.tokens},
+      {"seconds", report.seconds},
+      {"tokens_per_s", static_cast<double>(report.tokens) / report.seconds}};
+  const auto add = [&](const std::string& name, const std::vector<double>& seconds) {
+    for (const int p : {50, 90, 99})
+      json[fmt::format("{}_p{}_s", name, p)] = Percentile(seconds, p);
+    json[name + "_count"] = seconds.size();
+  };
+  add("ttft", report.first_token);
+  add("tpot", report.per_token);
+  add("e2e", report.end);
+  json["refusals"] = nlohmann::ordered_json::object();
+  for (const auto& [code, refusals] : report.refusals) {
+    json["refusals"][code] = {{"calls", refusals.calls},
+                              {"with_retry_info", refusals.with_retry_info},
+                              {"example", refusals.example}};
+  }
+  fmt::print("{}\n", json.dump(-1, ' ', true, nlohmann::ordered_json::error_handler_t::replace));
+}
+
+absl::Status Run(Options options) {
+  v1::GetModelResponse model;
+  const absl::Status asked = UnaryCall(options.remote, &v1::EspalierService::Stub::GetModel,
+                                       v1::GetModelRequest(), &model);
+  if (!asked.ok()) return asked;
+  if (model.vocabulary_size() < 1) {
+    return absl::InternalError("the server tells no vocabulary size");
+  }
+  options.shape.vocabulary = model.vocabulary_size();
+
+  const auto stub = v1::EspalierService::NewStub(Connect(options.remote));
+  LoadReport report;
+  {
+    Progress bar("calls");
+    report = RunLoad(stub.get(), options.remote, options.shape,
+                     [&](int64_t done, int64_t total) { bar.Update(done, total); });
+  }
+  if (options.json) {
+    PrintJson(report);
+  } else {
+    PrintTable(report);
+  }
+  if (report.finished > 0 || report.started == 0) return absl::OkStatus();
+  const auto& [code, refusals] = *report.refusals.begin();
+  return absl::UnavailableError(fmt::format("no call finished; {}: {}", code, refusals.example));
+}
+
+}  // namespace
+
+void AddLoad(CLI::App& root, Action* action) {
+  auto options = std::make_shared<Options>();
+  LoadShape& shape = options->shape;
+  constexpr int kMaxInt = std::numeric_limits<int>::max();
+  CLI::App* sub = root.add_subcommand("load", "Put a server under load and tell what callers see");
+  const auto count = [&](const char* name, int& value, const char* unit, const char* description) {
+    return sub->add_option(name, value, description)
+        ->type_name(unit)
+        ->check(CLI::Range(1, kMaxInt, "INT in [at least 1]"))
+        ->capture_default_str();
+  };
+  CLI::Option* requests = count("--requests", shape.requests, "COUNT", "Calls to make");
+  CLI::Option* concurrency =
+      count("--concurrency", shape.concurrency, "COUNT", "Closed loop: calls in flight");
+  sub->add_option("--rate", shape.rate,
+                  "Open loop: calls begin at random, this many per second on average, however many "
+                  "are in flight; 0: closed loop")
+      ->type_name("PER_SECOND")
+      ->check(CLI::Range(0.0, 1e5, "FLOAT in [0 - 100000]"))
+      ->capture_default_str()
+      ->excludes(concurrency);
+  sub->add_option("--duration", shape.duration,
+                  "Begin no call after this time, seconds; with it --requests is without limit "
+                  "unless given; 0: no limit")
+      ->type_name("SECONDS")
+      ->check(CLI::Range(0.0, 1e6, "FLOAT in [0 - 1000000]"))
+      ->capture_default_str();
+  count("--prompt-tokens", shape.prompt_tokens, "TOKENS", "Length of each prompt, random ids");
+  count("--max-tokens", shape.max_tokens, "TOKENS",
+        "Tokens drawn by each call, greedy; end tokens do not end it");
+  sub->add_option("--seed", shape.seed, "Seed of prompts and arrivals")
+      ->type_name("NUMBER")
+      ->capture_default_str();
+  sub->add_flag("--json", options->json, "Print one JSON object; times in seconds");
+  AddRemoteOptions(*sub, &options->remote);
+  sub->final_callback([=] {
+    if (options->shape.duration > 0 && requests->count() == 0) options->shape.requests = kMaxInt;
+    *action = [options] { return Run(*options); };
+  });
+}
+
+}  // namespace espalier

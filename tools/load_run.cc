@@ -1,0 +1,213 @@
+#include "tools/load_run.h"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <unordered_set>
+#include <utility>
+
+#include "tools/interrupt.h"
+
+namespace espalier {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double Seconds(Clock::duration duration) { return std::chrono::duration<double>(duration).count(); }
+
+class Generator;
+
+// One call. Deletes itself when it has ended.
+class Call final : public grpc::ClientReadReactor<v1::GenerateResponse> {
+ public:
+  Call(Generator* generator, v1::EspalierService::Stub* stub, const RemoteOptions& remote,
+       v1::GenerateRequest request);
+
+  void OnReadDone(bool ok) override;
+  void OnDone(const grpc::Status& status) override;
+  void Cancel() { context_.TryCancel(); }
+
+  const StreamTimes& times() const { return times_; }
+  bool past_deadline() const { return past_deadline_; }
+
+ private:
+  Generator* generator_;
+  v1::GenerateRequest request_;
+  v1::GenerateResponse response_;
+  grpc::ClientContext context_;
+  double deadline_;
+  bool past_deadline_ = false;
+  StreamTimes times_;
+  Clock::time_point start_ = Clock::now();
+};
+
+// Begins calls and gathers how they end.
+class Generator {
+ public:
+  Generator(v1::EspalierService::Stub* stub, const RemoteOptions& remote, const LoadShape& shape)
+      : stub_(stub), remote_(remote), shape_(shape), random_(shape.seed) {}
+
+  LoadReport Run(const std::function<void(int64_t, int64_t)>& progress);
+  void Ended(Call* call, const grpc::Status& status);
+
+ private:
+  v1::GenerateRequest RandomRequest();
+  void Begin();
+  void CancelAll();
+
+  v1::EspalierService::Stub* stub_;
+  const RemoteOptions& remote_;
+  const LoadShape& shape_;
+  std::mt19937_64 random_;
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::unordered_set<Call*> in_flight_;  // guarded, as all below
+  bool stopping_ = false;
+  int ended_ = 0;
+  LoadReport report_;
+};
+
+Call::Call(Generator* generator, v1::EspalierService::Stub* stub, const RemoteOptions& remote,
+           v1::GenerateRequest request)
+    : generator_(generator), request_(std::move(request)), deadline_(remote.deadline) {
+  Limit(remote, &context_);
+  stub->async()->Generate(&context_, &request_, this);
+  StartRead(&response_);
+  // The caller starts the call once it is on the books.
+}
+
+void Call::OnReadDone(bool ok) {
+  if (!ok) return;
+  const double now = Seconds(Clock::now() - start_);
+  if (response_.token_ids_size() > 0) {
+    if (times_.tokens == 0) times_.first_token = now;
+    times_.last_token = now;
+    times_.tokens += response_.token_ids_size();
+    past_deadline_ |= deadline_ > 0 && now > deadline_;
+  }
+  StartRead(&response_);
+}
+
+void Call::OnDone(const grpc::Status& status) {
+  times_.end = Seconds(Clock::now() - start_);
+  past_deadline_ |= status.ok() && deadline_ > 0 && times_.end > deadline_;
+  generator_->Ended(this, status);
+  delete this;
+}
+
+v1::GenerateRequest Generator::RandomRequest() {
+  v1::GenerateRequest request;
+  request.set_model(remote_.model_name);
+  std::uniform_int_distribution<int32_t> token(0, shape_.vocabulary - 1);
+  for (int i = 0; i < shape_.prompt_tokens; ++i) {
+    request.mutable_token_ids()->add_ids(token(random_));
+  }
+  request.mutable_sampling()->set_temperature(0);
+  request.mutable_stop()->set_max_tokens(shape_.max_tokens);
+  request.mutable_stop()->set_ignore_eos(true);
+  return request;
+}
+
+void Generator::Begin() {
+  Call* call = new Call(this, stub_, remote_, RandomRequest());
+  {
+    const std::lock_guard lock(mutex_);
+    in_flight_.insert(call);
+    ++report_.started;
+    if (stopping_) call->Cancel();
+  }
+  call->StartCall();
+}
+
+void Generator::Ended(Call* call, const grpc::Status& status) {
+  const StreamTimes& times = call->times();
+  const std::lock_guard lock(mutex_);
+  in_flight_.erase(call);
+  ++ended_;
+  report_.tokens += times.tokens;
+  report_.past_deadline += call->past_deadline();
+  if (times.tokens > 0) report_.first_token.push_back(times.first_token);
+  if (times.tokens > 1) report_.per_token.push_back(times.per_token());
+  if (status.ok()) {
+    ++report_.finished;
+    report_.end.push_back(times.end);
+  } else {
+    Refusals& refusals = report_.refusals[CodeName(status.error_code())];
+    ++refusals.calls;
+    refusals.with_retry_info += RetryAfter(status) >= 0;
+    if (refusals.example.empty()) refusals.example = status.error_message();
+  }
+  changed_.notify_all();
+}
+
+void Generator::CancelAll() {
+  const std::lock_guard lock(mutex_);
+  stopping_ = true;
+  for (Call* call : in_flight_) call->Cancel();
+  changed_.notify_all();
+}
+
+LoadReport Generator::Run(const std::function<void(int64_t, int64_t)>& progress) {
+  const std::vector<double> arrivals =
+      shape_.rate > 0
+          ? PoissonArrivals(shape_.rate, shape_.duration, shape_.requests, shape_.seed + 1)
+          : std::vector<double>();
+  const int total = shape_.rate > 0 ? static_cast<int>(arrivals.size()) : shape_.requests;
+  const Interrupt interrupt([this] { CancelAll(); });
+  const Clock::time_point begin = Clock::now();
+  const auto from_begin = [&](double seconds) {
+    return begin +
+           std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+  };
+  std::unique_lock lock(mutex_);
+  for (int next = 0; next < total && !stopping_; ++next) {
+    // Waits for the next call's turn, waking now and then for the progress bar.
+    const auto its_turn = [&] {
+      return shape_.rate > 0 ? Clock::now() >= from_begin(arrivals[next])
+                             : static_cast<int>(in_flight_.size()) < shape_.concurrency;
+    };
+    while (!stopping_ && !its_turn()) {
+      Clock::time_point wake = Clock::now() + std::chrono::milliseconds(100);
+      if (shape_.rate > 0) wake = std::min(wake, from_begin(arrivals[next]));
+      changed_.wait_until(lock, wake);
+      progress(ended_, total);
+    }
+    if (stopping_ || (shape_.duration > 0 && Clock::now() > from_begin(shape_.duration))) {
+      break;
+    }
+    lock.unlock();
+    Begin();
+    lock.lock();
+  }
+  while (!in_flight_.empty()) {
+    changed_.wait_for(lock, std::chrono::milliseconds(100));
+    progress(ended_, total);
+  }
+  report_.seconds = Seconds(Clock::now() - begin);
+  return report_;
+}
+
+}  // namespace
+
+std::vector<double> PoissonArrivals(double rate, double duration, int requests, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::exponential_distribution<double> gap(rate);
+  std::vector<double> arrivals;
+  for (double at = gap(random); static_cast<int>(arrivals.size()) < requests; at += gap(random)) {
+    if (duration > 0 && at >= duration) break;
+    arrivals.push_back(at);
+  }
+  return arrivals;
+}
+
+LoadReport RunLoad(v1::EspalierService::Stub* stub, const RemoteOptions& remote,
+                   const LoadShape& shape,
+                   const std::function<void(int64_t done, int64_t total)>& progress) {
+  return Generator(stub, remote, shape).Run(progress);
+}
+
+}  // namespace espalier

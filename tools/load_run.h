@@ -1,0 +1,58 @@
+// A load generator: many streamed calls at once, closed loop or Poisson arrivals, and what they
+// saw.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "tools/generation.h"
+#include "tools/remote.h"
+
+namespace espalier {
+
+struct LoadShape {
+  int requests = 32;        // at most
+  int concurrency = 8;      // closed loop: calls in flight
+  double rate = 0;          // open loop: arrivals per second; 0: closed loop
+  double duration = 0;      // seconds in which calls begin; 0: until all requests are made
+  int prompt_tokens = 128;  // random ids
+  int max_tokens = 128;     // drawn by each, end tokens ignored
+  int vocabulary = 0;
+  uint64_t seed = 1;  // of arrivals and prompts
+};
+
+// How calls ended other than OK.
+struct Refusals {
+  int calls = 0;
+  int with_retry_info = 0;
+  std::string example;  // one message
+};
+
+struct LoadReport {
+  int started = 0;
+  int finished = 0;  // with OK
+  // Calls that were still given tokens, or ended well, after their deadline.
+  int past_deadline = 0;
+  int64_t tokens = 0;                        // of all calls
+  double seconds = 0;                        // first call to last end
+  std::vector<double> first_token;           // seconds, one per call that got any
+  std::vector<double> per_token;             // seconds, one per call that got two or more
+  std::vector<double> end;                   // seconds, one per call that finished
+  std::map<std::string, Refusals> refusals;  // by code
+};
+
+// When open-loop calls begin, seconds from the start, ascending: exponential gaps with mean 1 /
+// rate from `seed`, `requests` at most, all before `duration` unless that is 0.
+std::vector<double> PoissonArrivals(double rate, double duration, int requests, uint64_t seed);
+
+// Calls progress(done, total) now and then, in calls.
+// Ctrl-C cancels all calls; what came so far is reported.
+LoadReport RunLoad(v1::EspalierService::Stub* stub, const RemoteOptions& remote,
+                   const LoadShape& shape,
+                   const std::function<void(int64_t done, int64_t total)>& progress);
+
+}  // namespace espalier
