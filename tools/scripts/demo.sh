@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # First contact: builds, serves the model on a free port, streams an answer, runs a burst, drains.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit
 bin=build/release/bin
 work=build/demo
 server=

@@ -2,19 +2,19 @@
 # Installs the Debian 12 packages of the named groups (build, test, clang) that are missing.
 set -euo pipefail
 
-build="ca-certificates ccache cmake g++ git grpc-proto libabsl-dev libcli11-dev libfmt-dev
+build=(ca-certificates ccache cmake g++ git grpc-proto libabsl-dev libcli11-dev libfmt-dev
   libgmock-dev libgrpc++-dev libgtest-dev libicu-dev libprotobuf-dev libspdlog-dev mold ninja-build
   nlohmann-json3-dev pkg-config prometheus-cpp-dev protobuf-compiler protobuf-compiler-grpc
-  python3 python3-pip python3-venv"
-test="curl python3-jinja2"
-clang="clang-19 clang-format-19 clang-tidy-19 libclang-rt-19-dev llvm-19"
+  python3 python3-pip python3-venv)
+test=(curl python3-jinja2)
+clang=(clang-19 clang-format-19 clang-tidy-19 libclang-rt-19-dev llvm-19)
 
 wanted=()
 for group in "$@"; do
   case $group in
-    build) wanted+=($build) ;;
-    test) wanted+=($test) ;;
-    clang) wanted+=($clang) ;;
+    build) wanted+=("${build[@]}") ;;
+    test) wanted+=("${test[@]}") ;;
+    clang) wanted+=("${clang[@]}") ;;
     *) echo "install_packages.sh: unknown group $group (build, test, clang)" >&2; exit 2 ;;
   esac
 done

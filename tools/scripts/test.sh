@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds a preset (release, asan, tsan ...) and runs its tests; the last line is what came of them.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit
 preset=${1:-release}
 build=build/$preset
 scripts=tools/scripts
