@@ -26,6 +26,9 @@ class ChannelSelection {
   // The weight row of the i-th selected channel, i in [0, count()).
   int operator[](int i) const { return all_ ? i : list_[i]; }
 
+  // What a kernel that gathers rows is handed: [count()] rows, or null for all.
+  const int32_t* list() const { return all_ ? nullptr : list_.data(); }
+
  private:
   explicit ChannelSelection(int count) : count_(count), all_(true) {}
   explicit ChannelSelection(std::span<const int32_t> list)
