@@ -137,12 +137,7 @@ void EngineThread::Deliver(const SequenceOutput& output, Instant now) {
     stream->End({.cause = StreamEnd::Cause::kStalled});
     ended = true;
   } else if (finished) {
-    stream->End({.cause = StreamEnd::Cause::kFinished,
-                 .reason = output.finish,
-                 .prompt_tokens = output.prompt_tokens,
-                 .cached_tokens = output.cached_tokens,
-                 .preemptions = output.preemptions,
-                 .rung = output.rung});
+    stream->End({.cause = StreamEnd::Cause::kFinished, .reason = output.finish});
   }
   posts_.push_back(stream);
   if (!ended) return;

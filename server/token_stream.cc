@@ -10,12 +10,15 @@ bool TokenStream::Push(const SequenceOutput& output, Instant now) {
   pending_.tokens.insert(pending_.tokens.end(), output.tokens.begin(), output.tokens.end());
   pending_.prompt_scores.insert(pending_.prompt_scores.end(), output.prompt_scores.begin(),
                                 output.prompt_scores.end());
+  StreamProgress& progress = pending_.progress;
   if (!output.tokens.empty()) {
-    StreamTimes& times = pending_.times;
-    if (times.first_token == kNever) times.first_token = now;
-    times.last_token = now;
+    if (progress.first_token == kNever) progress.first_token = now;
+    progress.last_token = now;
   }
-  if (output.first_scheduled != kNever) pending_.times.first_scheduled = output.first_scheduled;
+  progress.first_scheduled = output.first_scheduled;
+  progress.cached_tokens = output.cached_tokens;
+  progress.preemptions = output.preemptions;
+  progress.rung = output.rung;
   return true;
 }
 
@@ -32,7 +35,7 @@ void TokenStream::Drain(Pending* out) {
   out->tokens.swap(pending_.tokens);
   out->prompt_scores.swap(pending_.prompt_scores);
   out->end = std::exchange(pending_.end, std::nullopt);
-  out->times = pending_.times;
+  out->progress = pending_.progress;
 }
 
 }  // namespace espalier

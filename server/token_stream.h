@@ -28,18 +28,16 @@ struct StreamEnd {
   Cause cause = Cause::kFinished;
   FinishReason reason = FinishReason::kNone;
   absl::Status error;
-  // Of kFinished:
-  int prompt_tokens = 0;
+};
+
+// How far the request has come, as of its last step.
+struct StreamProgress {
+  Instant first_scheduled = kNever;  // kNever: it has not come to that
+  Instant first_token = kNever;
+  Instant last_token = kNever;
   int cached_tokens = 0;
   int preemptions = 0;
   int rung = 0;
-};
-
-// kNever: it has not come to that.
-struct StreamTimes {
-  Instant first_scheduled = kNever;
-  Instant first_token = kNever;
-  Instant last_token = kNever;
 };
 
 // Told, on a writer thread, that a stream has something to drain.
@@ -58,7 +56,7 @@ class TokenStream {
     std::vector<TokenResult> tokens;
     std::vector<TokenResult> prompt_scores;
     std::optional<StreamEnd> end;  // nothing follows it
-    StreamTimes times;
+    StreamProgress progress;
   };
 
   TokenStream(RequestId id, size_t capacity, std::weak_ptr<StreamReader> reader)

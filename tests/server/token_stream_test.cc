@@ -32,8 +32,8 @@ TEST(TokenStream, DrainTakesEverythingThatWaits) {
   stream.Drain(&pending);
   EXPECT_THAT(Ids(pending), testing::ElementsAre(1, 2, 3));
   EXPECT_FALSE(pending.end.has_value());
-  EXPECT_EQ(pending.times.first_token, Instant(100));
-  EXPECT_EQ(pending.times.last_token, Instant(200));
+  EXPECT_EQ(pending.progress.first_token, Instant(100));
+  EXPECT_EQ(pending.progress.last_token, Instant(200));
   stream.End({.reason = FinishReason::kLength});
   stream.Drain(&pending);
   EXPECT_TRUE(pending.tokens.empty());

@@ -1,0 +1,52 @@
+// espalier.v1.EspalierService: hands streamed calls to their reactors and answers the short ones.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <string>
+
+#include "espalier/v1/espalier.grpc.pb.h"
+#include "server/call.h"
+
+namespace espalier {
+
+class ApiService final : public v1::EspalierService::CallbackService {
+ public:
+  // `foreign_bytes`: what other processes hold of the machine's memory, asked per GetLoad.
+  ApiService(CallOptions options, std::string server_version,
+             std::function<uint64_t()> foreign_bytes)
+      : options_(std::move(options)),
+        server_version_(std::move(server_version)),
+        foreign_bytes_(std::move(foreign_bytes)) {}
+
+  // From here on calls are served; before, they are UNAVAILABLE. `backstage` outlives the calls.
+  void Open(const Backstage* backstage) { backstage_.store(backstage, std::memory_order_release); }
+
+  grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(
+      grpc::CallbackServerContext* context, const v1::GenerateRequest* request) override;
+  grpc::ServerUnaryReactor* Score(grpc::CallbackServerContext* context,
+                                  const v1::ScoreRequest* request,
+                                  v1::ScoreResponse* response) override;
+  grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context,
+                                     const v1::TokenizeRequest* request,
+                                     v1::TokenizeResponse* response) override;
+  grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
+                                       const v1::DetokenizeRequest* request,
+                                       v1::DetokenizeResponse* response) override;
+  grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context,
+                                     const v1::GetModelRequest* request,
+                                     v1::GetModelResponse* response) override;
+  grpc::ServerUnaryReactor* GetLoad(grpc::CallbackServerContext* context,
+                                    const v1::GetLoadRequest* request,
+                                    v1::GetLoadResponse* response) override;
+
+ private:
+  const Backstage* backstage() const { return backstage_.load(std::memory_order_acquire); }
+
+  const CallOptions options_;
+  const std::string server_version_;
+  const std::function<uint64_t()> foreign_bytes_;
+  std::atomic<const Backstage*> backstage_{nullptr};
+};
+
+}  // namespace espalier

@@ -1,0 +1,153 @@
+#include "server/call.h"
+
+#include <fmt/format.h>
+
+#include <chrono>
+#include <utility>
+
+#include "server/steady_clock.h"
+
+namespace espalier {
+namespace {
+
+std::atomic<RequestId> next_id{1};
+
+// The call's deadline on the steady clock.
+Instant SteadyDeadline(std::chrono::system_clock::time_point deadline, Instant now) {
+  // As far away as this is no deadline; adding it could overflow.
+  constexpr auto kFar = std::chrono::hours(24 * 365);
+  const auto left = deadline - std::chrono::system_clock::now();
+  if (deadline == std::chrono::system_clock::time_point::max() || left > kFar) return kNever;
+  return now + std::chrono::duration_cast<Instant>(left);
+}
+
+google::protobuf::Duration WireDuration(double seconds) {
+  const auto nanos = static_cast<int64_t>(std::max(seconds, 0.0) * 1e9);
+  google::protobuf::Duration duration;
+  duration.set_seconds(nanos / 1'000'000'000);
+  duration.set_nanos(static_cast<int32_t>(nanos % 1'000'000'000));
+  return duration;
+}
+
+}  // namespace
+
+Call::Call(const CallOptions* options, const Backstage* backstage,
+           grpc::CallbackServerContext* context, std::string_view method)
+    : options_(options), backstage_(backstage), context_(context), arrival_(SteadyNow()) {
+  summary.id = next_id.fetch_add(1, std::memory_order_relaxed);
+  summary.method = method;
+  summary.peer = context->peer();
+}
+
+std::optional<RpcError> Call::Admit() {
+  if (backstage_ == nullptr) return Loading();
+  if (SteadyDeadline(context_->deadline(), arrival_) <= arrival_) return DeadlineExceeded();
+  absl::StatusOr<Reservation> place = backstage_->engine->inbox().Reserve();
+  if (absl::IsResourceExhausted(place.status())) return QueueFull(backstage_->engine->load());
+  if (!place.ok()) return Draining();
+  place_.emplace(*std::move(place));
+  return std::nullopt;
+}
+
+std::optional<RpcError> Call::Submit(Request request, size_t stream_capacity,
+                                     std::weak_ptr<StreamReader> reader) {
+  request.id = summary.id;
+  request.arrival = arrival_;
+  request.deadline = SteadyDeadline(context_->deadline(), SteadyNow());
+  summary.prompt_tokens = static_cast<int>(request.prompt.size());
+  summary.max_tokens = request.stop.max_tokens;
+  stream_ = std::make_shared<TokenStream>(summary.id, stream_capacity, std::move(reader));
+  const bool taken = (*std::move(place_)).Submit({std::move(request), stream_});
+  if (!taken) return Draining();
+  return std::nullopt;
+}
+
+void Call::Cancel() {
+  cancelled_.store(true, std::memory_order_release);
+  if (stream_ != nullptr) StopEngine();
+}
+
+RpcError Call::Gone() const {
+  const bool late = context_->deadline() <= std::chrono::system_clock::now();
+  return late ? DeadlineExceeded() : Cancelled();
+}
+
+std::optional<RpcError> Call::ErrorOf(const StreamEnd& end) const {
+  switch (end.cause) {
+    case StreamEnd::Cause::kRefused:
+      return Refused(end.error, model().max_sequence_tokens);
+    case StreamEnd::Cause::kStalled:
+      return ReaderStalled(static_cast<int>(options_->stream_buffer_tokens));
+    case StreamEnd::Cause::kLost:
+      return EngineLost(end.error, summary.output_tokens > 0);
+    case StreamEnd::Cause::kShutdown:
+      return Draining();
+    case StreamEnd::Cause::kFinished:
+      break;
+  }
+  if (end.reason == FinishReason::kDeadline) return DeadlineExceeded();
+  if (end.reason == FinishReason::kCancelled) return Gone();
+  return std::nullopt;
+}
+
+void Call::Note(const StreamProgress& progress) {
+  const auto since_arrival = [this](Instant then, double* seconds) {
+    if (then != kNever) *seconds = Seconds(then - arrival_);
+  };
+  since_arrival(progress.first_scheduled, &summary.queue_s);
+  since_arrival(progress.first_token, &summary.first_token_s);
+  since_arrival(progress.last_token, &summary.last_token_s);
+  summary.cached_tokens = progress.cached_tokens;
+  summary.preemptions = progress.preemptions;
+  summary.rung = progress.rung;
+}
+
+grpc::Status Call::End(const RpcError& error) {
+  place_.reset();
+  if (error.retry_after.has_value()) {
+    context_->AddTrailingMetadata("grpc-retry-pushback-ms",
+                                  fmt::format("{}", error.retry_after->count()));
+  }
+  summary.outcome = error.outcome;
+  summary.error = error.status.error_message();
+  Report();
+  return error.status;
+}
+
+grpc::Status Call::EndWell(FinishReason reason) {
+  summary.outcome = FinishReasonName(reason);
+  Report();
+  return grpc::Status::OK;
+}
+
+void Call::Report() {
+  summary.total_s = Seconds(SteadyNow() - arrival_);
+  if (options_->on_finished) options_->on_finished(summary);
+}
+
+v1::Times Call::WireTimes() const {
+  v1::Times times;
+  *times.mutable_queue() = WireDuration(summary.queue_s);
+  *times.mutable_first_token() = WireDuration(summary.first_token_s);
+  *times.mutable_per_token() = WireDuration(summary.per_token_s());
+  return times;
+}
+
+v1::Served Call::WireServed(int tokens) const {
+  v1::Served served;
+  v1::RungUse* use = served.add_rungs();
+  use->set_rung(summary.rung);
+  use->set_tokens(tokens);
+  served.set_mean_prune_ratio(static_cast<float>(summary.mean_prune_ratio));
+  return served;
+}
+
+v1::Usage Call::WireUsage() const {
+  v1::Usage usage;
+  usage.set_prompt_tokens(summary.prompt_tokens);
+  usage.set_cached_tokens(summary.cached_tokens);
+  usage.set_completion_tokens(summary.output_tokens);
+  return usage;
+}
+
+}  // namespace espalier

@@ -1,0 +1,96 @@
+// What every streamed call goes through: a place in the queue, submission, cancellation, one end.
+#pragma once
+
+#include <grpcpp/server_context.h>
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "espalier/v1/espalier.pb.h"
+#include "server/engine_thread.h"
+#include "server/prompt_encoder.h"
+#include "server/request_summary.h"
+#include "server/rpc_error.h"
+#include "server/serial_gate.h"
+#include "server/served_model.h"
+#include "server/token_stream.h"
+
+namespace espalier {
+
+struct CallOptions {
+  size_t stream_buffer_tokens = 1024;
+  bool log_prompts = false;
+  // Told of every call that ended, on a gRPC or writer thread.
+  std::function<void(const RequestSummary&)> on_finished;
+};
+
+// What a loaded server serves with; everything outlives the calls.
+struct Backstage {
+  const ServedModel* model = nullptr;
+  const PromptEncoder* encoder = nullptr;
+  EngineThread* engine = nullptr;
+};
+
+// The state that a Generate and a Score call share. Its reactor guards it with `gate`, except where
+// said.
+class Call {
+ public:
+  // `backstage` is null while the model is being loaded.
+  Call(const CallOptions* options, const Backstage* backstage, grpc::CallbackServerContext* context,
+       std::string_view method);
+
+  // Takes a place in the queue, before any work. To be called first.
+  std::optional<RpcError> Admit();
+
+  // Hands the request, with id, arrival and deadline filled in, to the engine thread.
+  std::optional<RpcError> Submit(Request request, size_t stream_capacity,
+                                 std::weak_ptr<StreamReader> reader);
+
+  // The caller went away, or wants no more. Outside the gate too.
+  void Cancel();
+  bool cancelled() const { return cancelled_.load(std::memory_order_acquire); }
+  // Why a cancelled call is: gRPC cancels those past their deadline too.
+  RpcError Gone() const;
+  // Ends the engine's work without the caller having left.
+  void StopEngine() { backstage_->engine->inbox().Cancel(summary.id); }
+
+  // What a stream's end means to the caller; none if it is a good one.
+  std::optional<RpcError> ErrorOf(const StreamEnd& end) const;
+
+  // Puts times and counts that the stream told into the summary.
+  void Note(const StreamProgress& progress);
+
+  // Each writes the summary and returns the status to finish with. Call one of them, once.
+  grpc::Status End(const RpcError& error);
+  grpc::Status EndWell(FinishReason reason);
+
+  v1::Times WireTimes() const;
+  v1::Served WireServed(int tokens) const;
+  v1::Usage WireUsage() const;
+
+  const ServedModel& model() const { return *backstage_->model; }
+  const PromptEncoder& encoder() const { return *backstage_->encoder; }
+  TokenStream* stream() const { return stream_.get(); }
+  bool log_prompts() const { return options_->log_prompts; }
+
+  SerialGate gate;
+  RequestSummary summary;
+  TokenStream::Pending pending;
+
+ private:
+  void Report();
+
+  const CallOptions* const options_;
+  const Backstage* const backstage_;
+  grpc::CallbackServerContext* const context_;
+  const Instant arrival_;
+  std::optional<Reservation> place_;
+  std::shared_ptr<TokenStream> stream_;
+  std::atomic<bool> cancelled_{false};
+};
+
+}  // namespace espalier

@@ -1,0 +1,295 @@
+#include "server/server.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "engine/engine.h"
+#include "engine/model/files/model_file.h"
+#include "engine/model/model_executor.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "server/api_service.h"
+#include "server/engine_thread.h"
+#include "server/front.h"
+#include "server/logging.h"
+#include "server/machine_memory.h"
+#include "server/metrics.h"
+#include "server/ready_queue.h"
+#include "server/steady_clock.h"
+#include "server/stop_signal.h"
+
+namespace espalier {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+// A step this long is no step any more: health says so until it ends.
+constexpr double kStuckSeconds = 30;
+// Health watchers and idle connections get this to see the end of a drained server.
+constexpr milliseconds kGoodbye{500};
+// One keeps up with some 70 k tokens/s without a backlog, and far more with one (messages then
+// carry more tokens).
+constexpr int kWriters = 1;
+
+std::string_view Text(const absl::Status& status) {
+  return {status.message().data(), status.message().size()};
+}
+
+// Tells a waiting thread that a stream has ended.
+class EndWaiter final : public StreamReader {
+ public:
+  void OnReady() override {
+    TokenStream::Pending pending;
+    stream->Drain(&pending);
+    if (!pending.end.has_value()) return;
+    std::lock_guard lock(mutex_);
+    end_ = std::move(pending.end);
+    changed_.notify_all();
+  }
+  StreamEnd Wait() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return end_.has_value(); });
+    return *end_;
+  }
+
+  std::shared_ptr<TokenStream> stream;
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::optional<StreamEnd> end_;
+};
+
+// A line on a terminal, nothing in a log file.
+void ShowProgress(int done, int total) {
+  static const bool terminal = isatty(STDERR_FILENO) != 0;
+  if (!terminal) return;
+  const int filled = 32 * done / std::max(total, 1);
+  fmt::print(stderr, "\rloading [{:=<{}}{:<{}}] {}/{}{}", "", filled, "", 32 - filled, done, total,
+             done == total ? "\n" : "");
+}
+
+class Server {
+ public:
+  Server(const ServerOptions& options, StopSignal* stop)
+      : options_(options),
+        stop_(stop),
+        service_({.stream_buffer_tokens = static_cast<size_t>(options.stream_buffer_tokens),
+                  .log_prompts = options.log_prompts,
+                  .on_finished = [this](const RequestSummary& summary) { Tell(summary); }},
+                 std::string(ServerVersion()), ForeignMemoryBytes) {}
+
+  int Run() {
+    stop_->set_nothing_to_finish(true);
+    absl::Status status = Listen();
+    if (status.ok()) status = Load();
+    if (status.ok()) status = ServeMetrics();
+    if (status.ok()) status = Open();
+    if (!status.ok()) {
+      Log(LogLevel::kError, Text(status));
+      return 1;
+    }
+    Supervise();
+    return Drain();
+  }
+
+ private:
+  absl::Status Listen() {
+    absl::StatusOr<std::unique_ptr<Front>> front = Front::Start(options_, &service_);
+    if (!front.ok()) return front.status();
+    front_ = *std::move(front);
+    fmt::print("listening on {}:{}\n", options_.host, front_->port());
+    std::fflush(stdout);
+    if (!options_.port_file.empty()) {
+      // In one piece: who waits for the file must not read half a number.
+      const std::string temporary = options_.port_file + ".new";
+      std::ofstream file(temporary);
+      file << front_->port() << "\n";
+      file.close();
+      if (!file || std::rename(temporary.c_str(), options_.port_file.c_str()) != 0) {
+        return absl::UnavailableError(fmt::format("{}: cannot be written", options_.port_file));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Load() {
+    const Instant began = SteadyNow();
+    absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options_.model);
+    if (!file.ok()) return file.status();
+    const Vocabulary& vocabulary = (*file)->vocabulary();
+    absl::StatusOr<std::unique_ptr<const Tokenizer>> tokenizer = Tokenizer::Create(vocabulary);
+    if (!tokenizer.ok()) return tokenizer.status();
+    model_.tokenizer = *std::move(tokenizer);
+    if (!vocabulary.chat_template.empty()) {
+      const auto text = [this](int32_t token) { return model_.tokenizer->TokenBytes(token); };
+      absl::StatusOr<std::unique_ptr<const ChatTemplate>> chat = ChatTemplate::Compile(
+          vocabulary.chat_template, text(vocabulary.bos), text(vocabulary.eos));
+      if (!chat.ok()) return chat.status();
+      model_.chat_template = *std::move(chat);
+    }
+    encoder_ = std::make_unique<PromptEncoder>(model_.tokenizer.get(), model_.chat_template.get());
+
+    absl::StatusOr<std::unique_ptr<Backend>> backend =
+        CreateCpuBackend({.isa = options_.isa, .threads = options_.threads});
+    if (!backend.ok()) return backend.status();
+    backend_ = *std::move(backend);
+    absl::StatusOr<std::unique_ptr<ModelExecutor>> executor =
+        ModelExecutor::Load(**file, backend_.get(),
+                            {.weights = options_.weights,
+                             .kv = options_.effective_kv_type(),
+                             .kv_bytes = options_.kv_memory,
+                             .max_batch_tokens = options_.max_batch_tokens},
+                            ShowProgress);
+    if (!executor.ok()) return executor.status();
+    executor_ = *std::move(executor);
+
+    // The inbox is the queue's bound; the scheduler's own never bites.
+    engine_ = std::make_unique<Engine>(
+        SchedulerOptions{.max_batch_tokens = options_.max_batch_tokens,
+                         .max_sequences = options_.max_sequences,
+                         .max_waiting = options_.max_waiting + options_.max_sequences,
+                         .reserve_output = options_.reserve_output},
+        executor_->kv_geometry(), executor_->ladder(), executor_.get(), &policy_);
+
+    model_.config = executor_->config();
+    model_.name = options_.model_name.empty() ? model_.config.name : options_.model_name;
+    model_.max_sequence_tokens = engine_->scheduler().max_sequence_tokens();
+    model_.weight_type = options_.weights == WeightType::kF32 ? "f32" : "int8";
+    model_.kv_type = options_.effective_kv_type() == KvType::kF32 ? "f32" : "f16";
+    model_.device = backend_->Describe();
+    Log(LogLevel::kInfo, "model loaded",
+        {{"model", model_.name},
+         {"weights", model_.weight_type},
+         {"kv", model_.kv_type},
+         {"kv_pages", engine_->scheduler().stats().pages_total},
+         {"max_sequence_tokens", model_.max_sequence_tokens},
+         {"device", model_.device},
+         {"seconds", Seconds(SteadyNow() - began)}});
+    return absl::OkStatus();
+  }
+
+  absl::Status ServeMetrics() {
+    metrics_ = std::make_unique<Metrics>(BuildInfo{.version = std::string(ServerVersion()),
+                                                   .model_name = model_.name,
+                                                   .weights = model_.weight_type,
+                                                   .kv_type = model_.kv_type,
+                                                   .device = model_.device},
+                                         ForeignMemoryBytes);
+    metrics_for_calls_.store(metrics_.get(), std::memory_order_release);
+    if (options_.metrics_port < 0) return absl::OkStatus();
+    const absl::StatusOr<int> port = metrics_->Serve(options_.host, options_.metrics_port);
+    if (!port.ok()) return port.status();
+    Log(LogLevel::kInfo, "metrics", {{"host", options_.host}, {"port", *port}});
+    return absl::OkStatus();
+  }
+
+  // Starts the engine, runs one request through it, and opens for everyone.
+  absl::Status Open() {
+    ready_ = std::make_unique<ReadyQueue>(kWriters);
+    thread_ = std::make_unique<EngineThread>(
+        engine_.get(), ready_.get(), options_.max_waiting,
+        EngineHooks{.ledger = [this](const SchedulerStats& s) { return executor_->ledger(s); },
+                    .on_step =
+                        [this](const StepReport& report, const LoadSnapshot& load, double step_s,
+                               double oldest_wait_s) {
+                          metrics_->OnStep(report, load, step_s, oldest_wait_s);
+                        },
+                    .on_lost = [this](const absl::Status& status) { Lose(status); }});
+
+    const auto waiter = std::make_shared<EndWaiter>();
+    waiter->stream = std::make_shared<TokenStream>(0, TokenStream::kUnbounded, waiter);
+    absl::StatusOr<Reservation> place = thread_->inbox().Reserve();
+    if (!place.ok()) return place.status();
+    // Two tokens: a prefill and a decode step touch every weight and kernel.
+    (*std::move(place))
+        .Submit({{.id = 0, .prompt = {0}, .stop = {.max_tokens = 2}, .arrival = SteadyNow()},
+                 waiter->stream});
+    const StreamEnd end = waiter->Wait();
+    if (end.cause != StreamEnd::Cause::kFinished) {
+      return end.error.ok() ? absl::InternalError("the warm-up step did not finish") : end.error;
+    }
+
+    backstage_ = {.model = &model_, .encoder = encoder_.get(), .engine = thread_.get()};
+    service_.Open(&backstage_);
+    front_->SetServing(true);
+    stop_->set_nothing_to_finish(false);
+    Log(LogLevel::kInfo, "serving", {{"host", options_.host}, {"port", front_->port()}});
+    return absl::OkStatus();
+  }
+
+  // Until a signal comes, health follows the engine's progress.
+  void Supervise() {
+    bool stuck = false;
+    while (!stop_->WaitFor(seconds(1))) {
+      const bool now_stuck = thread_->seconds_in_step() > kStuckSeconds;
+      if (now_stuck == stuck || lost_) continue;
+      stuck = now_stuck;
+      front_->SetServing(!stuck);
+      Log(stuck ? LogLevel::kError : LogLevel::kInfo,
+          stuck ? "the engine does not come back from a step" : "the engine is back");
+    }
+  }
+
+  int Drain() {
+    front_->SetServing(false);
+    const LoadSnapshot load = thread_->load();
+    Log(LogLevel::kInfo, "draining",
+        {{"running", load.stats.running}, {"waiting", load.waiting()}});
+    const bool all_finished = thread_->Drain(options_.drain_timeout);
+    ready_.reset();  // the last tokens are on their way
+    front_->Shutdown(kGoodbye);
+    Log(LogLevel::kInfo, "stopped", {{"all_finished", all_finished}});
+    return lost_ ? 1 : 0;
+  }
+
+  void Lose(const absl::Status& status) {
+    lost_ = true;
+    front_->SetServing(false);
+    Log(LogLevel::kError, "the engine is lost", {{"error", Text(status)}});
+  }
+
+  void Tell(const RequestSummary& summary) {
+    LogRequest(summary);
+    Metrics* const metrics = metrics_for_calls_.load(std::memory_order_acquire);
+    if (metrics != nullptr) metrics->OnFinished(summary);
+  }
+
+  const ServerOptions& options_;
+  StopSignal* const stop_;
+
+  // In the order in which they are made; whoever uses another comes after it.
+  std::unique_ptr<Metrics> metrics_;
+  std::atomic<Metrics*> metrics_for_calls_{nullptr};
+  std::atomic<bool> lost_{false};
+  ServedModel model_;
+  std::unique_ptr<PromptEncoder> encoder_;
+  FixedPolicy policy_{0};
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<ModelExecutor> executor_;
+  std::unique_ptr<Engine> engine_;
+  std::unique_ptr<ReadyQueue> ready_;
+  std::unique_ptr<EngineThread> thread_;
+  Backstage backstage_;
+  ApiService service_;
+  std::unique_ptr<Front> front_;
+};
+
+}  // namespace
+
+int RunServer(const ServerOptions& options) {
+  StopSignal& stop = StopSignal::Install();
+  StartLogging(options.log_level, options.log_format);
+  return Server(options, &stop).Run();
+}
+
+}  // namespace espalier
