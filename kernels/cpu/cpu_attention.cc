@@ -1,0 +1,187 @@
+// Rotation, KV pages and attention: cuts them into tasks for the workers.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kernels/cpu/cpu_backend_impl.h"
+#include "kernels/cpu/require.h"
+
+namespace espalier {
+
+static_assert(kPageTokens == kAttentionLanes);
+
+void CpuBackend::PrepareAngles(const RopeAndStoreArgs& args) {
+  const int rows = args.k.rows;
+  const int half = static_cast<int>(args.inverse_frequency.size());
+  angles_.spans.assign(rows, -1);
+  next_positions_.assign(rows, -1);
+  for (size_t s = 0; s < args.spans.size(); ++s) {
+    const AttentionSpan& span = args.spans[s];
+    Require(span.first_row >= 0 && span.rows >= 0 && span.first_row + span.rows <= rows &&
+                span.start >= 0,
+            "RopeAndStore: span of rows {} + {} at position {} among {} rows", span.first_row,
+            span.rows, span.start, rows);
+    for (int i = 0; i < span.rows; ++i) {
+      next_positions_[span.first_row + i] = span.start + i;
+      angles_.spans[span.first_row + i] = static_cast<int32_t>(s);
+    }
+  }
+  const bool same =
+      angles_.pairing == args.pairing &&
+      std::equal(args.inverse_frequency.begin(), args.inverse_frequency.end(),
+                 angles_.inverse_frequency.begin(), angles_.inverse_frequency.end()) &&
+      next_positions_ == angles_.positions;
+  if (same) return;
+  std::swap(angles_.positions, next_positions_);
+  angles_.inverse_frequency.assign(args.inverse_frequency.begin(), args.inverse_frequency.end());
+  angles_.pairing = args.pairing;
+  GrowTo(&angles_.cosines, static_cast<size_t>(rows) * 2 * half);
+  GrowTo(&angles_.sines, static_cast<size_t>(rows) * 2 * half);
+  const bool interleaved = args.pairing == RopePairing::kInterleaved;
+  ForRows(rows, 64 * half, [&](int r) {
+    float* cosines = angles_.cosines.data() + static_cast<int64_t>(r) * 2 * half;
+    float* sines = angles_.sines.data() + static_cast<int64_t>(r) * 2 * half;
+    for (int i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(angles_.positions[r]) * args.inverse_frequency[i];
+      const int a = interleaved ? 2 * i : i;
+      const int b = interleaved ? 2 * i + 1 : i + half;
+      cosines[a] = cosines[b] = std::cos(angle);
+      sines[b] = std::sin(angle);
+      sines[a] = -sines[b];
+    }
+  });
+}
+
+void CpuBackend::RopeAndStore(const RopeAndStoreArgs& args) {
+  const KvPoolShape& shape = args.pool->shape;
+  const int dim = shape.head_dim;
+  const int rows = args.k.rows;
+  Require(2 * args.inverse_frequency.size() == static_cast<size_t>(dim),
+          "RopeAndStore: {} frequencies for heads of {}", args.inverse_frequency.size(), dim);
+  Require(args.q.rows == rows && args.v.rows == rows && args.q.cols % dim == 0 &&
+              args.k.cols == shape.kv_heads * dim && args.v.cols == args.k.cols,
+          "RopeAndStore: q [{}, {}], k [{}, {}], v [{}, {}] for {} KV heads of {}", args.q.rows,
+          args.q.cols, rows, args.k.cols, args.v.rows, args.v.cols, shape.kv_heads, dim);
+  Require(args.page_tables.size() == args.spans.size(), "RopeAndStore: {} page tables, {} spans",
+          args.page_tables.size(), args.spans.size());
+  PrepareAngles(args);
+  const bool half = shape.type == KvType::kF16;
+  const int64_t head_bytes = int64_t{kPageTokens} * dim * (half ? 2 : 4);
+  const bool interleaved = args.pairing == RopePairing::kInterleaved;
+  ForRows(rows, args.q.cols + 8 * args.k.cols, [&](int r) {
+    const int position = angles_.positions[r];
+    if (position < 0) return;
+    const float* cosines = angles_.cosines.data() + static_cast<int64_t>(r) * dim;
+    const float* sines = angles_.sines.data() + static_cast<int64_t>(r) * dim;
+    kernels_.rotate(args.q.row(r), args.q.cols / dim, dim, interleaved, cosines, sines);
+    kernels_.rotate(args.k.row(r), shape.kv_heads, dim, interleaved, cosines, sines);
+    const std::span<const int32_t> table = args.page_tables[angles_.spans[r]];
+    const size_t page = position / kPageTokens;
+    Require(page < table.size() && table[page] >= 0 && table[page] < shape.pages,
+            "RopeAndStore: no page for position {}", position);
+    uint8_t* keys = reinterpret_cast<uint8_t*>(args.pool->data) + table[page] * shape.page_bytes();
+    for (int h = 0; h < shape.kv_heads; ++h) {
+      kernels_.store_kv({.half = half,
+                         .key_page = keys + h * head_bytes,
+                         .value_page = keys + (shape.kv_heads + h) * head_bytes,
+                         .slot = position % kPageTokens,
+                         .head_dim = dim,
+                         .key = args.k.row(r) + h * dim,
+                         .value = args.v.row(r) + h * dim});
+    }
+  });
+}
+
+// Sorts the kept heads by KV head, in groups of at most kMaxQueries.
+void CpuBackend::GroupHeads(const AttentionArgs& args) {
+  const int kv_heads = args.pool->shape.kv_heads;
+  const int sharing = args.heads / kv_heads;
+  head_slots_.clear();
+  head_groups_.clear();
+  for (int kv = 0; kv < kv_heads; ++kv) {
+    for (int slot = 0; slot < args.heads_kept.count(); ++slot) {
+      const int head = args.heads_kept[slot];
+      Require(head >= 0 && head < args.heads, "Attention: head {} of {}", head, args.heads);
+      if (head / sharing != kv) continue;
+      const int end = static_cast<int>(head_slots_.size());
+      if (head_groups_.empty() || head_groups_.back().kv_head != kv ||
+          end - head_groups_.back().begin == kMaxQueries) {
+        head_groups_.push_back({.kv_head = kv, .begin = end});
+      }
+      head_slots_.push_back(slot);
+      head_groups_.back().end = end + 1;
+    }
+  }
+}
+
+void CpuBackend::Attention(const AttentionArgs& args) {
+  const KvPoolShape& shape = args.pool->shape;
+  const int dim = shape.head_dim;
+  Require(args.heads > 0 && args.heads % shape.kv_heads == 0, "Attention: {} heads, {} KV heads",
+          args.heads, shape.kv_heads);
+  const int width = args.heads_kept.count() * dim;
+  Require(args.q.cols == width && args.out.cols == width && args.out.rows == args.q.rows,
+          "Attention: q [{}, {}], out [{}, {}] for {} heads of {}", args.q.rows, args.q.cols,
+          args.out.rows, args.out.cols, args.heads_kept.count(), dim);
+  Require(args.page_tables.size() == args.spans.size(), "Attention: {} page tables, {} spans",
+          args.page_tables.size(), args.spans.size());
+  GroupHeads(args);
+  if (head_groups_.empty()) return;
+  if (const int64_t floats = AttentionScratchFloats(dim); floats > attention_scratch_floats_) {
+    for (std::shared_ptr<void>& scratch : attention_scratch_) {
+      scratch = AllocateAligned(floats * sizeof(float));
+      Require(scratch != nullptr, "no memory for {} bytes of scratch", floats * sizeof(float));
+    }
+    attention_scratch_floats_ = floats;
+  }
+  // Neighbouring rows share each page that is read: as many as make kMaxQueries queries.
+  int largest = 0;
+  for (const HeadGroup& group : head_groups_) largest = std::max(largest, group.end - group.begin);
+  const int block_rows = std::max(1, kMaxQueries / largest);
+  const int groups = static_cast<int>(head_groups_.size());
+  GrowTo(&task_ends_, args.spans.size());
+  int tasks = 0;
+  for (size_t s = 0; s < args.spans.size(); ++s) {
+    const AttentionSpan& span = args.spans[s];
+    Require(span.first_row >= 0 && span.rows >= 0 && span.first_row + span.rows <= args.q.rows &&
+                args.page_tables[s].size() * kPageTokens >=
+                    static_cast<size_t>(span.rows == 0 ? 0 : span.start + span.rows),
+            "Attention: span of rows {} + {} at position {} with {} pages", span.first_row,
+            span.rows, span.start, args.page_tables[s].size());
+    task_ends_[s] = tasks += (span.rows + block_rows - 1) / block_rows * groups;
+  }
+  pool_.Run(tasks, [&](int worker, int task) {
+    const size_t s =
+        std::upper_bound(task_ends_.begin(), task_ends_.begin() + args.spans.size(), task) -
+        task_ends_.begin();
+    const AttentionSpan& span = args.spans[s];
+    // From the end of the span: the rows that see most come first, so the last tasks are short.
+    const int left = task_ends_[s] - 1 - task;
+    const HeadGroup& group = head_groups_[left % groups];
+    const int first = left / groups * block_rows;
+    const int end = std::min(span.rows, first + block_rows);
+    AttentionQuery queries[kMaxQueries];
+    int count = 0;
+    for (int row = first; row < end; ++row) {
+      for (int i = group.begin; i < group.end; ++i) {
+        const int64_t at = int64_t{head_slots_[i]} * dim;
+        queries[count++] = {.q = args.q.row(span.first_row + row) + at,
+                            .out = args.out.row(span.first_row + row) + at,
+                            .position = span.start + row};
+      }
+    }
+    kernels_.attention({.half = shape.type == KvType::kF16,
+                        .pool = reinterpret_cast<const uint8_t*>(args.pool->data),
+                        .page_bytes = static_cast<int64_t>(shape.page_bytes()),
+                        .pages = args.page_tables[s].data(),
+                        .kv_heads = shape.kv_heads,
+                        .kv_head = group.kv_head,
+                        .head_dim = dim,
+                        .scale = args.scale,
+                        .count = count,
+                        .queries = queries,
+                        .scratch = static_cast<float*>(attention_scratch_[worker].get())});
+  });
+}
+
+}  // namespace espalier

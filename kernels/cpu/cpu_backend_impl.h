@@ -1,0 +1,108 @@
+// The CPU's Backend: checks shapes, cuts each op into independent tasks, hands them to the workers.
+// What a task computes is the business of a KernelTable.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "kernels/cpu/kernel_table.h"
+#include "kernels/cpu/worker_pool.h"
+
+namespace espalier {
+
+// Uninitialised memory on a 64-byte boundary, on huge pages where it is large and the system allows
+// it; null if there is none.
+std::shared_ptr<void> AllocateAligned(size_t bytes);
+
+// One thread at a time may call. Workspace grows to the largest call seen and is then kept.
+class CpuBackend final : public Backend {
+ public:
+  CpuBackend(Isa isa, bool isa_forced, int threads);
+
+  std::string Describe() const override;
+  absl::StatusOr<Weight> UploadWeight(
+      WeightType type, WeightLayout layout, int rows, int cols,
+      const std::function<void(int row, float* dst)>& read_row) override;
+  absl::StatusOr<Weight> GatherRows(const Weight& weight,
+                                    const ChannelSelection& selection) override;
+  absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) override;
+  void Embed(const EmbedArgs& args) override;
+  void RmsNorm(const RmsNormArgs& args) override;
+  void MatMul(const MatMulArgs& args) override;
+  void SwiGlu(const SwiGluArgs& args) override;
+  void RopeAndStore(const RopeAndStoreArgs& args) override;
+  void Attention(const AttentionArgs& args) override;
+  void LogitStats(const LogitStatsArgs& args) override;
+  absl::Status Synchronize() override { return absl::OkStatus(); }
+  void ParallelFor(int count, const std::function<void(int)>& fn) override;
+
+ private:
+  // Runs fn(row) for all rows, in chunks worth a hand-over; `cost` is about the values of a row.
+  template <typename Fn>
+  void ForRows(int rows, int cost, const Fn& fn);
+
+  // Tables of the angles of a step's rows. All layers of a step ask for the same ones.
+  struct Angles {
+    std::vector<int32_t> positions;  // by row; -1 where no span covers it
+    std::vector<float> inverse_frequency;
+    RopePairing pairing = RopePairing::kInterleaved;
+    std::vector<float> cosines;  // [rows, head_dim]
+    std::vector<float> sines;    // [rows, head_dim], signed for the pairing
+    std::vector<int32_t> spans;  // by row
+  };
+  void PrepareAngles(const RopeAndStoreArgs& args);
+
+  // Kept query heads that share a KV head: slots [begin, end) of head_slots_.
+  struct HeadGroup {
+    int kv_head = 0;
+    int begin = 0;
+    int end = 0;
+  };
+  void GroupHeads(const AttentionArgs& args);
+
+  QuantizedRows Quantize(const ConstMatrix& x, const float* factor);
+  void RunTiles(const MatMulArgs& args, std::span<const MatMulTarget> targets,
+                const QuantizedRows& quantized);
+
+  const Isa isa_;
+  const bool isa_forced_;
+  const KernelTable& kernels_;
+  WorkerPool pool_;
+
+  std::vector<std::shared_ptr<void>> tile_scratch_;  // a TileScratch for each worker
+  std::vector<int8_t> quantized_values_;
+  std::vector<float> quantized_scales_;
+  std::vector<int32_t> quantized_offsets_;
+  std::vector<float> factors_;  // weight scales of selected kInputRows
+  std::vector<int> task_ends_;  // running count of tasks by target or span
+  Angles angles_;
+  std::vector<int32_t> next_positions_;
+  std::vector<int32_t> head_slots_;
+  std::vector<HeadGroup> head_groups_;
+  std::vector<std::shared_ptr<void>> attention_scratch_;  // floats for each worker
+  int64_t attention_scratch_floats_ = 0;
+  std::vector<LogitPartial> logit_partials_;
+};
+
+// Makes room for `size` elements and never gives any back.
+template <typename T>
+void GrowTo(std::vector<T>* v, size_t size) {
+  if (v->size() < size) v->resize(size);
+}
+
+template <typename Fn>
+void CpuBackend::ForRows(int rows, int cost, const Fn& fn) {
+  constexpr int kChunkCost = 16384;  // some microseconds of work, as much as a hand-over costs
+  const int chunk = std::max(1, kChunkCost / std::max(1, cost));
+  const int chunks = rows / chunk + (rows % chunk != 0);
+  pool_.Run(chunks, [&](int, int index) {
+    const int end = std::min(rows - index * chunk, chunk) + index * chunk;
+    for (int row = index * chunk; row < end; ++row) fn(row);
+  });
+}
+
+}  // namespace espalier

@@ -1,0 +1,34 @@
+// The CPU kernels for AVX2, FMA and F16C. The same bodies are compiled in each kernels_*.cc, on its
+// own lanes; everything is local to this file, see kernel_table.h for why.
+#include <immintrin.h>
+
+#include "kernels/cpu/kernel_table.h"
+
+namespace espalier {
+namespace {
+
+// clang-format off: the order matters
+#include "kernels/cpu/lanes_avx2.h"
+#include "kernels/cpu/body_exp.h"
+#include "kernels/cpu/body_matmul.h"
+#include "kernels/cpu/body_attention.h"
+#include "kernels/cpu/body_rows.h"
+// clang-format on
+
+constexpr KernelTable kTable = {
+    .quantize_row = QuantizeRow,
+    .matmul_tile = MatMulTile,
+    .attention = Attention,
+    .store_kv = StoreKv,
+    .rotate = Rotate,
+    .rms_norm_row = RmsNormRow,
+    .swiglu = SwiGlu,
+    .dequantize_row = DequantizeRow,
+    .logit_block = LogitBlock,
+};
+
+}  // namespace
+
+const KernelTable& Avx2Kernels() { return kTable; }
+
+}  // namespace espalier

@@ -1,0 +1,186 @@
+// Sixteen lanes in two AVX2 registers. Included by kernels_avx2.cc inside its own namespace.
+#pragma once
+
+struct F {  // 16 fp32
+  __m256 lo, hi;
+};
+struct I {  // 16 int32
+  __m256i lo, hi;
+};
+using Sum = I;
+struct W {  // 16 outputs by 4 weights
+  __m256i lo, hi;
+};
+struct X {  // 4 activations, eight times
+  __m256i value, magnitude;
+};
+
+// 4 rows by one pair of registers: 8 sums, 2 weights and what a product needs of 16 registers.
+constexpr int kRows = 4;
+constexpr int kVecs = 1;
+
+F operator+(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+F operator-(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+F operator*(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+F operator/(F a, F b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+
+__m256i FirstOf8(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+F Load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+F LoadFirst(const float* p, int n) {
+  return {_mm256_maskload_ps(p, FirstOf8(n)), _mm256_maskload_ps(p + 8, FirstOf8(n - 8))};
+}
+void Store(float* p, F v) {
+  _mm256_storeu_ps(p, v.lo);
+  _mm256_storeu_ps(p + 8, v.hi);
+}
+void StoreFirst(float* p, F v, int n) {
+  _mm256_maskstore_ps(p, FirstOf8(n), v.lo);
+  _mm256_maskstore_ps(p + 8, FirstOf8(n - 8), v.hi);
+}
+F Set1(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+F Fma(F a, F b, F c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+// Of a and b, b if either is NaN.
+F Max(F a, F b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+F Min(F a, F b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+F Abs(F v) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, v.lo), _mm256_andnot_ps(sign, v.hi)};
+}
+F Round(F v) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(v.lo, kNearest), _mm256_round_ps(v.hi, kNearest)};
+}
+// n whole, in [-126, 127].
+F TimesPowerOf2(F v, F n) {
+  const auto power = [](__m256 e) {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(e), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  };
+  return v * F{power(n.lo), power(n.hi)};
+}
+F KeepFirst(F v, int n, F other) {
+  return {_mm256_blendv_ps(other.lo, v.lo, _mm256_castsi256_ps(FirstOf8(n))),
+          _mm256_blendv_ps(other.hi, v.hi, _mm256_castsi256_ps(FirstOf8(n - 8)))};
+}
+int FirstEqual(F a, F b) {
+  const unsigned mask =
+      static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_EQ_OQ))) |
+      static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_EQ_OQ))) << 8;
+  return mask ? __builtin_ctz(mask) : -1;
+}
+float ReduceMax(F v) {
+  const __m256 m8 = _mm256_max_ps(v.lo, v.hi);
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+float ReduceAdd(F v) {
+  const __m256 s8 = _mm256_add_ps(v.lo, v.hi);
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(s8), _mm256_extractf128_ps(s8, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+F LoadHalf(const uint16_t* p) {
+  const __m128i* from = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from + 1))};
+}
+uint16_t ToHalf(float v) { return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
+float FromHalf(uint16_t v) { return _cvtsh_ss(v); }
+
+I ToInt(F v) { return {_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi)}; }
+F ToFloat(I v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
+I Add(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+int32_t ReduceAdd(I v) {
+  const __m256i s8 = _mm256_add_epi32(v.lo, v.hi);
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(s8), _mm256_extracti128_si256(s8, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+void StoreInt8(int8_t* p, I v) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.lo, v.hi), 0xd8);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+F LoadInt8(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return ToFloat(I{_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
+}
+
+Sum StartSum(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+W LoadWeights(const uint8_t* p) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_load_si256(from), _mm256_load_si256(from + 1)};
+}
+X LoadActivations(const int8_t* p) {
+  int32_t four;
+  __builtin_memcpy(&four, p, 4);
+  const __m256i value = _mm256_set1_epi32(four);
+  return {value, _mm256_abs_epi8(value)};
+}
+// |a| times w with a's sign: two products of at most 128 * 127 fit 16 bits, nothing saturates.
+Sum Dot4(Sum sum, W w, X x) {
+  const auto dot = [&](__m256i s, __m256i weights) {
+    const __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_sign_epi8(weights, x.value));
+    return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  };
+  return {dot(sum.lo, w.lo), dot(sum.hi, w.hi)};
+}
+
+// Transposes 16 rows of 16 dwords at rows[r] + offset into dst[i * dst_stride].
+template <bool kWeights>
+void Transpose16(const uint8_t* const* rows, int64_t offset, uint8_t* dst, int64_t dst_stride) {
+  for (int half = 0; half < 2; ++half) {       // of the 16 rows
+    for (int piece = 0; piece < 4; ++piece) {  // 4 dwords of each row
+      __m256 a[4];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        const auto part = [&](int lane) {
+          return _mm_loadu_ps(
+              reinterpret_cast<const float*>(rows[8 * half + 4 * lane + j] + offset + 16 * piece));
+        };
+        a[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(part(0)), part(1), 1);
+      }
+      const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(a[0], a[1]));
+      const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(a[2], a[3]));
+      const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(a[0], a[1]));
+      const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(a[2], a[3]));
+      uint8_t* to = dst + 4 * piece * dst_stride + 32 * half;
+      const auto put = [&](int i, __m256d v) {
+        _mm256_store_pd(reinterpret_cast<double*>(to + i * dst_stride), v);
+      };
+      put(0, _mm256_unpacklo_pd(low01, low23));
+      put(1, _mm256_unpackhi_pd(low01, low23));
+      put(2, _mm256_unpacklo_pd(high01, high23));
+      put(3, _mm256_unpackhi_pd(high01, high23));
+    }
+  }
+}
+
+// Puts 4 rows of 64 weights side by side: 64 outputs by 4, in order.
+void Interleave4(const uint8_t* const* rows, int64_t offset, uint8_t* dst) {
+  for (int half = 0; half < 2; ++half) {  // 32 outputs
+    const auto row = [&](int r) {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + offset + 32 * half));
+    };
+    const __m256i r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);
+    const __m256i low01 = _mm256_unpacklo_epi8(r0, r1), high01 = _mm256_unpackhi_epi8(r0, r1);
+    const __m256i low23 = _mm256_unpacklo_epi8(r2, r3), high23 = _mm256_unpackhi_epi8(r2, r3);
+    const __m256i a = _mm256_unpacklo_epi16(low01, low23);    // outputs 0..3, 16..19
+    const __m256i b = _mm256_unpackhi_epi16(low01, low23);    // 4..7, 20..23
+    const __m256i c = _mm256_unpacklo_epi16(high01, high23);  // 8..11, 24..27
+    const __m256i d = _mm256_unpackhi_epi16(high01, high23);  // 12..15, 28..31
+    __m256i* to = reinterpret_cast<__m256i*>(dst + 128 * half);
+    _mm256_store_si256(to, _mm256_permute2x128_si256(a, b, 0x20));
+    _mm256_store_si256(to + 1, _mm256_permute2x128_si256(c, d, 0x20));
+    _mm256_store_si256(to + 2, _mm256_permute2x128_si256(a, b, 0x31));
+    _mm256_store_si256(to + 3, _mm256_permute2x128_si256(c, d, 0x31));
+  }
+}
+
+void RestoreOrder(float*) {}
