@@ -122,7 +122,7 @@ std::optional<Number> Read(std::string_view s) {
 }
 
 int64_t Truncate(double number) {
-  if (!(std::abs(number) < 9.2e18)) Fail("a number is too large for an int");
+  if (!(std::abs(number) < 9.2e18)) Fail("a number leaves the range of 64 bits");
   return static_cast<int64_t>(number);
 }
 
@@ -209,16 +209,25 @@ Value ItemPairs(const Value& v, Arguments, Budget& budget) {
   return Value::Of(Kind::kGenerator, PairsOf(v.dict(), budget));
 }
 
-// What path leads to: items of items, as in "function.name" or "0.role".
-Value Follow(Value object, const Value& path, Budget& budget) {
-  if (!path.IsString()) return GetItem(object, path, budget);
+// What path leads to: items of items, as in "function.name" or "0.role". Whatever is undefined on
+// the way is replaced by the fallback, if there is one.
+Value Follow(Value object, const Value& path, const std::optional<Value>& fallback,
+             Budget& budget) {
+  const auto step = [&](const Value& key) {
+    object = GetItem(object, key, budget);
+    if (object.IsUndefined() && fallback && !fallback->Is(Kind::kNone)) object = *fallback;
+  };
+  if (!path.IsString()) {
+    step(path);
+    return object;
+  }
   std::string_view rest = path.bytes();
   while (true) {
     const size_t dot = rest.find('.');
     const std::string_view part = rest.substr(0, dot);
     const bool is_index = !part.empty() && part.size() < 10 &&
                           part.find_first_not_of("0123456789") == std::string_view::npos;
-    object = GetItem(object, is_index ? Value(*Read<int64_t>(part)) : Value::String(part), budget);
+    step(is_index ? Value(*Read<int64_t>(part)) : Value::String(part));
     if (dot == std::string_view::npos) return object;
     rest.remove_prefix(dot + 1);
   }
@@ -233,7 +242,7 @@ Value Join(const Value& v, Arguments a, Budget& budget) {
     const Value& item = (*items)[i];
     budget.Charge(1);
     if (i > 0) joined.Append(separator);
-    joined.Append(Str(by_attribute ? Follow(item, *a[1], budget) : item, budget));
+    joined.Append(Str(by_attribute ? Follow(item, *a[1], std::nullopt, budget) : item, budget));
   }
   budget.ChargeBytes(joined.size());
   return joined;
@@ -254,18 +263,21 @@ Value ApplyNamed(const Builtin* (*find)(std::string_view), const std::optional<V
   return builtin->apply(subject, std::span(slots).first(builtin->parameter_count), budget);
 }
 
+// map, select and their like take anything false for an empty list.
+std::shared_ptr<const Items> IterateIfTrue(const Value& v, Budget& budget) {
+  return v.Truth() ? Iterate(v, budget) : std::make_shared<const Items>();
+}
+
 Value Map(const Value& v, Arguments a, Budget& budget) {
   const std::optional<Value>& attribute = a[3];
-  const std::optional<Value>& fallback = a[4];
+  const auto items = IterateIfTrue(v, budget);
   Items mapped;
-  for (const Value& item : *Iterate(v, budget)) {
+  for (const Value& item : *items) {
     budget.ChargeItems(1);
     if (a[0] || !attribute) {
       mapped.push_back(ApplyNamed(FindFilter, a[0], item, a.subspan(1, 2), budget));
     } else {
-      Value found = Follow(item, *attribute, budget);
-      const bool replace = found.IsUndefined() && fallback && !fallback->Is(Kind::kNone);
-      mapped.push_back(replace ? *fallback : std::move(found));
+      mapped.push_back(Follow(item, *attribute, a[4], budget));
     }
   }
   return Value::Of(Kind::kGenerator, std::move(mapped));
@@ -275,10 +287,11 @@ Value Map(const Value& v, Arguments a, Budget& budget) {
 template <bool by_attribute, bool wanted>
 Value Select(const Value& v, Arguments a, Budget& budget) {
   const Arguments test = by_attribute ? a.subspan(1) : a;
+  const auto items = IterateIfTrue(v, budget);
   Items selected;
-  for (const Value& item : *Iterate(v, budget)) {
+  for (const Value& item : *items) {
     budget.ChargeItems(1);
-    const Value subject = by_attribute ? Follow(item, *a[0], budget) : item;
+    const Value subject = by_attribute ? Follow(item, *a[0], std::nullopt, budget) : item;
     const Value result =
         test[0] ? ApplyNamed(FindTest, test[0], subject, test.subspan(1), budget) : subject;
     if (result.Truth() == wanted) selected.push_back(item);

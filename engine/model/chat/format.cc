@@ -261,7 +261,8 @@ class JsonWriter {
     if (style_.indent < 0) return;
     const size_t spaces = static_cast<size_t>(style_.indent) * level_;
     budget_.ChargeBytes(spaces);
-    out_.Append("\n" + std::string(spaces, ' '));
+    out_.Append("\n");
+    out_.Append(std::string(spaces, ' '));
   }
 
   const JsonStyle& style_;

@@ -1,0 +1,2 @@
+CONTEXTS={"a":{}}
+TEMPLATES=[("x",["a"])]
