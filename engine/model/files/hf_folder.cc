@@ -131,10 +131,14 @@ class HfModel final : public ModelFile {
     absl::StatusOr<ModelConfig> config = ReadConfig(config_path, folder, *json);
     if (!config.ok()) return config.status();
     config_ = *std::move(config);
+    if (absl::Status status = ReadTensors(); !status.ok()) return status;
+    // Before the tokenizer sets up as many tokens as the config says there are.
+    const auto embedding = Find("token_embd.weight", config_.vocabulary, config_.hidden);
+    if (!embedding.ok()) return embedding.status();
     absl::StatusOr<Vocabulary> vocabulary = ReadHfVocabulary(folder, *json, config_.vocabulary);
     if (!vocabulary.ok()) return vocabulary.status();
     vocabulary_ = *std::move(vocabulary);
-    return ReadTensors();
+    return absl::OkStatus();
   }
 
  private:
