@@ -65,6 +65,8 @@ LogitPartial LogitBlock(const float* logits, int count) {
     most = Max(KeepFirst(LoadFirst(logits + i, n), n, lowest), most);
   }
   LogitPartial out = {ReduceMax(most), 0, 0};
+  // In a block of nothing but -inf any base will do: what it adds is weighed with e^-inf.
+  const F base = Set1(out.max > -__builtin_inff() ? out.max : 0);
   F sum = Set1(0);
   int found = -1;
   for (int i = 0; i < count; i += 16) {
@@ -72,9 +74,9 @@ LogitPartial LogitBlock(const float* logits, int count) {
     const F v = KeepFirst(LoadFirst(logits + i, n), n, lowest);
     const int lane = found < 0 ? FirstEqual(v, Set1(out.max)) : -1;
     if (lane >= 0) found = i + lane;
-    sum = sum + KeepFirst(Exp(v - Set1(out.max)), n, Set1(0));
+    sum = sum + KeepFirst(Exp(v - base), n, Set1(0));
   }
   out.argmax = found < 0 || found >= count ? 0 : found;
-  out.sum = out.max > -__builtin_inff() ? ReduceAdd(sum) : 0;
+  out.sum = ReduceAdd(sum);
   return out;
 }

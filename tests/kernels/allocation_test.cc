@@ -1,0 +1,101 @@
+// The hot path allocates nothing once it has seen its largest step.
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "tests/kernels/kernel_cases.h"
+
+namespace {
+std::atomic<int64_t> allocations = 0;
+
+void* Allocate(std::size_t size, std::size_t alignment) {
+  ++allocations;
+  void* memory = std::aligned_alloc(alignment, (size + alignment) / alignment * alignment);
+  if (memory == nullptr) std::abort();
+  return memory;
+}
+}  // namespace
+
+void* operator new(std::size_t size) { return Allocate(size, 16); }
+void* operator new[](std::size_t size) { return Allocate(size, 16); }
+void* operator new(std::size_t size, std::align_val_t a) {
+  return Allocate(size, static_cast<std::size_t>(a));
+}
+void* operator new[](std::size_t size, std::align_val_t a) {
+  return Allocate(size, static_cast<std::size_t>(a));
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete[](void* p) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
+void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+
+namespace espalier {
+namespace {
+
+class AllocationTest : public ::testing::TestWithParam<KernelCase> {};
+
+INSTANTIATE_TEST_SUITE_P(Isa, AllocationTest, ::testing::ValuesIn(AllKernelCases()),
+                         KernelCaseName);
+
+TEST_P(AllocationTest, StepsAfterTheFirstAllocateNothing) {
+  constexpr int kRows = 40, kHidden = 96, kHeads = 6, kKvHeads = 2, kDim = 16;
+  const auto backend = MakeBackend(GetParam().isa);
+  const auto upload = [&](WeightLayout layout, int rows, int cols) {
+    return Upload(backend.get(), RandomWeight(GetParam().type, layout, rows, cols, 1));
+  };
+  const Weight table = upload(WeightLayout::kOutputRows, 300, kHidden);
+  const Weight down = upload(WeightLayout::kInputRows, 200, kHidden);
+  KvPool pool = backend->CreateKvPool({.pages = 4, .kv_heads = kKvHeads, .head_dim = kDim}).value();
+  const std::vector<int32_t> tokens(kRows, 7), pages = {3, 1, 0, 2}, list = {5, 3, 0};
+  const std::vector<std::span<const int32_t>> tables = {pages};
+  const std::vector<float> norm(kHidden, 1.0f), frequency(kDim / 2, 0.5f);
+  std::vector<float> hidden(kRows * kHidden), logits(kRows * 300), narrow(kRows * 200);
+  std::vector<float> q(kRows * 3 * kDim), kv(kRows * kKvHeads * kDim), out(q.size());
+  std::vector<LogitStatsArgs::Stats> stats(kRows);
+
+  const auto step = [&](int rows, int start) {
+    const Matrix x(hidden.data(), rows, kHidden);
+    backend->Embed({.tokens = std::span(tokens).first(rows), .table = table, .out = x});
+    backend->RmsNorm({.x = x, .weight = norm, .out = x});
+    MatMulTarget target{.weight = &table,
+                        .selection = ChannelSelection::All(300),
+                        .out = Matrix(logits.data(), rows, 300)};
+    backend->MatMul({.x = x, .targets = {&target, 1}});
+    const Matrix gate(narrow.data(), rows, 200);
+    backend->SwiGlu({.gate = gate, .up = gate, .out = gate});
+    target = {.weight = &down, .selection = ChannelSelection::All(200), .out = x};
+    backend->MatMul({.x = gate, .targets = {&target, 1}, .output = MatMulArgs::Output::kAdd});
+    const AttentionSpan span{.first_row = 0, .rows = rows, .start = start};
+    const Matrix queries(q.data(), rows, 3 * kDim), keys(kv.data(), rows, kKvHeads * kDim);
+    backend->RopeAndStore({.spans = {&span, 1},
+                           .page_tables = tables,
+                           .q = queries,
+                           .k = keys,
+                           .v = keys,
+                           .inverse_frequency = frequency,
+                           .pool = &pool});
+    backend->Attention({.spans = {&span, 1},
+                        .page_tables = tables,
+                        .q = queries,
+                        .heads_kept = ChannelSelection::Of(list),
+                        .heads = kHeads,
+                        .scale = 0.25f,
+                        .pool = &pool,
+                        .out = Matrix(out.data(), rows, 3 * kDim)});
+    backend->LogitStats(
+        {.logits = ConstMatrix(logits.data(), rows, 300), .out = std::span(stats).first(rows)});
+  };
+  step(kRows, 0);
+  const int64_t before = allocations;
+  step(kRows, 5);
+  step(1, kRows);
+  step(7, kRows + 1);
+  EXPECT_EQ(allocations - before, 0);
+}
+
+}  // namespace
+}  // namespace espalier

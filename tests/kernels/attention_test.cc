@@ -1,0 +1,296 @@
+// Rotation, KV pages and attention against their references, with pages that hold rubbish wherever
+// no token was written.
+#include <cmath>
+#include <numeric>
+
+#include "tests/kernels/kernel_cases.h"
+
+namespace espalier {
+namespace {
+
+// A few sequences in one pool, and a model's worth of heads over them.
+class Sequences {
+ public:
+  struct Heads {
+    int heads, kv_heads, dim;
+  };
+
+  Sequences(Backend* backend, Heads heads, KvType type, int sequences, int tokens)
+      : backend_(backend), heads_(heads), tokens_(tokens) {
+    const int pages = (tokens + kPageTokens - 1) / kPageTokens;
+    pool_ = backend
+                ->CreateKvPool({.type = type,
+                                .pages = pages * sequences,
+                                .kv_heads = heads.kv_heads,
+                                .head_dim = heads.dim})
+                .value();
+    std::memset(pool_.data, 0xff, pool_.shape.page_bytes() * pool_.shape.pages);  // all NaN
+    for (int s = 0; s < sequences; ++s) {
+      tables_.emplace_back(pages);
+      for (int p = 0; p < pages; ++p) tables_[s][p] = (p * sequences + s) * 5 % (pages * sequences);
+      if ((pages * sequences) % 5 == 0) {
+        for (int p = 0; p < pages; ++p) tables_[s][p] = p * sequences + s;
+      }
+      q_.push_back(RandomValues(int64_t{tokens} * heads.heads * heads.dim, 10 * s + 1));
+      k_.push_back(RandomValues(int64_t{tokens} * heads.kv_heads * heads.dim, 10 * s + 2));
+      v_.push_back(RandomValues(int64_t{tokens} * heads.kv_heads * heads.dim, 10 * s + 3));
+    }
+    // Slow turning, so that what is compared is attention.
+    for (int i = 0; i < heads.dim / 2; ++i) {
+      frequency_.push_back(std::pow(100.0f, -2.0f * i / heads.dim));
+    }
+  }
+
+  struct Chunk {
+    int sequence, start, rows;
+  };
+
+  // One step of the chunks: rotates, stores and attends; returns [rows, kept heads * dim].
+  std::vector<float> Step(const std::vector<Chunk>& chunks, const ChannelSelection& kept,
+                          RopePairing pairing = RopePairing::kInterleaved) {
+    const int dim = heads_.dim, kv_width = heads_.kv_heads * dim, width = kept.count() * dim;
+    std::vector<AttentionSpan> spans;
+    std::vector<std::span<const int32_t>> tables;
+    std::vector<float> q, k, v;
+    int rows = 0;
+    for (const Chunk& chunk : chunks) {
+      spans.push_back({.first_row = rows, .rows = chunk.rows, .start = chunk.start});
+      tables.push_back(tables_[chunk.sequence]);
+      rows += chunk.rows;
+      for (int t = chunk.start; t < chunk.start + chunk.rows; ++t) {
+        for (int h = 0; h < kept.count(); ++h) {
+          const auto from =
+              q_[chunk.sequence].begin() + (int64_t{t} * heads_.heads + kept[h]) * dim;
+          q.insert(q.end(), from, from + dim);
+        }
+        const int64_t at = int64_t{t} * kv_width;
+        k.insert(k.end(), &k_[chunk.sequence][at], &k_[chunk.sequence][at] + kv_width);
+        v.insert(v.end(), &v_[chunk.sequence][at], &v_[chunk.sequence][at] + kv_width);
+      }
+    }
+    backend_->RopeAndStore({.spans = spans,
+                            .page_tables = tables,
+                            .q = Matrix(q.data(), rows, width),
+                            .k = Matrix(k.data(), rows, kv_width),
+                            .v = ConstMatrix(v.data(), rows, kv_width),
+                            .inverse_frequency = frequency_,
+                            .pairing = pairing,
+                            .pool = &pool_});
+    std::vector<float> out(q.size(), NAN);
+    backend_->Attention({.spans = spans,
+                         .page_tables = tables,
+                         .q = ConstMatrix(q.data(), rows, width),
+                         .heads_kept = kept,
+                         .heads = heads_.heads,
+                         .scale = 1 / std::sqrt(static_cast<float>(dim)),
+                         .pool = &pool_,
+                         .out = Matrix(out.data(), rows, width)});
+    return out;
+  }
+
+  // What Step should give for one chunk.
+  std::vector<double> Expected(const Chunk& chunk, const ChannelSelection& kept,
+                               RopePairing pairing) const {
+    const int end = chunk.start + chunk.rows;
+    std::vector<int32_t> positions(end);
+    std::iota(positions.begin(), positions.end(), 0);
+    const auto rotated = [&](const std::vector<float>& x, int heads) {
+      const auto wide =
+          reference::Rotate(View(x, end, heads * heads_.dim), positions, frequency_, pairing);
+      return std::vector<float>(wide.begin(), wide.end());
+    };
+    const std::vector<float> q = rotated(q_[chunk.sequence], heads_.heads);
+    std::vector<float> k = rotated(k_[chunk.sequence], heads_.kv_heads);
+    std::vector<float> v = v_[chunk.sequence];
+    if (pool_.shape.type == KvType::kF16) {
+      for (float& each : k) each = reference::RoundToHalf(each);
+      for (float& each : v) each = reference::RoundToHalf(each);
+    }
+    std::vector<double> want;
+    for (int t = chunk.start; t < end; ++t) {
+      std::vector<float> row;
+      for (int h = 0; h < kept.count(); ++h) {
+        const auto from = q.begin() + (int64_t{t} * heads_.heads + kept[h]) * heads_.dim;
+        row.insert(row.end(), from, from + heads_.dim);
+      }
+      const auto one =
+          reference::Attention(row, kept, heads_.heads, heads_.kv_heads, heads_.dim,
+                               1 / std::sqrt(static_cast<double>(heads_.dim)), k, v, t + 1);
+      want.insert(want.end(), one.begin(), one.end());
+    }
+    return want;
+  }
+
+  const KvPool& pool() const { return pool_; }
+
+ private:
+  Backend* backend_;
+  const Heads heads_;
+  const int tokens_;
+  KvPool pool_;
+  std::vector<std::vector<int32_t>> tables_;
+  std::vector<std::vector<float>> q_, k_, v_;
+  std::vector<float> frequency_;
+};
+
+struct AttentionCase {
+  Isa isa;
+  KvType type;
+};
+
+std::vector<AttentionCase> AllCases() {
+  std::vector<AttentionCase> cases;
+  for (Isa isa : SupportedIsas()) {
+    for (KvType type : {KvType::kF32, KvType::kF16}) cases.push_back({isa, type});
+  }
+  return cases;
+}
+
+class AttentionTest : public ::testing::TestWithParam<AttentionCase> {
+ protected:
+  std::unique_ptr<Backend> backend_ = MakeBackend(GetParam().isa);
+};
+
+INSTANTIATE_TEST_SUITE_P(Isa, AttentionTest, ::testing::ValuesIn(AllCases()),
+                         [](const ::testing::TestParamInfo<AttentionCase>& info) {
+                           return fmt::format("{}_{}", IsaName(info.param.isa),
+                                              info.param.type == KvType::kF16 ? "f16" : "f32");
+                         });
+
+TEST_P(AttentionTest, MatchesReference) {
+  const Sequences::Heads shapes[] = {{1, 1, 2},  {3, 1, 10}, {4, 4, 16},  {9, 3, 64},
+                                     {6, 2, 80}, {2, 2, 32}, {40, 1, 16}, {4, 2, 128}};
+  for (const Sequences::Heads& heads : shapes) {
+    for (RopePairing pairing : {RopePairing::kInterleaved, RopePairing::kHalfSplit}) {
+      for (const auto& [name, list] : SelectionLists(heads.heads)) {
+        const auto kept =
+            name == "all" ? ChannelSelection::All(heads.heads) : ChannelSelection::Of(list);
+        Sequences sequences(backend_.get(), heads, GetParam().type, 3, 70);
+        // A first step brings prompts of awkward lengths, the second decodes and prefills on.
+        const std::vector<std::vector<Sequences::Chunk>> steps = {
+            {{0, 0, 15}, {1, 0, 33}, {2, 0, 1}},
+            {{0, 15, 1}, {1, 33, 37}, {2, 1, 16}},
+            {{2, 17, 1}, {0, 16, 1}},
+        };
+        for (const auto& chunks : steps) {
+          const std::vector<float> out = sequences.Step(chunks, kept, pairing);
+          size_t at = 0;
+          for (const Sequences::Chunk& chunk : chunks) {
+            const size_t size = size_t{1} * chunk.rows * kept.count() * heads.dim;
+            ExpectNear(
+                std::span(out).subspan(at, size), sequences.Expected(chunk, kept, pairing),
+                GetParam().type == KvType::kF16 ? 2e-3 : 3e-6, kept.count() * heads.dim,
+                fmt::format("{} heads over {} of {}, kept {}, sequence {} from {}", heads.heads,
+                            heads.kv_heads, heads.dim, name, chunk.sequence, chunk.start));
+            at += size;
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_P(AttentionTest, ChunksAndCrowdsGiveTheSameBits) {
+  for (const Sequences::Heads& heads : {Sequences::Heads{9, 3, 64}, Sequences::Heads{5, 1, 10}}) {
+    const auto all = ChannelSelection::All(heads.heads);
+    constexpr int kTokens = 75;
+    const auto fresh = [&](Backend* backend) {
+      return Sequences(backend, heads, GetParam().type, 3, kTokens);
+    };
+    const std::vector<float> whole = fresh(backend_.get()).Step({{0, 0, kTokens}}, all);
+
+    const auto alone = MakeBackend(GetParam().isa, 1);
+    EXPECT_TRUE(BitEqual(whole, fresh(alone.get()).Step({{0, 0, kTokens}}, all))) << "one thread";
+    EXPECT_TRUE(BitEqual(whole,
+                         [&] {
+                           std::vector<float> out =
+                               fresh(backend_.get()).Step({{0, 0, kTokens}, {1, 0, 40}}, all);
+                           out.resize(whole.size());
+                           return out;
+                         }()))
+        << "with a neighbour";
+
+    for (int size : {1, 7, 16, 17}) {
+      Sequences sequences = fresh(backend_.get());
+      std::vector<float> chunked;
+      for (int start = 0; start < kTokens; start += size) {
+        const Sequences::Chunk mine{0, start, std::min(size, kTokens - start)};
+        const std::vector<float> out = sequences.Step({{1, start, 1}, mine}, all);
+        chunked.insert(chunked.end(), out.begin() + heads.heads * heads.dim, out.end());
+      }
+      EXPECT_TRUE(BitEqual(whole, chunked)) << "chunks of " << size;
+    }
+  }
+}
+
+// A dropped head must not change what the others read.
+TEST_P(AttentionTest, KeptHeadsGiveTheBitsTheyGiveAmongAll) {
+  const Sequences::Heads heads{9, 3, 64};
+  Sequences everyone(backend_.get(), heads, GetParam().type, 1, 40);
+  Sequences few(backend_.get(), heads, GetParam().type, 1, 40);
+  const std::vector<int32_t> list = {7, 0, 2};
+  const std::vector<float> all = everyone.Step({{0, 0, 40}}, ChannelSelection::All(9));
+  const std::vector<float> kept = few.Step({{0, 0, 40}}, ChannelSelection::Of(list));
+  for (int r = 0; r < 40; ++r) {
+    for (int i = 0; i < 3; ++i) {
+      EXPECT_TRUE(BitEqual(std::span(kept).subspan((r * 3 + i) * 64, 64),
+                           std::span(all).subspan((r * 9 + list[i]) * 64, 64)));
+    }
+  }
+}
+
+// Values as they lie in the page, over all of fp16's range: rounding to even, subnormals, bounds.
+TEST_P(AttentionTest, StoresValuesRoundedAndBounded) {
+  constexpr int kDim = 64;
+  std::vector<float> v = {0.0f,     -0.0f,   1.0f,  1.00048828125f, 1.0014648f,    65504.0f,
+                          65519.9f, 65520,   1e9f,  -INFINITY,      5.9604645e-8f, 2.98e-8f,
+                          2.9e-8f,  8.9e-8f, 6e-5f, 6.1e-5f,        -3.05e-5f,     1e-12f};
+  const auto noise = RandomValues(kDim * 4, 9);
+  while (v.size() < kDim * 4) v.push_back(noise[v.size()] * std::exp2(30.0f * noise[v.size() - 1]));
+  KvPool pool =
+      backend_->CreateKvPool({.type = GetParam().type, .pages = 1, .kv_heads = 4, .head_dim = kDim})
+          .value();
+  std::vector<float> k(v.size()), q(v.size());
+  const std::vector<float> frequency(kDim / 2, 1.0f);
+  const std::vector<AttentionSpan> spans = {{.first_row = 0, .rows = 1, .start = 5}};
+  const std::vector<int32_t> pages = {0};
+  const std::vector<std::span<const int32_t>> tables = {pages};
+  backend_->RopeAndStore({.spans = spans,
+                          .page_tables = tables,
+                          .q = Matrix(q.data(), 1, 4 * kDim),
+                          .k = Matrix(k.data(), 1, 4 * kDim),
+                          .v = ConstMatrix(v.data(), 1, 4 * kDim),
+                          .inverse_frequency = frequency,
+                          .pool = &pool});
+  const std::byte* values = pool.data + pool.shape.page_bytes() / 2;
+  for (int i = 0; i < 4 * kDim; ++i) {
+    const int at = (i / kDim * kPageTokens + 5) * kDim + i % kDim;
+    if (GetParam().type == KvType::kF32) {
+      EXPECT_EQ(reinterpret_cast<const float*>(values)[at], v[i]);
+      continue;
+    }
+    const uint16_t half = reinterpret_cast<const uint16_t*>(values)[at];
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                          : std::ldexp(1024.0f + fraction, exponent - 25);
+    EXPECT_EQ(half >> 15 ? -magnitude : magnitude, reference::RoundToHalf(v[i])) << v[i];
+  }
+}
+
+TEST_P(AttentionTest, PoolSaysWhatIsWrong) {
+  const auto make = [&](int pages, int kv_heads, int dim) {
+    return backend_
+        ->CreateKvPool(
+            {.type = GetParam().type, .pages = pages, .kv_heads = kv_heads, .head_dim = dim})
+        .status();
+  };
+  EXPECT_TRUE(make(0, 1, 2).ok());
+  EXPECT_EQ(make(1, 1, 3).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(make(-1, 1, 2).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(make(1, 0, 2).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(make(INT_MAX, 1 << 20, 1 << 20).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(make(INT_MAX, 64, 128).code(), absl::StatusCode::kResourceExhausted);
+}
+
+}  // namespace
+}  // namespace espalier

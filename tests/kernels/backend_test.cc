@@ -1,0 +1,332 @@
+// Every op of the CPU backend against its reference, on every instruction set this machine has.
+#include <cfloat>
+#include <iostream>
+#include <limits>
+
+#include "gmock/gmock.h"
+#include "tests/kernels/kernel_cases.h"
+
+namespace espalier {
+namespace {
+
+using ::testing::HasSubstr;
+
+class BackendTest : public ::testing::TestWithParam<KernelCase> {
+ protected:
+  const WeightType type_ = GetParam().type;
+  std::unique_ptr<Backend> backend_ = MakeBackend(GetParam().isa);
+};
+
+INSTANTIATE_TEST_SUITE_P(Isa, BackendTest, ::testing::ValuesIn(AllKernelCases()), KernelCaseName);
+
+// Ops that know no weight type.
+class OpTest : public ::testing::TestWithParam<Isa> {
+ protected:
+  std::unique_ptr<Backend> backend_ = MakeBackend(GetParam());
+};
+
+INSTANTIATE_TEST_SUITE_P(Isa, OpTest, ::testing::ValuesIn(SupportedIsas()), IsaCaseName);
+
+TEST(SupportedIsasTest, TellsWhatIsRun) {
+  const std::vector<Isa> isas = SupportedIsas();
+  ASSERT_FALSE(isas.empty());
+  EXPECT_EQ(isas.front(), Isa::kPortable);
+  for (Isa isa : isas) {
+    std::cout << "[ isa ran  ] " << IsaName(isa) << '\n';
+    EXPECT_EQ(ParseIsa(IsaName(isa)).value(), isa);
+    EXPECT_THAT(MakeBackend(isa)->Describe(), HasSubstr(std::string(IsaName(isa))));
+  }
+  for (Isa isa : {Isa::kAvx2, Isa::kAvx512Vnni}) {
+    if (std::find(isas.begin(), isas.end(), isa) != isas.end()) continue;
+    std::cout << "[ NOT RUN  ] " << IsaName(isa) << ": not on this machine\n";
+    EXPECT_EQ(CreateCpuBackend({.isa = isa}).status().code(), absl::StatusCode::kInvalidArgument);
+  }
+  EXPECT_THAT(std::string(ParseIsa("sse9").status().message()), HasSubstr("sse9"));
+  EXPECT_EQ(CreateCpuBackend({.threads = -1}).status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+struct MatMulShape {
+  int weight_rows, weight_cols, rows;
+};
+
+// Edges of a tile (64), of a register (16), of a row block (32), of a task (128 rows) and of a
+// packed panel (1,024 deep), one less and one more.
+constexpr MatMulShape kMatMulShapes[] = {
+    {1, 1, 1},    {1, 64, 3},    {15, 17, 2},    {16, 63, 4},   {17, 65, 5},    {63, 64, 1},
+    {64, 64, 31}, {65, 63, 33},  {64, 65, 32},   {130, 129, 6}, {192, 576, 1},  {80, 128, 7},
+    {70, 40, 0},  {33, 64, 129}, {129, 20, 260}, {1090, 70, 3}, {70, 1090, 35},
+};
+
+TEST_P(BackendTest, MatMulMatchesReference) {
+  for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
+    const bool output_rows = layout == WeightLayout::kOutputRows;
+    for (const MatMulShape& shape : kMatMulShapes) {
+      const auto host = RandomWeight(type_, layout, shape.weight_rows, shape.weight_cols, 1);
+      const Weight weight = Upload(backend_.get(), host);
+      const auto bias = RandomValues(shape.weight_rows + shape.weight_cols, 2);
+      for (const auto& [name, list] : SelectionLists(shape.weight_rows)) {
+        const auto selection =
+            name == "all" ? ChannelSelection::All(shape.weight_rows) : ChannelSelection::Of(list);
+        const int depth = output_rows ? shape.weight_cols : selection.count();
+        const int outputs = output_rows ? selection.count() : shape.weight_cols;
+        // Rows of x and of the result lie apart, so that strides are told from widths.
+        const auto x_values = RandomValues(int64_t{shape.rows} * (depth + 3), 3);
+        const ConstMatrix x(x_values.data(), shape.rows, depth, depth + 3);
+        const auto start = RandomValues(int64_t{shape.rows} * (outputs + 5), 4);
+        const bool add = shape.rows % 2 == 1;
+        const std::span<const float> used_bias =
+            add && !output_rows ? std::span<const float>() : std::span(bias).first(outputs);
+        std::vector<float> result = start;
+        const MatMulTarget target{.weight = &weight,
+                                  .selection = selection,
+                                  .out = Matrix(result.data(), shape.rows, outputs, outputs + 5),
+                                  .bias = used_bias};
+        backend_->MatMul(
+            {.x = x,
+             .targets = {&target, 1},
+             .output = add ? MatMulArgs::Output::kAdd : MatMulArgs::Output::kOverwrite});
+
+        std::vector<double> want = reference::MatMul(x, host, selection, used_bias);
+        std::vector<float> got;
+        for (int r = 0; r < shape.rows; ++r) {
+          for (int n = 0; n < outputs + 5; ++n) {
+            const size_t at = static_cast<size_t>(r) * (outputs + 5) + n;
+            if (n >= outputs) {
+              ASSERT_EQ(result[at], start[at]) << "wrote past the row's end";
+            } else {
+              got.push_back(result[at]);
+              if (add) want[static_cast<size_t>(r) * outputs + n] += start[at];
+            }
+          }
+        }
+        ExpectNear(
+            got, want, 1e-5, outputs,
+            fmt::format("{} rows x [{}, {}] {} {}", shape.rows, shape.weight_rows,
+                        shape.weight_cols, output_rows ? "output rows" : "input rows", name));
+      }
+    }
+  }
+}
+
+TEST_P(BackendTest, MatMulOfSeveralTargetsMatchesOneByOne) {
+  for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
+    const bool output_rows = layout == WeightLayout::kOutputRows;
+    const int rows = 9, depth = 96;
+    const auto x = RandomValues(rows * depth, 1);
+    std::vector<Weight> weights;
+    std::vector<std::vector<float>> together, apart;
+    for (int n : {200, 3, 64}) {
+      weights.push_back(Upload(backend_.get(), RandomWeight(type_, layout, output_rows ? n : depth,
+                                                            output_rows ? depth : n, n)));
+      together.emplace_back(rows * n);
+      apart.emplace_back(rows * n);
+    }
+    std::vector<MatMulTarget> targets;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      const int n = static_cast<int>(apart[i].size()) / rows;
+      targets.push_back({.weight = &weights[i],
+                         .selection = ChannelSelection::All(weights[i].rows),
+                         .out = Matrix(apart[i].data(), rows, n)});
+      backend_->MatMul({.x = View(x, rows, depth), .targets = {&targets[i], 1}});
+      targets[i].out.data = together[i].data();
+    }
+    backend_->MatMul({.x = View(x, rows, depth), .targets = targets});
+    EXPECT_EQ(together, apart);
+  }
+}
+
+TEST_P(BackendTest, MatMulTellsInputThatIsNotFinite) {
+  for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
+    const Weight weight = Upload(backend_.get(), RandomWeight(type_, layout, 64, 64, 1));
+    for (float bad : {NAN, INFINITY}) {
+      auto x = RandomValues(3 * 64, 2);
+      x[64 + 17] = bad;  // row 1
+      std::vector<float> out(3 * 64);
+      const MatMulTarget target{.weight = &weight,
+                                .selection = ChannelSelection::All(64),
+                                .out = Matrix(out.data(), 3, 64)};
+      backend_->MatMul({.x = View(x, 3, 64), .targets = {&target, 1}});
+      for (int i = 0; i < 3 * 64; ++i) EXPECT_EQ(std::isfinite(out[i]), i / 64 != 1) << i;
+    }
+  }
+}
+
+TEST_P(BackendTest, EmbedMatchesReference) {
+  for (int cols : {1, 15, 64, 65, 576}) {
+    const auto host = RandomWeight(type_, WeightLayout::kOutputRows, 50, cols, 1);
+    const Weight table = Upload(backend_.get(), host);
+    for (int count : {0, 1, 2, 33}) {
+      std::vector<int32_t> tokens(count);
+      for (int i = 0; i < count; ++i) tokens[i] = (i * 31 + 49) % 50;
+      std::vector<float> out(count * cols);
+      backend_->Embed({.tokens = tokens, .table = table, .out = Matrix(out.data(), count, cols)});
+      ExpectNear(out, reference::Embed(host, tokens), 1e-6, cols, fmt::format("{} columns", cols));
+    }
+  }
+}
+
+TEST_P(BackendTest, GatheredPanelGivesTheSameBitsAsAList) {
+  for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
+    const Weight weight = Upload(backend_.get(), RandomWeight(type_, layout, 150, 90, 1));
+    for (const auto& [name, list] : SelectionLists(150)) {
+      const auto selection = ChannelSelection::Of(list);
+      const absl::StatusOr<Weight> panel = backend_->GatherRows(weight, selection);
+      ASSERT_TRUE(panel.ok()) << panel.status();
+      const bool output_rows = layout == WeightLayout::kOutputRows;
+      const int depth = output_rows ? 90 : selection.count();
+      const int outputs = output_rows ? selection.count() : 90;
+      const auto x = RandomValues(5 * depth, 2);
+      std::vector<float> by_list(5 * outputs), by_panel(5 * outputs);
+      MatMulTarget target{
+          .weight = &weight, .selection = selection, .out = Matrix(by_list.data(), 5, outputs)};
+      backend_->MatMul({.x = View(x, 5, depth), .targets = {&target, 1}});
+      target = {.weight = &*panel,
+                .selection = ChannelSelection::All(selection.count()),
+                .out = Matrix(by_panel.data(), 5, outputs)};
+      backend_->MatMul({.x = View(x, 5, depth), .targets = {&target, 1}});
+      EXPECT_TRUE(BitEqual(by_list, by_panel)) << name;
+    }
+  }
+}
+
+TEST_P(BackendTest, UploadSaysWhatIsWrong) {
+  const auto zeros = [](int, float*) {};
+  const auto upload = [&](int rows, int cols, const std::function<void(int, float*)>& read) {
+    return backend_->UploadWeight(type_, WeightLayout::kOutputRows, rows, cols, read).status();
+  };
+  EXPECT_EQ(upload(-1, 4, zeros).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(upload(4, -1, zeros).code(), absl::StatusCode::kInvalidArgument);
+  const absl::Status large = upload(INT_MAX, INT_MAX, zeros);
+  EXPECT_EQ(large.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(large.message()), HasSubstr("2147483647 rows"));
+  const absl::Status bad = upload(50, 20, [](int row, float* to) {
+    std::fill_n(to, 20, 1.0f);
+    if (row == 7 || row == 41) to[3] = NAN;
+  });
+  EXPECT_EQ(bad.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(bad.message()), HasSubstr("row 7"));
+  EXPECT_TRUE(upload(0, 5, zeros).ok());
+}
+
+TEST_P(BackendTest, UploadCountsItsBytes) {
+  const Weight weight =
+      Upload(backend_.get(), RandomWeight(type_, WeightLayout::kOutputRows, 100, 576, 1));
+  EXPECT_EQ(weight.row_stride % kQuantGroup, 0);
+  EXPECT_EQ(reinterpret_cast<uintptr_t>(weight.values) % 64, 0u);
+  const size_t values = size_t{100} * 576 * (type_ == WeightType::kInt8 ? 1 : 4);
+  EXPECT_GE(weight.bytes, values);
+  EXPECT_LE(weight.bytes, values + values / 10);
+}
+
+TEST_P(OpTest, RmsNormMatchesReference) {
+  for (int cols : {1, 15, 16, 17, 63, 64, 65, 576, 1001}) {
+    const auto weight = RandomValues(cols, 1);
+    for (int rows : {0, 1, 3, 70}) {
+      auto x = RandomValues(int64_t{rows} * cols, 2, 30);
+      const auto want = reference::RmsNorm(View(x, rows, cols), weight, 1e-5);
+      std::vector<float> out(x.size());
+      backend_->RmsNorm({.x = View(x, rows, cols),
+                         .weight = weight,
+                         .eps = 1e-5f,
+                         .out = Matrix(out.data(), rows, cols)});
+      ExpectNear(out, want, 2e-6, cols, fmt::format("[{}, {}]", rows, cols));
+      backend_->RmsNorm({.x = View(x, rows, cols),
+                         .weight = weight,
+                         .eps = 1e-5f,
+                         .out = Matrix(x.data(), rows, cols)});
+      EXPECT_TRUE(BitEqual(x, out)) << "in place";
+    }
+  }
+}
+
+TEST_P(OpTest, SwiGluMatchesReference) {
+  for (int cols : {1, 15, 16, 17, 1536}) {
+    for (int rows : {0, 1, 5, 40}) {
+      auto gate = RandomValues(int64_t{rows} * cols, 1, 20);
+      const auto up = RandomValues(int64_t{rows} * cols, 2);
+      std::vector<float> out(gate.size());
+      const auto want = reference::SwiGlu(View(gate, rows, cols), View(up, rows, cols));
+      backend_->SwiGlu({.gate = View(gate, rows, cols),
+                        .up = View(up, rows, cols),
+                        .out = Matrix(out.data(), rows, cols)});
+      for (size_t i = 0; i < out.size(); ++i) {  // each value on its own: silu spans decades
+        ASSERT_NEAR(out[i], want[i], std::abs(want[i]) * 5e-7 + 1e-37) << gate[i];
+      }
+      backend_->SwiGlu({.gate = View(gate, rows, cols),
+                        .up = View(up, rows, cols),
+                        .out = Matrix(gate.data(), rows, cols)});
+      EXPECT_TRUE(BitEqual(gate, out)) << "in place";
+    }
+  }
+}
+
+// silu(v) with up = 1 shows the kernels' exponential on every scale, ends and faults included.
+TEST_P(OpTest, SwiGluHoldsFromUnderflowToOverflow) {
+  std::vector<float> gate;
+  for (float v = -86.5f; v < 200; v += 0.0371f) gate.push_back(v);
+  const std::vector<float> up(gate.size(), 1.0f);
+  std::vector<float> out(gate.size());
+  const int n = static_cast<int>(gate.size());
+  backend_->SwiGlu(
+      {.gate = View(gate, 1, n), .up = View(up, 1, n), .out = Matrix(out.data(), 1, n)});
+  for (int i = 0; i < n; ++i) {
+    const double want = gate[i] / (1 + std::exp(-double{gate[i]}));
+    ASSERT_NEAR(out[i], want, std::abs(want) * 4e-7) << gate[i];
+  }
+  gate = {-FLT_MAX, -1000, -0.0f, 0, 1000, FLT_MAX, NAN};
+  backend_->SwiGlu(
+      {.gate = View(gate, 1, 7), .up = View(up, 1, 7), .out = Matrix(out.data(), 1, 7)});
+  EXPECT_NEAR(out[1], 0, 1e-30);
+  EXPECT_EQ(out[2], 0);
+  EXPECT_EQ(out[3], 0);
+  EXPECT_EQ(out[4], 1000);
+  EXPECT_EQ(out[5], FLT_MAX);
+  EXPECT_TRUE(std::isnan(out[6]));
+}
+
+TEST_P(OpTest, LogitStatsMatchReference) {
+  for (int cols : {1, 2, 15, 16, 17, 4095, 4096, 4097, 49152}) {
+    for (int rows : {0, 1, 3}) {
+      auto logits = RandomValues(int64_t{rows} * cols, 1, 8);
+      if (rows == 3) {
+        std::fill_n(logits.begin(), cols, 2.5f);       // all equal: the first wins
+        logits[cols + cols / 2] = 300;                 // nearly all the mass
+        logits[2 * cols] = logits[3 * cols - 1] = 99;  // a tie across blocks
+      }
+      std::vector<LogitStatsArgs::Stats> stats(rows);
+      backend_->LogitStats({.logits = View(logits, rows, cols), .out = stats});
+      for (int r = 0; r < rows; ++r) {
+        const auto want =
+            reference::StatsOf({&logits[int64_t{r} * cols], static_cast<size_t>(cols)});
+        EXPECT_EQ(stats[r].max, want.max) << cols;
+        EXPECT_EQ(stats[r].argmax, want.argmax) << cols;
+        EXPECT_NEAR(stats[r].log_sum_exp, want.log_sum_exp,
+                    2e-6 * std::abs(want.log_sum_exp) + 2e-6)
+            << cols;
+      }
+    }
+  }
+}
+
+TEST_P(OpTest, LogitStatsStandInfinitiesAndTellNan) {
+  std::vector<float> logits(5000, -INFINITY);
+  logits[4500] = 3;
+  std::vector<LogitStatsArgs::Stats> stats(1);
+  backend_->LogitStats({.logits = View(logits, 1, 5000), .out = stats});
+  EXPECT_EQ(stats[0].argmax, 4500);
+  EXPECT_NEAR(stats[0].log_sum_exp, 3, 1e-6);
+  logits[17] = NAN;
+  backend_->LogitStats({.logits = View(logits, 1, 5000), .out = stats});
+  EXPECT_TRUE(std::isnan(stats[0].log_sum_exp));
+}
+
+TEST_P(OpTest, ParallelForRunsEachIndexOnce) {
+  std::vector<int> runs(1000);
+  backend_->ParallelFor(1000, [&](int i) { ++runs[i]; });
+  EXPECT_EQ(runs, std::vector<int>(1000, 1));
+  backend_->ParallelFor(0, [&](int) { ADD_FAILURE(); });
+  EXPECT_TRUE(backend_->Synchronize().ok());
+}
+
+}  // namespace
+}  // namespace espalier

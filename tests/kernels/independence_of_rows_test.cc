@@ -1,0 +1,110 @@
+// The promise everything above the kernels rests on: a row's bits depend on that row alone.
+#include "tests/kernels/kernel_cases.h"
+
+namespace espalier {
+namespace {
+
+class RowsTest : public ::testing::TestWithParam<KernelCase> {
+ protected:
+  // x times a weight in calls of `step` rows.
+  static std::vector<float> Multiply(Backend* backend, const Weight& weight,
+                                     const ChannelSelection& selection, const std::vector<float>& x,
+                                     int rows, int step) {
+    const bool output_rows = weight.layout == WeightLayout::kOutputRows;
+    const int depth = output_rows ? weight.cols : selection.count();
+    const int outputs = output_rows ? selection.count() : weight.cols;
+    std::vector<float> out(int64_t{rows} * outputs);
+    for (int r = 0; r < rows; r += step) {
+      const int count = std::min(step, rows - r);
+      const MatMulTarget target{.weight = &weight,
+                                .selection = selection,
+                                .out = Matrix(out.data() + int64_t{r} * outputs, count, outputs)};
+      backend->MatMul(
+          {.x = ConstMatrix(x.data() + int64_t{r} * depth, count, depth), .targets = {&target, 1}});
+    }
+    return out;
+  }
+};
+
+INSTANTIATE_TEST_SUITE_P(Isa, RowsTest, ::testing::ValuesIn(AllKernelCases()), KernelCaseName);
+
+TEST_P(RowsTest, MatMulGivesTheSameBitsHoweverRowsAndThreadsAreSplit) {
+  const auto two = MakeBackend(GetParam().isa, 2), one = MakeBackend(GetParam().isa, 1);
+  constexpr int kRows = 150;
+  for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
+    const Weight weight = Upload(two.get(), RandomWeight(GetParam().type, layout, 200, 1100, 1));
+    const std::vector<int32_t> list = SelectionLists(200)[2].second;
+    for (const auto& selection : {ChannelSelection::All(200), ChannelSelection::Of(list)}) {
+      const auto x = RandomValues(int64_t{kRows} * 1100, 2);
+      const auto all = Multiply(two.get(), weight, selection, x, kRows, kRows);
+      for (int step : {1, 2, 3, 33, 64, 129}) {
+        EXPECT_TRUE(BitEqual(all, Multiply(two.get(), weight, selection, x, kRows, step)))
+            << step << " rows a call";
+      }
+      EXPECT_TRUE(BitEqual(all, Multiply(one.get(), weight, selection, x, kRows, kRows)))
+          << "one thread";
+    }
+  }
+}
+
+// int8 products are the same integers everywhere; only the last fp32 additions may differ.
+TEST_P(RowsTest, InstructionSetsAgree) {
+  const auto mine = MakeBackend(GetParam().isa), plain = MakeBackend(Isa::kPortable);
+  const bool int8 = GetParam().type == WeightType::kInt8;
+  for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
+    const auto host = RandomWeight(GetParam().type, layout, 130, 600, 1);
+    const Weight here = Upload(mine.get(), host), there = Upload(plain.get(), host);
+    ASSERT_EQ(here.bytes, there.bytes);
+    EXPECT_EQ(
+        std::memcmp(here.values, there.values, 130 * here.row_stride * (int8 ? 1 : sizeof(float))),
+        0)
+        << "stored weights differ";
+    const auto x = RandomValues(9 * 600, 2);
+    const auto got = Multiply(mine.get(), here, ChannelSelection::All(130), x, 9, 9);
+    const auto want = Multiply(plain.get(), there, ChannelSelection::All(130), x, 9, 9);
+    ExpectNear(got, std::vector<double>(want.begin(), want.end()), int8 ? 1e-6 : 5e-6,
+               static_cast<int>(got.size()) / 9, "against portable");
+  }
+  // One group and powers of two: every fp32 step is exact, so the integers show themselves.
+  if (!int8) return;
+  auto host = RandomWeight(WeightType::kInt8, WeightLayout::kOutputRows, 64, 64, 3);
+  auto x = RandomValues(4 * 64, 4);
+  for (auto* values : {&host.values, &x}) {
+    for (size_t i = 0; i < values->size(); ++i) {
+      (*values)[i] =
+          i % 64 == 0 ? 127.0f : std::clamp(std::round((*values)[i] * 60), -127.0f, 127.0f);
+    }
+  }
+  const Weight weight = Upload(mine.get(), host);
+  const auto got = Multiply(mine.get(), weight, ChannelSelection::All(64), x, 4, 4);
+  const auto want = reference::MatMul(View(x, 4, 64), host, ChannelSelection::All(64), {});
+  for (size_t i = 0; i < got.size(); ++i) EXPECT_EQ(got[i], want[i]) << i;
+}
+
+TEST_P(RowsTest, RowOpsGiveTheSameBitsAlone) {
+  const auto backend = MakeBackend(GetParam().isa);
+  constexpr int kRows = 60, kCols = 577;
+  const auto x = RandomValues(kRows * kCols, 1), up = RandomValues(kRows * kCols, 2);
+  const auto weight = RandomValues(kCols, 3);
+  const auto row = [](const std::vector<float>& v, int r) {
+    return ConstMatrix(v.data() + r * kCols, 1, kCols);
+  };
+  std::vector<float> normed(x.size()), activated(x.size()), alone(kCols);
+  std::vector<LogitStatsArgs::Stats> stats(kRows), one(1);
+  backend->RmsNorm({View(x, kRows, kCols), weight, 1e-5f, Matrix(normed.data(), kRows, kCols)});
+  backend->SwiGlu(
+      {View(x, kRows, kCols), View(up, kRows, kCols), Matrix(activated.data(), kRows, kCols)});
+  backend->LogitStats({View(x, kRows, kCols), stats});
+  for (int r = 0; r < kRows; ++r) {
+    backend->RmsNorm({row(x, r), weight, 1e-5f, Matrix(alone.data(), 1, kCols)});
+    EXPECT_TRUE(BitEqual(alone, std::span(normed).subspan(r * kCols, kCols)));
+    backend->SwiGlu({row(x, r), row(up, r), Matrix(alone.data(), 1, kCols)});
+    EXPECT_TRUE(BitEqual(alone, std::span(activated).subspan(r * kCols, kCols)));
+    backend->LogitStats({row(x, r), one});
+    EXPECT_EQ(one[0].log_sum_exp, stats[r].log_sum_exp);
+    EXPECT_EQ(one[0].argmax, stats[r].argmax);
+  }
+}
+
+}  // namespace
+}  // namespace espalier

@@ -1,0 +1,113 @@
+// What the kernel tests share: the instruction sets to run on, random data, comparison.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fmt/format.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/kernels/reference_ops.h"
+
+namespace espalier {
+
+struct KernelCase {
+  Isa isa;
+  WeightType type;
+};
+
+inline std::vector<KernelCase> AllKernelCases() {
+  std::vector<KernelCase> cases;
+  for (Isa isa : SupportedIsas()) {
+    for (WeightType type : {WeightType::kF32, WeightType::kInt8}) cases.push_back({isa, type});
+  }
+  return cases;
+}
+
+inline std::string KernelCaseName(const ::testing::TestParamInfo<KernelCase>& info) {
+  return fmt::format("{}_{}", IsaName(info.param.isa),
+                     info.param.type == WeightType::kF32 ? "fp32" : "int8");
+}
+
+inline std::string IsaCaseName(const ::testing::TestParamInfo<Isa>& info) {
+  return std::string(IsaName(info.param));
+}
+
+inline std::unique_ptr<Backend> MakeBackend(Isa isa, int threads = 2) {
+  return CreateCpuBackend({.isa = isa, .threads = threads}).value();
+}
+
+inline std::vector<float> RandomValues(int64_t count, uint32_t seed, float scale = 1) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, scale);
+  std::vector<float> values(count);
+  for (float& v : values) v = normal(random);
+  return values;
+}
+
+inline reference::HostWeight RandomWeight(WeightType type, WeightLayout layout, int rows, int cols,
+                                          uint32_t seed) {
+  return {type, layout, rows, cols, RandomValues(int64_t{rows} * cols, seed)};
+}
+
+inline Weight Upload(Backend* backend, const reference::HostWeight& host) {
+  absl::StatusOr<Weight> weight =
+      backend->UploadWeight(host.type, host.layout, host.rows, host.cols, [&](int r, float* to) {
+        std::copy_n(host.values.begin() + int64_t{r} * host.cols, host.cols, to);
+      });
+  EXPECT_TRUE(weight.ok()) << weight.status();
+  return *std::move(weight);
+}
+
+inline ConstMatrix View(const std::vector<float>& v, int rows, int cols) {
+  return ConstMatrix(v.data(), rows, cols);
+}
+
+// The largest difference, in units of the expected values' root mean square (1 if they are all 0),
+// must not exceed `tolerance`; a failure tells the worst place.
+inline void ExpectNear(std::span<const float> got, std::span<const double> want, double tolerance,
+                       int cols, const std::string& what) {
+  ASSERT_EQ(got.size(), want.size()) << what;
+  double squares = 0;
+  for (double w : want) squares += w * w;
+  const double rms = squares > 0 ? std::sqrt(squares / static_cast<double>(want.size())) : 1;
+  size_t worst = 0;
+  double error = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double e = std::abs(got[i] - want[i]) / rms;
+    if (!(e <= error)) {  // also when NaN
+      error = e;
+      worst = i;
+    }
+  }
+  EXPECT_LE(error, tolerance) << what << ": worst at row " << worst / std::max(1, cols)
+                              << ", column " << worst % std::max(1, cols) << ": got " << got[worst]
+                              << ", expected " << want[worst];
+}
+
+inline bool BitEqual(std::span<const float> a, std::span<const float> b) {
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size_bytes()) == 0);
+}
+
+// Lists of every kind that a selection of n rows can be; the first stands for All(n).
+inline std::vector<std::pair<std::string, std::vector<int32_t>>> SelectionLists(int n) {
+  std::vector<int32_t> reversed(n), some;
+  for (int i = 0; i < n; ++i) reversed[i] = n - 1 - i;
+  for (int i = 0; i < n; ++i) {
+    if (i % 3 != 1) some.push_back((i * 7 + 3) % n);
+  }
+  std::sort(some.begin(), some.end());
+  some.erase(std::unique(some.begin(), some.end()), some.end());
+  std::shuffle(some.begin(), some.end(), std::mt19937(5));
+  return {{"all", {}}, {"reversed", reversed}, {"some", some}, {"one", {n / 2}}, {"none", {}}};
+}
+
+}  // namespace espalier
