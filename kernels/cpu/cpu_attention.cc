@@ -32,7 +32,7 @@ void CpuBackend::PrepareAngles(const RopeAndStoreArgs& args) {
                  angles_.inverse_frequency.begin(), angles_.inverse_frequency.end()) &&
       next_positions_ == angles_.positions;
   if (same) return;
-  std::swap(angles_.positions, next_positions_);
+  angles_.positions = next_positions_;
   angles_.inverse_frequency.assign(args.inverse_frequency.begin(), args.inverse_frequency.end());
   angles_.pairing = args.pairing;
   GrowTo(&angles_.cosines, static_cast<size_t>(rows) * 2 * half);
