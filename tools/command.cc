@@ -116,7 +116,6 @@ int RunCommand(int argc, const char* const* argv) {
       ->type_name("FILE")
       ->envname("ESPALIER_CONFIG");
   root.allow_config_extras(CLI::config_extras_mode::error);
-  root.require_subcommand(1);
   root.fallthrough();
   root.footer(
       "`espalier SUBCOMMAND --help` lists a subcommand's options. Each option may also be set in\n"
@@ -139,6 +138,11 @@ int RunCommand(int argc, const char* const* argv) {
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return root.exit(error);  // --help, --version
     fmt::print(stderr, "espalier: {}\n", OneLine(error.what()));
+    return 2;
+  }
+
+  if (!action) {
+    fmt::print(stderr, "espalier: a subcommand is required; --help lists them\n");
     return 2;
   }
 

@@ -46,6 +46,10 @@ int64_t PagedTokens(int64_t tokens) {
 absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int64_t kv_tokens,
                                           int step_rows) {
   LocalModel model;
+  absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options.model);
+  if (!file.ok()) return file.status();
+  model.file = *std::move(file);
+
   model.weights = options.weights == "f32" ? WeightType::kF32 : WeightType::kInt8;
   model.kv = options.kv == "f32" || (options.kv == "auto" && model.weights == WeightType::kF32)
                  ? KvType::kF32
@@ -63,10 +67,6 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
   if (!backend.ok()) return backend.status();
   model.backend = *std::move(backend);
 
-  absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options.model);
-  if (!file.ok()) return file.status();
-  model.file = *std::move(file);
-
   const ModelConfig& config = model.file->config();
   const uint64_t pages =
       static_cast<uint64_t>(PagedTokens(kv_tokens) / kPageTokens) * config.layers;
@@ -83,6 +83,17 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
   if (!executor.ok()) return executor.status();
   model.executor = *std::move(executor);
   return model;
+}
+
+absl::StatusOr<std::vector<int32_t>> EncodeText(const Tokenizer& tokenizer, std::string_view text,
+                                                bool special) {
+  absl::StatusOr<std::vector<int32_t>> ids =
+      tokenizer.Encode(text, special ? Tokenizer::Special::kParse : Tokenizer::Special::kAsText);
+  const Vocabulary& vocabulary = tokenizer.vocabulary();
+  if (ids.ok() && vocabulary.add_bos && vocabulary.bos >= 0) {
+    ids->insert(ids->begin(), vocabulary.bos);
+  }
+  return ids;
 }
 
 }  // namespace espalier

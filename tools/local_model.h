@@ -4,10 +4,13 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/model/files/model_file.h"
 #include "engine/model/model_executor.h"
+#include "engine/model/text/tokenizer.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/cpu_backend.h"
 
@@ -45,5 +48,10 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
 
 // What a sequence of `tokens` tokens takes of kv_tokens: whole pages.
 int64_t PagedTokens(int64_t tokens);
+
+// The tokens of a text as a server takes it: after the BOS token if the model wants one. `special`:
+// strings of special tokens become their tokens.
+absl::StatusOr<std::vector<int32_t>> EncodeText(const Tokenizer& tokenizer, std::string_view text,
+                                                bool special);
 
 }  // namespace espalier

@@ -83,9 +83,7 @@ absl::StatusOr<Subject> Local(const Options& options, const std::string& text) {
   if (!file.ok()) return file.status();
   auto tokenizer = Tokenizer::Create((*file)->vocabulary());
   if (!tokenizer.ok()) return tokenizer.status();
-  auto tokens = (*tokenizer)
-                    ->Encode(text, options.special ? Tokenizer::Special::kParse
-                                                   : Tokenizer::Special::kAsText);
+  auto tokens = EncodeText(**tokenizer, text, options.special);
   if (!tokens.ok()) return tokens.status();
   absl::StatusOr<WindowPlan> plan =
       PlanWindows(static_cast<int64_t>(tokens->size()), options.window, options.windows);

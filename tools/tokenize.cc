@@ -102,11 +102,9 @@ absl::StatusOr<Tokens> FromModel(const Options& options, const std::string& text
   if (!file.ok()) return file.status();
   auto tokenizer = Tokenizer::Create((*file)->vocabulary());
   if (!tokenizer.ok()) return tokenizer.status();
-  absl::StatusOr<std::vector<int32_t>> ids =
-      options.chat ? EncodeChat(options, **tokenizer, text)
-                   : (*tokenizer)
-                         ->Encode(text, options.special ? Tokenizer::Special::kParse
-                                                        : Tokenizer::Special::kAsText);
+  absl::StatusOr<std::vector<int32_t>> ids = options.chat
+                                                 ? EncodeChat(options, **tokenizer, text)
+                                                 : EncodeText(**tokenizer, text, options.special);
   if (!ids.ok()) return ids.status();
   Tokens tokens{.ids = *std::move(ids), .pieces = {}};
   for (const int32_t id : tokens.ids) tokens.pieces.emplace_back((*tokenizer)->TokenBytes(id));

@@ -11,12 +11,12 @@ using testing::Not;
 
 TEST(RenderProgress, ShowsShareCountAndTimeLeft) {
   EXPECT_EQ(RenderProgress("scoring", 8, 32, 10, 60),
-            "scoring [######..................]  25 % 8/32, 30 s left");
+            "scoring [######.....................]  25 % 8/32, 30 s left");
 }
 
 TEST(RenderProgress, AtTheEndTellsNoTimeLeft) {
   EXPECT_EQ(RenderProgress("scoring", 4, 4, 10, 50),
-            "scoring [##########################] 100 % 4/4");
+            "scoring [#############################] 100 % 4/4");
 }
 
 TEST(RenderProgress, GuessesNoTimeFromTooLittle) {

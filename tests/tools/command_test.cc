@@ -1,0 +1,201 @@
+#include "tools/command.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+namespace espalier {
+namespace {
+
+using testing::AllOf;
+using testing::ContainsRegex;
+using testing::HasSubstr;
+
+struct Outcome {
+  int code = 0;
+  std::string out;
+  std::string err;
+};
+
+Outcome RunWith(std::initializer_list<const char*> arguments) {
+  std::vector<const char*> argv = {"espalier"};
+  argv.insert(argv.end(), arguments);
+  testing::internal::CaptureStdout();
+  testing::internal::CaptureStderr();
+  Outcome outcome;
+  outcome.code = RunCommand(static_cast<int>(argv.size()), argv.data());
+  outcome.out = testing::internal::GetCapturedStdout();
+  outcome.err = testing::internal::GetCapturedStderr();
+  return outcome;
+}
+
+bool OneLine(const std::string& text) {
+  return std::count(text.begin(), text.end(), '\n') == 1 && text.ends_with('\n');
+}
+
+// Nothing listens on port 1.
+constexpr char kNobody[] = "--address=127.0.0.1:1";
+
+class Variable {
+ public:
+  Variable(const char* name, const char* value) : name_(name) { setenv(name, value, 1); }
+  ~Variable() { unsetenv(name_); }
+
+ private:
+  const char* name_;
+};
+
+TEST(Command, HelpListsSubcommandsAndExitCodes) {
+  const Outcome help = RunWith({"--help"});
+  EXPECT_EQ(help.code, 0);
+  EXPECT_EQ(help.err, "");
+  for (const char* text : {"chat", "generate", "score", "tokenize", "load", "health", "bench",
+                           "ESPALIER_TOP_K", "--config", "130"}) {
+    EXPECT_THAT(help.out, HasSubstr(text));
+  }
+}
+
+TEST(Command, VersionIsPrinted) {
+  const Outcome version = RunWith({"--version"});
+  EXPECT_EQ(version.code, 0);
+  EXPECT_THAT(version.out, ContainsRegex("^[0-9]+\\.[0-9]+\\.[0-9]+"));
+}
+
+class HelpOf : public testing::TestWithParam<const char*> {};
+
+TEST_P(HelpOf, TellsUnitsRangesAndDefaults) {
+  const Outcome help = RunWith({GetParam(), "--help"});
+  EXPECT_EQ(help.code, 0);
+  EXPECT_EQ(help.err, "");
+  EXPECT_THAT(help.out, ContainsRegex("default "));
+  EXPECT_THAT(help.out, ContainsRegex("SECONDS|TOKENS"));
+  EXPECT_THAT(help.out, ContainsRegex("\\[[0-9]+ - [0-9]+; default "));
+  size_t start = 0;
+  for (size_t end; (end = help.out.find('\n', start)) != std::string::npos; start = end + 1) {
+    EXPECT_LE(end - start, 100u) << help.out.substr(start, end - start);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(EverySubcommand, HelpOf,
+                         testing::Values("chat", "generate", "score", "tokenize", "load", "health",
+                                         "bench"));
+
+TEST(Command, UnknownOptionIsNamedInOneLine) {
+  const Outcome outcome = RunWith({"generate", "hello", "--no-such-option"});
+  EXPECT_EQ(outcome.code, 2);
+  EXPECT_TRUE(OneLine(outcome.err)) << outcome.err;
+  EXPECT_THAT(outcome.err, HasSubstr("--no-such-option"));
+}
+
+TEST(Command, UnknownOrMissingSubcommandIsAnError) {
+  EXPECT_EQ(RunWith({"prance"}).code, 2);
+  EXPECT_THAT(RunWith({"prance"}).err, HasSubstr("prance"));
+  EXPECT_EQ(RunWith({}).code, 2);
+  EXPECT_TRUE(OneLine(RunWith({}).err));
+}
+
+TEST(Command, BadValuesAreNamedInOneLine) {
+  const std::vector<std::pair<std::initializer_list<const char*>, const char*>> cases = {
+      {{"generate", "x", "--temperature", "101"}, "--temperature"},
+      {{"generate", "x", "--temperature", "warm"}, "--temperature"},
+      {{"generate", "x", "--top-p", "0"}, "--top-p"},
+      {{"generate", "x", "--top-k=-1"}, "--top-k"},
+      {{"generate", "x", "--logit-bias", "7"}, "--logit-bias"},
+      {{"generate", "x", "--logit-bias", "7=101"}, "--logit-bias"},
+      {{"generate", "x", "--logprobs", "21"}, "--logprobs"},
+      {{"score", "x", "--weights", "int3"}, "--weights"},
+      {{"score", "x", "--window", "1"}, "--window"},
+      {{"score", "x", "--tolerance", "0.1"}, "--tolerance"},  // of nothing
+      {{"load", "--rate", "5", "--concurrency", "5"}, "--rate"},
+      {{"health", "--watch", "--wait"}, "--wa"},
+      {{"bench", "--model", "m", "--batch", "1,0"}, "--batch"},
+      {{"bench"}, "--model"},
+      {{"tokenize", "x", "--system", "y"}, "--system"},
+  };
+  for (const auto& [arguments, name] : cases) {
+    const Outcome outcome = RunWith(arguments);
+    EXPECT_EQ(outcome.code, 2) << name;
+    EXPECT_TRUE(OneLine(outcome.err)) << outcome.err;
+    EXPECT_THAT(outcome.err, HasSubstr(name));
+  }
+}
+
+TEST(Command, AFailureAtRunTimeIsOneLine) {
+  for (const auto& arguments : std::vector<std::initializer_list<const char*>>{
+           {"generate", "hello", kNobody},
+           {"chat", "--once", "hello", kNobody},
+           {"health", kNobody},
+           {"load", kNobody},
+           {"tokenize", "hello", kNobody},
+           {"score", "hello", kNobody},
+           {"generate", "--file", "no/such/file"},
+           {"tokenize", "hello", "--model", "no/such/model.gguf"},
+           {"score", "hello", "--model", "no/such/model.gguf"},
+           {"bench", "--model", "no/such/model.gguf"}}) {
+    const Outcome outcome = RunWith(arguments);
+    EXPECT_EQ(outcome.code, 1) << *arguments.begin();
+    EXPECT_THAT(outcome.err, testing::StartsWith("espalier: "));
+    EXPECT_TRUE(OneLine(outcome.err)) << outcome.err;
+  }
+}
+
+TEST(Command, OptionsComeFromTheEnvironment) {
+  const Variable temperature("ESPALIER_TEMPERATURE", "500");
+  const Outcome outcome = RunWith({"generate", "x", kNobody});
+  EXPECT_EQ(outcome.code, 2);
+  EXPECT_THAT(outcome.err, AllOf(HasSubstr("--temperature"), HasSubstr("500")));
+  EXPECT_EQ(RunWith({"generate", "x", kNobody, "--temperature", "1"}).code, 1);
+}
+
+class ConfigFile : public testing::Test {
+ protected:
+  void Write(const std::string& text) { std::ofstream(path_) << text; }
+  Outcome Generate() { return RunWith({"generate", "x", kNobody, "--config", path_.c_str()}); }
+
+  const std::string path_ = testing::TempDir() + "espalier_command_test.toml";
+};
+
+TEST_F(ConfigFile, SetsOptionsOfItsSection) {
+  Write("[generate]\ntemperature = 500\n");
+  const Outcome outcome = Generate();
+  EXPECT_EQ(outcome.code, 2);
+  EXPECT_THAT(outcome.err, HasSubstr("--temperature"));
+  Write("[chat]\ntemperature = 1\n[generate]\ntop-k = 5\n");
+  EXPECT_EQ(Generate().code, 1);
+}
+
+TEST_F(ConfigFile, EnvironmentWinsOverIt) {
+  Write("[generate]\nfile = \"no/such/file\"\n");
+  const Variable file("ESPALIER_FILE", "no/other/file");
+  const Outcome outcome = RunWith({"generate", "--config", path_.c_str(), kNobody});
+  EXPECT_EQ(outcome.code, 1);
+  EXPECT_THAT(outcome.err, HasSubstr("no/other/file"));
+}
+
+TEST_F(ConfigFile, UnknownNameIsTold) {
+  Write("[generate]\nwarmth = 3\n");
+  const Outcome outcome = Generate();
+  EXPECT_EQ(outcome.code, 2);
+  EXPECT_THAT(outcome.err, HasSubstr("warmth"));
+}
+
+TEST_F(ConfigFile, MissingFileIsTold) {
+  const Outcome outcome = RunWith({"--config", "no/such/config", "health", kNobody});
+  EXPECT_EQ(outcome.code, 2);
+  EXPECT_THAT(outcome.err, HasSubstr("no/such/config"));
+}
+
+TEST(IsLocal, AnAddressOnTheCommandLineWinsOverAModelOfTheEnvironment) {
+  const Variable model("ESPALIER_MODEL", "no/such/model.gguf");
+  EXPECT_THAT(RunWith({"tokenize", "x", kNobody}).err, HasSubstr("UNAVAILABLE"));
+  EXPECT_THAT(RunWith({"tokenize", "x"}).err, HasSubstr("no/such/model.gguf"));
+}
+
+}  // namespace
+}  // namespace espalier
