@@ -4,9 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <ctime>
 #include <numeric>
 #include <random>
+#include <thread>
 
 #include "engine/model/text/byte_alphabet.h"
 #include "engine/model/text/characters.h"
@@ -177,12 +179,32 @@ TEST(Tokenizer, RefusesTextThatIsNotUtf8) {
   }
 }
 
-// A text that a caller could send to keep a thread busy: each would take minutes if quadratic.
+TEST(Tokenizer, IsSharedByThreads) {
+  const auto tokenizer = MakeTokenizer(SmallVocabulary(PreTokenizer::kQwen2));
+  const std::string text = "The trees e\u0301 <tool> 42<|end|>";
+  const auto expected = EncodeOrFail(*tokenizer, text, kParse);
+  std::array<bool, 4> same{};
+  std::vector<std::thread> threads;
+  for (bool& mine : same) {
+    threads.emplace_back([&] {
+      mine = true;
+      for (int i = 0; i < 200; ++i) {
+        const auto tokens = tokenizer->Encode(text, kParse);
+        mine = mine && tokens.ok() && *tokens == expected &&
+               tokenizer->Decode(*tokens, /*skip_special=*/true) == "The trees \u00e9 <tool> 42";
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_THAT(same, testing::Each(true));
+}
+
+// A text that a caller could send to keep a thread busy: a quadratic step would take minutes.
 TEST(Tokenizer, HostileTextIsNoSlowerThanItsLength) {
-  constexpr size_t kMegabyte = 1 << 20;
+  constexpr size_t kBytes = ESPALIER_HOSTILE_BYTES;
   const auto repeated = [](std::string_view unit) {
     std::string text;
-    while (text.size() < kMegabyte) text += unit;
+    while (text.size() < kBytes) text += unit;
     return text;
   };
   const std::vector<std::string> hostile = {
@@ -192,10 +214,11 @@ TEST(Tokenizer, HostileTextIsNoSlowerThanItsLength) {
       repeated("\u0323\u0301"), repeated("\u0301") + repeated("\u0323"), repeated("\u0344")};
   const auto expect_fast = [](const Tokenizer& tokenizer, const std::vector<std::string>& texts) {
     for (const std::string& text : texts) {
+      constexpr double kSecondsOfCpu = 2;
       const std::clock_t begin = std::clock();
       EXPECT_FALSE(EncodeOrFail(tokenizer, text, kParse).empty());
       const double seconds = static_cast<double>(std::clock() - begin) / CLOCKS_PER_SEC;
-      EXPECT_LT(seconds, ESPALIER_HOSTILE_SECONDS) << json(text.substr(0, 12));
+      EXPECT_LT(seconds, kSecondsOfCpu) << json(text.substr(0, 12));
     }
   };
   const auto smollm = MakeTokenizer(SmallVocabulary(PreTokenizer::kSmolLm));
