@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include <CLI/CLI.hpp>
 
@@ -20,15 +21,18 @@ namespace {
 constexpr size_t kHelpWidth = 100;
 constexpr size_t kHelpColumn = 30;
 
-// "FLOAT in [0 - 100]" and "{int8,f32}" as CLI11 tells them: "0 - 100", "int8, f32".
+// "FLOAT in [0 - 100]" and "{int8,f32}" as CLI11 tells them: "0 to 100", "int8, f32".
 std::string Range(std::string text) {
   const size_t bracket = text.find_first_of("[{");
   if (bracket == std::string::npos) return "";
   text = text.substr(bracket + 1, text.find_last_of("]}") - bracket - 1);
-  for (size_t comma = text.find(','); comma != std::string::npos;
-       comma = text.find(',', comma + 2)) {
-    text.insert(comma + 1, " ");
-  }
+  const auto replace = [&text](std::string_view from, std::string_view to) {
+    for (size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size()) {
+      text.replace(at, from.size(), to);
+    }
+  };
+  replace(" - ", " to ");
+  replace(",", ", ");
   return text;
 }
 
@@ -49,6 +53,12 @@ class HelpFormatter : public CLI::Formatter {
       if (!bounds.empty()) right += " [" + bounds + "]";
     }
     return Columns(left, right);
+  }
+
+  std::string make_help(const CLI::App* app, std::string name,
+                        CLI::AppFormatMode mode) const override {
+    return CLI::detail::find_and_replace(Formatter::make_help(app, std::move(name), mode), "\n\n\n",
+                                         "\n\n");
   }
 
   std::string make_subcommand(const CLI::App* sub) const override {

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <fstream>
-#include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace espalier {
@@ -23,9 +23,11 @@ struct Outcome {
   std::string err;
 };
 
-Outcome RunWith(std::initializer_list<const char*> arguments) {
-  std::vector<const char*> argv = {"espalier"};
-  argv.insert(argv.end(), arguments);
+using Arguments = std::vector<const char*>;
+
+Outcome RunWith(const Arguments& arguments) {
+  Arguments argv = {"espalier"};
+  argv.insert(argv.end(), arguments.begin(), arguments.end());
   testing::internal::CaptureStdout();
   testing::internal::CaptureStderr();
   Outcome outcome;
@@ -75,7 +77,7 @@ TEST_P(HelpOf, TellsUnitsRangesAndDefaults) {
   EXPECT_EQ(help.err, "");
   EXPECT_THAT(help.out, ContainsRegex("default "));
   EXPECT_THAT(help.out, ContainsRegex("SECONDS|TOKENS"));
-  EXPECT_THAT(help.out, ContainsRegex("\\[[0-9]+ - [0-9]+; default "));
+  EXPECT_THAT(help.out, ContainsRegex("\\[-?[0-9]+ to [0-9]+; default "));
   size_t start = 0;
   for (size_t end; (end = help.out.find('\n', start)) != std::string::npos; start = end + 1) {
     EXPECT_LE(end - start, 100u) << help.out.substr(start, end - start);
@@ -101,7 +103,7 @@ TEST(Command, UnknownOrMissingSubcommandIsAnError) {
 }
 
 TEST(Command, BadValuesAreNamedInOneLine) {
-  const std::vector<std::pair<std::initializer_list<const char*>, const char*>> cases = {
+  const std::vector<std::pair<Arguments, const char*>> cases = {
       {{"generate", "x", "--temperature", "101"}, "--temperature"},
       {{"generate", "x", "--temperature", "warm"}, "--temperature"},
       {{"generate", "x", "--top-p", "0"}, "--top-p"},
@@ -127,19 +129,19 @@ TEST(Command, BadValuesAreNamedInOneLine) {
 }
 
 TEST(Command, AFailureAtRunTimeIsOneLine) {
-  for (const auto& arguments : std::vector<std::initializer_list<const char*>>{
-           {"generate", "hello", kNobody},
-           {"chat", "--once", "hello", kNobody},
-           {"health", kNobody},
-           {"load", kNobody},
-           {"tokenize", "hello", kNobody},
-           {"score", "hello", kNobody},
-           {"generate", "--file", "no/such/file"},
-           {"tokenize", "hello", "--model", "no/such/model.gguf"},
-           {"score", "hello", "--model", "no/such/model.gguf"},
-           {"bench", "--model", "no/such/model.gguf"}}) {
+  for (const auto& arguments :
+       std::vector<Arguments>{{"generate", "hello", kNobody},
+                              {"chat", "--once", "hello", kNobody},
+                              {"health", kNobody},
+                              {"load", kNobody},
+                              {"tokenize", "hello", kNobody},
+                              {"score", "hello", kNobody},
+                              {"generate", "--file", "no/such/file"},
+                              {"tokenize", "hello", "--model", "no/such/model.gguf"},
+                              {"score", "hello", "--model", "no/such/model.gguf"},
+                              {"bench", "--model", "no/such/model.gguf"}}) {
     const Outcome outcome = RunWith(arguments);
-    EXPECT_EQ(outcome.code, 1) << *arguments.begin();
+    EXPECT_EQ(outcome.code, 1) << arguments[0];
     EXPECT_THAT(outcome.err, testing::StartsWith("espalier: "));
     EXPECT_TRUE(OneLine(outcome.err)) << outcome.err;
   }
