@@ -74,8 +74,8 @@ ExpressionPtr ExpressionParser::ParseAnd() {
 }
 
 ExpressionPtr ExpressionParser::ParseNot() {
-  Nesting nesting(*this);
   if (!SeesName("not")) return ParseComparison();
+  Nesting nesting(*this);
   const int line = Take().line;
   return Make(line, Not{ParseNot()});
 }
@@ -156,8 +156,8 @@ ExpressionPtr ExpressionParser::ParseFiltered() {
 }
 
 ExpressionPtr ExpressionParser::ParseUnary() {
-  Nesting nesting(*this);
   if (!SeesOperator("-") && !SeesOperator("+")) return ParsePostfix(ParsePrimary());
+  Nesting nesting(*this);
   const Token sign = Take();
   return ParsePostfix(Make(sign.line, Sign{sign.text == "-", ParseUnary()}));
 }

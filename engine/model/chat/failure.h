@@ -25,7 +25,7 @@ struct Failure {
 
 inline constexpr size_t kMaxSource = 1 << 20;     // bytes of a template; real ones have some 10,000
 inline constexpr size_t kMaxText = 16 << 20;      // bytes of any one string, output included
-inline constexpr size_t kMaxSteps = 10'000'000;   // of one rendering; well below a second
+inline constexpr size_t kMaxSteps = 10'000'000;   // of one rendering; about a second
 inline constexpr int kMaxSyntaxDepth = 200;       // nesting of a template
 inline constexpr int kMaxValueDepth = 100;        // nesting of lists and dicts
 inline constexpr int kMaxEvaluationDepth = 1000;  // calls of macros times their nesting

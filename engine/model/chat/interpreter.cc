@@ -46,7 +46,7 @@ class Interpreter {
   // One level of the recursion over the tree.
   struct Level {
     explicit Level(Interpreter& interpreter) : interpreter(interpreter) {
-      if (++interpreter.depth_ > kMaxEvaluationDepth) FailBound("macros call too deep");
+      if (++interpreter.depth_ > kMaxEvaluationDepth) FailBound("the template nests too deep");
     }
     ~Level() { --interpreter.depth_; }
     Interpreter& interpreter;
