@@ -163,7 +163,22 @@ TEST_F(Damage, FalseBytesInASafetensorsHeaderNeverReachBeyondIt) {
   }
 }
 
-// The project's own tiny models and those of a golden folder, if one is given.
+TEST(OwnModels, OpenInAllTheirForms) {
+  const fs::path data = ESPALIER_SOURCE_DIR "/tests/golden/data";
+  for (const char* name : {"tiny-llama.gguf", "tiny-llama-quantized.gguf", "tiny-llama"}) {
+    const auto file = ModelFile::Open(data / name);
+    ASSERT_TRUE(file.ok()) << file.status();
+    EXPECT_EQ((*file)->config().name, "tiny-llama");
+    EXPECT_EQ((*file)->config().channels, 96);
+    EXPECT_EQ((*file)->config().rope_interleaved, std::string_view(name).ends_with(".gguf"));
+    EXPECT_EQ((*file)->vocabulary().tokens[3].kind, TokenKind::kAdded);
+    EXPECT_EQ((*file)->vocabulary().merges.size(), 60);
+    EXPECT_THAT((*file)->vocabulary().end_tokens, testing::ElementsAre(2));
+    EXPECT_THAT((*file)->vocabulary().chat_template, testing::HasSubstr("<|im_start|>assistant"));
+  }
+}
+
+// Files that other programs wrote.
 TEST(GoldenModels, OfLlamaOpenAndOthersAreRefusedByName) {
   const char* golden = std::getenv("ESPALIER_GOLDEN");
   if (golden == nullptr) GTEST_SKIP() << "ESPALIER_GOLDEN is not set";

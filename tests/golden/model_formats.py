@@ -1,0 +1,60 @@
+"""Writers of GGUF v3 and safetensors, as small as their formats allow."""
+
+import json
+import struct
+
+import numpy as np
+
+TYPE_IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 8, "BF16": 30}
+ALIGNMENT = 32
+
+
+def _string(text):
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _value(value):
+    """Type number and bytes; ints are uint32 alone and int32 in lists, as converters write them."""
+    if isinstance(value, bool):
+        return 7, struct.pack("<?", value)
+    if isinstance(value, int):
+        return 4, struct.pack("<I", value)
+    if isinstance(value, float):
+        return 6, struct.pack("<f", value)
+    if isinstance(value, str):
+        return 8, _string(value)
+    count = struct.pack("<Q", len(value))
+    if isinstance(value[0], str):
+        return 9, struct.pack("<I", 8) + count + b"".join(map(_string, value))
+    return 9, struct.pack("<I", 5) + count + struct.pack(f"<{len(value)}i", *value)
+
+
+def _padded(raw):
+    return raw + bytes(-len(raw) % ALIGNMENT)
+
+
+def gguf_bytes(keys, tensors):
+    """`tensors`: name -> (type, shape as numpy has it, raw bytes)."""
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
+    for key, value in keys.items():
+        kind, raw = _value(value)
+        head += _string(key) + struct.pack("<I", kind) + raw
+    offset = 0
+    for name, (kind, shape, raw) in tensors.items():
+        dims = shape[::-1]  # fastest first
+        head += _string(name) + struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        head += struct.pack("<IQ", TYPE_IDS[kind], offset)
+        offset += len(_padded(raw))
+    return _padded(head) + b"".join(_padded(raw) for _, _, raw in tensors.values())
+
+
+def safetensors_bytes(tensors):
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (kind, shape, raw) in tensors.items():
+        end = offset + len(raw)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + b"".join(raw for _, _, raw in tensors.values())
