@@ -4,6 +4,7 @@
 #include <grpcpp/server_context.h>
 
 #include <atomic>
+#include <chrono>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -23,6 +24,9 @@ namespace espalier {
 
 struct CallOptions {
   size_t stream_buffer_tokens = 1024;
+  // A stalled reader that reads again is told why its stream ended. One that does not is reset
+  // after this, or its call would stay for ever behind the message that flow control holds back.
+  std::chrono::milliseconds stall_grace{10'000};
   bool log_prompts = false;
   // Told of every call that ended, on a gRPC or writer thread.
   std::function<void(const RequestSummary&)> on_finished;

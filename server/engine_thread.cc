@@ -21,18 +21,18 @@ EngineThread::EngineThread(Engine* engine, ReadyQueue* ready, int max_waiting, E
 }
 
 EngineThread::~EngineThread() {
-  if (thread_.joinable()) Drain(Instant::zero());
+  Drain(Instant::zero());
 }
 
 LoadSnapshot EngineThread::load() const {
-  const int arriving = inbox_.arriving();
+  const int waiting = inbox_.waiting();  // what admission goes by
   const bool closed = inbox_.closed();
   std::lock_guard lock(load_mutex_);
   LoadSnapshot load = load_;
   const Instant now = SteadyNow();
   load.generated_tokens_per_second = tokens_.PerSecond(now);
   load.finished_per_second = finishes_.PerSecond(now);
-  load.arriving = arriving;
+  load.arriving = std::max(0, waiting - load.stats.waiting);
   load.draining = closed;
   return load;
 }
@@ -43,6 +43,7 @@ double EngineThread::seconds_in_step() const {
 }
 
 bool EngineThread::Drain(Instant timeout) {
+  if (!thread_.joinable()) return !abandoned_;
   inbox_.Close();
   {
     std::unique_lock lock(exit_mutex_);

@@ -48,7 +48,7 @@ class EngineThread {
   double seconds_in_step() const;
 
   // Takes no new requests, lets the accepted ones finish for at most `timeout`, ends the rest with
-  // StreamEnd::kShutdown and joins. False if some had to be ended so.
+  // StreamEnd::kShutdown and joins. False if some had to be ended so. Again: tells the same.
   bool Drain(Instant timeout);
 
  private:

@@ -8,14 +8,6 @@
 #include "server/request_reader.h"
 
 namespace espalier {
-namespace {
-
-// A stalled reader that reads again is told why its stream ended. One that does not is reset after
-// this, or its call would stay for ever behind the message that flow control holds back.
-constexpr auto kStallGrace = std::chrono::seconds(10);
-
-}  // namespace
-
 GenerateCall* GenerateCall::Start(const CallOptions* options, const Backstage* backstage,
                                   grpc::CallbackServerContext* context,
                                   const v1::GenerateRequest& message) {
@@ -50,7 +42,7 @@ void GenerateCall::OnReady() {
   if (call_.stream()->stalled()) {
     std::lock_guard lock(mutex_);
     if (!done_ && !std::exchange(cutting_off_, true)) {
-      cut_off_.Set(std::chrono::system_clock::now() + kStallGrace,
+      cut_off_.Set(std::chrono::system_clock::now() + stall_grace_,
                    [weak = weak_from_this()](bool due) {
                      if (const auto self = weak.lock(); due && self != nullptr) self->CutOff();
                    });

@@ -31,7 +31,8 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
                grpc::CallbackServerContext* context)
       : call_(options, backstage, context, "Generate"),
         context_(context),
-        buffer_tokens_(options->stream_buffer_tokens) {}
+        buffer_tokens_(options->stream_buffer_tokens),
+        stall_grace_(options->stall_grace) {}
 
   void OnReady() override;
   void OnWriteDone(bool ok) override;
@@ -64,6 +65,7 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
   Call call_;
   grpc::CallbackServerContext* const context_;
   const size_t buffer_tokens_;
+  const std::chrono::milliseconds stall_grace_;
   std::optional<Text> text_;
   bool logprobs_ = false;
   uint64_t seed_ = 0;

@@ -209,6 +209,7 @@ TEST_F(EngineThreadTest, CancelWorksQueuedInPrefillAndInDecode) {
 
 TEST_F(EngineThreadTest, CancelBeforeTheEngineSawTheRequest) {
   Start();
+  paced_->executor.set_step_time(milliseconds(1));
   const auto first = Offer(Prompt(1, 3000));
   ASSERT_TRUE(first->WaitForTokens(1));
   paced_->executor.Hold();
@@ -260,6 +261,7 @@ TEST_F(EngineThreadTest, DrainEndsWhatTakesTooLong) {
 
 TEST_F(EngineThreadTest, LostDeviceEndsEveryStreamAndTakesNoMore) {
   Start();
+  paced_->executor.set_step_time(milliseconds(1));
   const auto running = Offer(Prompt(1, 4000));
   ASSERT_TRUE(running->WaitForTokens(1));
   paced_->executor.Hold();
