@@ -2,9 +2,11 @@
 // here.
 #include <fmt/format.h>
 
+#include <charconv>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -28,6 +30,7 @@ struct Options {
   RemoteOptions remote;
   LocalModelOptions model;
   TextInput input;
+  bool token_ids = false;
   bool special = false;
   int window = 1024;
   int windows = 0;
@@ -71,6 +74,27 @@ absl::StatusOr<double> ScoreHere(Engine* engine, std::span<const int32_t> window
   return logprob;
 }
 
+// "1 22 333".
+absl::StatusOr<std::vector<int32_t>> ParseIds(std::string_view text) {
+  std::vector<int32_t> ids;
+  const auto blank = [](char c) { return c == ' ' || c == '\n' || c == '\t' || c == ','; };
+  for (const char *at = text.data(), *end = at + text.size(); at != end;) {
+    if (blank(*at)) {
+      ++at;
+      continue;
+    }
+    int32_t id = 0;
+    const auto [next, error] = std::from_chars(at, end, id);
+    if (error != std::errc() || id < 0 || (next != end && !blank(*next))) {
+      return absl::InvalidArgumentError(
+          fmt::format("byte {}: expected a token id", at - text.data()));
+    }
+    ids.push_back(id);
+    at = next;
+  }
+  return ids;
+}
+
 struct LocalScorer {
   LocalModel model;
   FixedPolicy policy{0};
@@ -81,10 +105,21 @@ absl::StatusOr<Subject> Local(const Options& options, const std::string& text) {
   // The tokenizer first: whether the text is long enough is known before anything is loaded.
   absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options.model.model);
   if (!file.ok()) return file.status();
-  auto tokenizer = Tokenizer::Create((*file)->vocabulary());
-  if (!tokenizer.ok()) return tokenizer.status();
-  auto tokens = EncodeText(**tokenizer, text, options.special);
+  absl::StatusOr<std::vector<int32_t>> tokens;
+  if (options.token_ids) {
+    tokens = ParseIds(text);
+  } else {
+    auto tokenizer = Tokenizer::Create((*file)->vocabulary());
+    if (!tokenizer.ok()) return tokenizer.status();
+    tokens = EncodeText(**tokenizer, text, options.special);
+  }
   if (!tokens.ok()) return tokens.status();
+  for (const int32_t id : *tokens) {
+    if (id >= (*file)->config().vocabulary) {
+      return absl::InvalidArgumentError(fmt::format("token id {}: the vocabulary has {} tokens", id,
+                                                    (*file)->config().vocabulary));
+    }
+  }
   absl::StatusOr<WindowPlan> plan =
       PlanWindows(static_cast<int64_t>(tokens->size()), options.window, options.windows);
   if (!plan.ok()) return plan.status();
@@ -103,7 +138,8 @@ absl::StatusOr<Subject> Local(const Options& options, const std::string& text) {
                  }};
 }
 
-absl::StatusOr<Subject> Remote(const Options& options, const std::string& text) {
+absl::StatusOr<std::vector<int32_t>> TokenizeThere(const Options& options,
+                                                   const std::string& text) {
   v1::TokenizeRequest request;
   request.set_model(options.remote.model_name);
   request.set_text(text);
@@ -112,7 +148,14 @@ absl::StatusOr<Subject> Remote(const Options& options, const std::string& text) 
   const absl::Status status =
       UnaryCall(options.remote, &v1::EspalierService::Stub::Tokenize, request, &response);
   if (!status.ok()) return status;
-  return Subject{{response.token_ids().begin(), response.token_ids().end()},
+  return std::vector<int32_t>(response.token_ids().begin(), response.token_ids().end());
+}
+
+absl::StatusOr<Subject> Remote(const Options& options, const std::string& text) {
+  absl::StatusOr<std::vector<int32_t>> tokens =
+      options.token_ids ? ParseIds(text) : TokenizeThere(options, text);
+  if (!tokens.ok()) return tokens.status();
+  return Subject{*std::move(tokens),
                  [&options](std::span<const int32_t> window) -> absl::StatusOr<double> {
                    v1::ScoreRequest score;
                    score.set_model(options.remote.model_name);
@@ -181,8 +224,11 @@ void AddScore(CLI::App& root, Action* action) {
   CLI::App* sub = root.add_subcommand(
       "score", "Print the log-probability and perplexity of a text, by a server or by --model");
   AddTextInput(*sub, &options->input);
+  CLI::Option* ids = sub->add_flag("--token-ids", options->token_ids,
+                                   "The text is token ids, separated by blanks or commas");
   sub->add_flag("--special", options->special,
-                "Strings of special tokens in the text become their tokens");
+                "Strings of special tokens in the text become their tokens")
+      ->excludes(ids);
   sub->add_option("--window", options->window,
                   "The text is cut into windows of this length, each scored from an empty cache "
                   "over its tokens but the first; a shorter text is one window")
