@@ -39,11 +39,13 @@ void QuantizeRow(const float* x, const float* factor, int depth, int8_t* values,
   }
 }
 
-// c[r][v] += sum_k a[r][k] * b[k][v] for R rows, V registers wide, k ascending.
+// c[r][v] += sum_k a[r][k] * b[k][v] for R rows, V registers wide, k ascending. The sums
+// live in registers only if every loop over them is written out, hence the pragmas.
 template <int R, int V>
 void FmaBlock(const float* a, int64_t a_stride, int depth, const float* b, int64_t b_stride,
               float* c, int64_t c_stride) {
   F sum[R][V];
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) sum[r][v] = Load(c + r * c_stride + 16 * v);
   }
@@ -55,6 +57,7 @@ void FmaBlock(const float* a, int64_t a_stride, int depth, const float* b, int64
       for (int v = 0; v < V; ++v) sum[r][v] = Fma(x, w[v], sum[r][v]);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     for (int v = 0; v < V; ++v) Store(c + r * c_stride + 16 * v, sum[r][v]);
   }
@@ -86,6 +89,7 @@ void DotRows(const QuantizedRows& q, int group, const uint8_t* tile, const float
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < kVecs; ++v) sum[r][v] = StartSum(q.offsets[r * q.groups + group]);
     }
+#pragma GCC unroll kDotUnroll
     for (int k = 0; k < kTileDepth; k += 4) {
       W w[kVecs];
       for (int v = 0; v < kVecs; ++v) {
@@ -212,6 +216,7 @@ void StoreSums(const TileTask& t, float* sums) {
     for (int n = 0; n < t.outputs; n += 16) {
       const int width = Least(16, t.outputs - n);
       F v = Load(from + n);
+      if (t.column_scales != nullptr) v = v * LoadFirst(t.column_scales + n, width);
       if (t.bias != nullptr) v = v + LoadFirst(t.bias + n, width);
       if (t.add) v = LoadFirst(to + n, width) + v;
       StoreFirst(to + n, v, width);

@@ -195,6 +195,8 @@ void CpuBackend::RunTiles(const MatMulArgs& args, std::span<const MatMulTarget> 
         .q = quantized,
         .out = target.out.row(row) + output,
         .out_stride = target.out.stride,
+        .column_scales =
+            weight.column_scales == nullptr ? nullptr : weight.column_scales + output,
         .bias = target.bias.empty() ? nullptr : target.bias.data() + output,
         .add = args.output == MatMulArgs::Output::kAdd,
     };

@@ -26,11 +26,13 @@ int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; 
 // Bytes of values and of scales, or false if they cannot be told in 63 bits.
 bool SizesOf(const Weight& weight, size_t* values, size_t* scales) {
   const int64_t size = weight.type == WeightType::kInt8 ? 1 : sizeof(float);
-  const int64_t scales_per_row =
-      weight.layout == WeightLayout::kOutputRows ? weight.row_stride / kQuantGroup : 1;
+  const bool output_rows = weight.layout == WeightLayout::kOutputRows;
+  const int64_t scales_per_row = output_rows ? weight.row_stride / kQuantGroup : 1;
+  const int64_t column_scales = output_rows ? 0 : weight.row_stride;
   int64_t value_bytes, scale_bytes, total;
   if (__builtin_mul_overflow(weight.rows * size, weight.row_stride, &value_bytes) ||
-      __builtin_mul_overflow(weight.rows * scales_per_row, sizeof(float), &scale_bytes) ||
+      __builtin_mul_overflow(weight.rows * scales_per_row + column_scales, sizeof(float),
+                             &scale_bytes) ||
       __builtin_add_overflow(value_bytes, scale_bytes + kScaleSlack, &total)) {
     return false;
   }
@@ -63,6 +65,7 @@ absl::StatusOr<Weight> NewWeight(WeightType type, WeightLayout layout, int rows,
     weight.scales =
         reinterpret_cast<const float*>(static_cast<const std::byte*>(weight.values) + values);
     std::memset(const_cast<float*>(weight.scales), 0, scales);
+    if (layout == WeightLayout::kInputRows) weight.column_scales = weight.scales + rows;
   }
   return weight;
 }
@@ -71,6 +74,28 @@ bool AllFinite(const float* values, int count) {
   bool finite = true;
   for (int i = 0; i < count; ++i) finite &= std::fabs(values[i]) <= FLT_MAX;
   return finite;
+}
+
+// Root mean square of each column, 1 for a column of zeros: what the columns of a kInputRows weight
+// are divided by before a row's one scale is chosen. Partial sums are merged in a fixed order.
+void MeasureColumns(int rows, int cols, WorkerPool* pool,
+                    const std::function<void(int row, float* dst)>& read_row, float* scales) {
+  constexpr int kParts = 16;
+  std::vector<double> squares(static_cast<size_t>(kParts) * cols, 0.0);
+  pool->Run(kParts, [&](int, int part) {
+    std::vector<float> row(cols);
+    double* sums = &squares[static_cast<size_t>(part) * cols];
+    for (int r = part; r < rows; r += kParts) {
+      read_row(r, row.data());
+      for (int c = 0; c < cols; ++c) sums[c] += double{row[c]} * row[c];
+    }
+  });
+  for (int c = 0; c < cols; ++c) {
+    double sum = 0;
+    for (int part = 0; part < kParts; ++part) sum += squares[static_cast<size_t>(part) * cols + c];
+    const float scale = static_cast<float>(std::sqrt(sum / std::max(rows, 1)));
+    scales[c] = scale > kTinyGroup && scale <= FLT_MAX ? scale : 1.0f;
+  }
 }
 
 // One scale for the whole row; same rounding as KernelTable::quantize_row.
@@ -106,6 +131,8 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(
   const int64_t groups = stride / kQuantGroup;
   auto* values = static_cast<std::byte*>(weight->storage.get());
   auto* scales = const_cast<float*>(weight->scales);
+  auto* column_scales = const_cast<float*>(weight->column_scales);
+  if (column_scales != nullptr) MeasureColumns(rows, cols, &pool_, read_row, column_scales);
   std::atomic<int> first_bad = INT_MAX;
   constexpr int kChunk = 16;  // rows
   pool_.Run(rows / kChunk + (rows % kChunk != 0), [&](int, int chunk) {
@@ -127,6 +154,7 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(
       if (layout == WeightLayout::kOutputRows) {
         kernels_.quantize_row(row, nullptr, cols, to, scales + r * groups, offsets.data());
       } else {
+        for (int c = 0; c < cols; ++c) row[c] /= column_scales[c];
         scales[r] = QuantizeWholeRow(row, static_cast<int>(stride), to);
       }
     }
@@ -147,6 +175,10 @@ absl::StatusOr<Weight> CpuBackend::GatherRows(const Weight& weight,
       weight.row_stride * (weight.type == WeightType::kInt8 ? 1 : sizeof(float));
   const int64_t scales =
       weight.layout == WeightLayout::kOutputRows ? weight.row_stride / kQuantGroup : 1;
+  if (weight.column_scales != nullptr) {
+    std::memcpy(const_cast<float*>(panel->column_scales), weight.column_scales,
+                weight.row_stride * sizeof(float));
+  }
   const auto* from = static_cast<const std::byte*>(weight.values);
   auto* to = static_cast<std::byte*>(panel->storage.get());
   ForRows(selection.count(), weight.cols, [&](int i) {

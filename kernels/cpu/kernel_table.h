@@ -49,7 +49,8 @@ struct TileTask {
 
   float* out = nullptr;  // first row, first output of the tile
   int64_t out_stride = 0;
-  const float* bias = nullptr;  // of the tile's first output, or null
+  const float* column_scales = nullptr;  // of the tile's first output; int8 kInputRows, else null
+  const float* bias = nullptr;           // of the tile's first output, or null
   bool add = false;
 };
 

@@ -18,6 +18,7 @@ struct X {  // 4 activations, eight times
 // 4 rows by one pair of registers: 8 sums, 2 weights and what a product needs of 16 registers.
 constexpr int kRows = 4;
 constexpr int kVecs = 1;
+constexpr int kDotUnroll = 1;
 
 F operator+(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 F operator-(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }

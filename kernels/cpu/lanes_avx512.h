@@ -11,6 +11,8 @@ using X = __m512i;  // 4 activations, sixteen times
 // independent sums than two FMA ports times four cycles of latency need.
 constexpr int kRows = 4;
 constexpr int kVecs = 4;
+// Steps of the int8 loop to write out: all. In a loop GCC 12 copies every sum of VPDPBUSD twice.
+constexpr int kDotUnroll = 16;
 
 __mmask16 First(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 

@@ -23,6 +23,7 @@ struct X {  // 4 activations
 
 constexpr int kRows = 2;
 constexpr int kVecs = 1;
+constexpr int kDotUnroll = 1;
 
 template <typename Fn>
 F Each(const Fn& fn) {
