@@ -1,0 +1,306 @@
+"""The server as a foreign client sees it."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+
+import grpc
+
+import harness
+from harness import NOT_SERVING, SERVICE, SERVING, Server, detail, error_details_pb2, pb, rpc
+from harness import text_request
+import stream_clients
+
+BINARY, MODEL = harness.arguments()
+
+
+def code_of(call):
+    """The RpcError that a call ends with."""
+    try:
+        list(call) if hasattr(call, "__iter__") else call.result()
+    except grpc.RpcError as error:
+        return error
+    return None
+
+
+class Calls(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.server = Server(BINARY, MODEL)
+        cls.stub = cls.server.stub
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.server.__exit__()
+
+    def test_stream_of_a_chat(self):
+        request = pb.GenerateRequest(request_id="e2e", chat=pb.ChatPrompt(
+            messages=[pb.ChatMessage(role="user", content="Hello")]))
+        request.sampling.temperature = 0
+        request.stop.max_tokens = 30
+        request.stop.ignore_eos = True
+        answers = []
+        for _ in range(2):
+            messages = list(self.stub.Generate(request, timeout=30))
+            self.assertEqual(messages[0].request_id, "e2e")
+            self.assertEqual([m.HasField("finished") for m in messages].count(True), 1)
+            finished = messages[-1].finished
+            self.assertEqual(finished.reason, pb.FINISH_REASON_LENGTH)
+            self.assertEqual(finished.usage.completion_tokens, 30)
+            ids = [i for m in messages for i in m.token_ids]
+            text = "".join(m.text for m in messages)
+            decoded = self.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids, skip_special=True))
+            self.assertEqual(text, decoded.text)
+            answers.append((ids, text))
+        self.assertEqual(answers[0], answers[1])
+        tokens = self.stub.Tokenize(pb.TokenizeRequest(chat=request.chat))
+        self.assertEqual(finished.usage.prompt_tokens, len(tokens.token_ids))
+
+    def test_stop_string_and_logprobs(self):
+        request = text_request("once", 60)
+        request.sampling.seed = 3
+        request.logprobs.enabled = True
+        request.logprobs.top = 4
+        messages = list(self.stub.Generate(request))
+        text = "".join(m.text for m in messages)
+        logprobs = [p for m in messages for p in m.logprobs]
+        self.assertEqual(len(logprobs), 60)
+        for item in logprobs:
+            self.assertLessEqual(item.logprob, 0)
+            self.assertEqual(len(item.top), 4)
+            self.assertGreaterEqual(item.top[0].logprob, item.logprob)
+        stop = next(text[i:i + 3] for i in range(20, len(text)) if "\ufffd" not in text[i:i + 3])
+        request.stop.stop.append(stop)
+        messages = list(self.stub.Generate(request))
+        self.assertEqual("".join(m.text for m in messages), text[:text.index(stop)])
+        self.assertEqual(messages[-1].finished.reason, pb.FINISH_REASON_STOP)
+        self.assertEqual(messages[-1].finished.stop, stop)
+
+    def test_score_agrees_with_generate(self):
+        request = text_request("score me", 20)
+        request.sampling.temperature = 0
+        request.logprobs.enabled = True
+        messages = list(self.stub.Generate(request))
+        ids = [i for m in messages for i in m.token_ids]
+        logprobs = [p.logprob for m in messages for p in m.logprobs]
+        prompt = list(self.stub.Tokenize(pb.TokenizeRequest(text="score me")).token_ids)
+        scored = self.stub.Score(pb.ScoreRequest(token_ids=pb.TokenIds(ids=prompt + ids)))
+        self.assertEqual(len(scored.logprobs), len(prompt) + len(ids) - 1)
+        for got, expected in zip(scored.logprobs[-len(ids):], logprobs):
+            self.assertAlmostEqual(got.logprob, expected, places=3)
+
+    def test_cancel_gives_everything_back(self):
+        call = self.stub.Generate(text_request("cancel me", 400))
+        next(call)
+        call.cancel()
+        self.assertIsNotNone(self.server.wait_for_load(
+            lambda load: load.running_requests == 0 and load.kv_utilization == 0))
+
+    def test_bad_input_is_named(self):
+        def sampling(**values):
+            request = text_request("x", 5)
+            for name, value in values.items():
+                setattr(request.sampling, name, value)
+            return request
+
+        bad_token = text_request("x", 5)
+        bad_token.token_ids.ids.append(1 << 30)
+        bad_template = pb.GenerateRequest(chat=pb.ChatPrompt())
+        cases = [
+            ("sampling.top_p", sampling(top_p=1.5)),
+            ("sampling.temperature", sampling(temperature=float("nan"))),
+            ("sampling.top_k", sampling(top_k=-1)),
+            ("stop.max_tokens", text_request("x", 0)),
+            ("token_ids.ids[0]", bad_token),
+            ("chat.messages", bad_template),
+            ("prompt", pb.GenerateRequest()),
+        ]
+        for field, request in cases:
+            error = code_of(self.stub.Generate(request))
+            self.assertIsNotNone(error, field)
+            self.assertEqual(error.code(), grpc.StatusCode.INVALID_ARGUMENT, field)
+            violations = detail(error, error_details_pb2.BadRequest).field_violations
+            self.assertEqual(violations[0].field, field)
+        error = code_of(self.stub.Generate(text_request("x", 1 << 30)))
+        self.assertEqual(error.code(), grpc.StatusCode.OUT_OF_RANGE)
+        error = code_of(self.stub.Generate(text_request("x", 5, model="other")))
+        self.assertEqual(error.code(), grpc.StatusCode.NOT_FOUND)
+
+    def test_garbage_on_the_wire(self):
+        raw = self.server.channel.unary_stream(
+            f"/{SERVICE}/Generate", request_serializer=lambda data: data,
+            response_deserializer=lambda data: data)
+        self.assertIsNotNone(code_of(raw(b"\xff\xff\xff\xff garbage")))
+        self.assertEqual(list(self.stub.Generate(text_request("x", 1)))[-1].finished.reason,
+                         pb.FINISH_REASON_LENGTH)
+
+    def test_reflection_by_buf(self):
+        buf = pathlib.Path(sys.executable).parent / "buf"
+        if not buf.exists():
+            self.skipTest("buf is not installed beside this Python")
+
+        def curl(*words):
+            return subprocess.run([buf, "curl", "--http2-prior-knowledge", "--protocol", "grpc",
+                                   *words], capture_output=True, text=True, timeout=60)
+
+        url = f"http://{self.server.address}"
+        listed = curl("--list-services", url).stdout.split()
+        self.assertIn(SERVICE, listed)
+        self.assertIn("grpc.health.v1.Health", listed)
+        health = curl("-d", "{}", f"{url}/grpc.health.v1.Health/Check")
+        self.assertEqual(json.loads(health.stdout), {"status": "SERVING"}, health.stderr)
+        answer = curl("-d", '{"text": "hi", "stop": {"maxTokens": 3, "ignoreEos": true}}',
+                      f"{url}/{SERVICE}/Generate")
+        self.assertIn("FINISH_REASON_LENGTH", answer.stdout, answer.stderr)
+
+
+class Lifecycle(unittest.TestCase):
+    def test_deadline_in_the_queue(self):
+        with Server(BINARY, MODEL, "--max-sequences", "1") as server:
+            holding = threading.Event()
+            stop = threading.Event()
+
+            def hold():  # the one place, again and again
+                while not stop.is_set():
+                    for _ in server.stub.Generate(text_request("long", 440)):
+                        holding.set()
+
+            holder = threading.Thread(target=hold)
+            holder.start()
+            holding.wait(20)
+            began = time.monotonic()
+            error = code_of(server.stub.Generate(text_request("late", 400), timeout=0.02))
+            self.assertEqual(error.code(), grpc.StatusCode.DEADLINE_EXCEEDED)
+            self.assertLess(time.monotonic() - began, 5)
+            stop.set()
+            holder.join()
+            self.assertIsNotNone(server.wait_for_load(lambda load: load.kv_utilization == 0))
+
+    def test_health_watch_across_a_drain(self):
+        with Server(BINARY, MODEL) as server:
+            watch = harness.watch_health(server.channel, SERVICE)
+            self.assertEqual(next(watch), SERVING)
+            call = server.stub.Generate(text_request("still running", 440))
+            next(call)
+            exit_status = []
+            stopper = threading.Thread(target=lambda: exit_status.append(server.terminate()))
+            stopper.start()
+            self.assertEqual(next(watch), NOT_SERVING)
+            last = list(call)[-1]
+            self.assertEqual(last.finished.usage.completion_tokens, 440)
+            stopper.join()
+            self.assertEqual(exit_status, [0], server.log())
+
+    def test_drain_refuses_the_new(self):
+        with Server(BINARY, MODEL, "--max-sequences", "2") as server:
+            # Enough behind each other to keep the drain going for a while.
+            calls = [server.stub.Generate(text_request(f"{i}", 440)) for i in range(40)]
+            server.wait_for_load(lambda load: load.running_requests > 0)
+            other = grpc.insecure_channel(server.address)
+            stub = rpc.EspalierServiceStub(other)
+            stub.GetModel(pb.GetModelRequest())
+            server.process.send_signal(signal.SIGTERM)
+            refused = None
+            while refused is None and server.process.poll() is None:
+                refused = code_of(stub.Generate(text_request("new", 1)))
+            self.assertEqual(refused.code(), grpc.StatusCode.UNAVAILABLE)
+            self.assertIsNotNone(detail(refused, error_details_pb2.RetryInfo))
+            for call in calls:
+                self.assertEqual(list(call)[-1].finished.usage.completion_tokens, 440)
+            self.assertEqual(server.process.wait(40), 0, server.log())
+
+    def test_second_signal_ends_at_once(self):
+        with Server(BINARY, MODEL, "--max-sequences", "1") as server:
+            calls = [server.stub.Generate(text_request(f"{i}", 440)) for i in range(200)]
+            server.wait_for_load(lambda load: load.running_requests > 0)
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for_load(lambda load: load.draining)
+            server.process.send_signal(signal.SIGTERM)
+            self.assertEqual(server.process.wait(5), 128 + signal.SIGTERM)
+            for call in calls:
+                call.cancel()
+
+    def test_what_cannot_start_says_why(self):
+        def run(*words):
+            done = subprocess.run([BINARY, *words], capture_output=True, text=True, timeout=60)
+            return done.returncode, done.stderr.strip()
+
+        status, error = run("--model", "/nowhere/model.gguf", "--port", "0", "--metrics-port", "-1")
+        self.assertEqual(status, 1)
+        self.assertIn("/nowhere/model.gguf", error)
+        status, error = run("--model", MODEL, "--max-waiting", "none")
+        self.assertEqual(status, 2)
+        self.assertIn("max-waiting", error)
+        self.assertEqual(len(error.splitlines()), 1)
+        with Server(BINARY, MODEL) as server:
+            status, error = run("--model", MODEL, "--port", str(server.port))
+            self.assertEqual(status, 1)
+            self.assertIn(str(server.port), error)
+
+    def test_kill_half_of_the_clients(self):
+        clients, killed = 32, 16
+        with Server(BINARY, MODEL, "--max-sequences", "64") as server, \
+                tempfile.NamedTemporaryFile("w", suffix=".json") as expected:
+            # Alone, one after the other: what each client must get in company.
+            alone = [[i for m in server.stub.Generate(stream_clients.request_of(index))
+                      for i in m.token_ids] for index in range(clients)]
+            json.dump(alone, expected)
+            expected.flush()
+            nest = subprocess.Popen(
+                [sys.executable, stream_clients.__file__, server.address, expected.name,
+                 str(clients)], stdout=subprocess.PIPE, text=True)
+            try:
+                pids, right, wrong = {}, {}, []
+                while len(pids) < clients:
+                    self.read_line(nest, pids, right, wrong)
+                for index in range(killed):
+                    os.kill(pids[index], signal.SIGKILL)
+                gone = time.monotonic()
+                took = server.wait_for_load(lambda load: load.running_requests <= clients - killed)
+                self.assertIsNotNone(took, "requests of dead clients go on")
+                print(f"kill -9 of {killed} of {clients}: theirs are gone after "
+                      f"{1e3 * (time.monotonic() - gone):.0f} ms", flush=True)
+                # Only the survivors' pages are in use: at most what their contexts take.
+                pages_each = 2 * -(-(440 + 32) // 16)
+                total = self.total_pages(server)
+                self.assertLessEqual(server.load().kv_utilization,
+                                     (clients - killed) * pages_each / total)
+                survivors = range(killed, clients)
+                before = {index: right.get(index, 0) for index in survivors}
+                while any(right.get(index, 0) < before[index] + 2 for index in survivors):
+                    self.read_line(nest, pids, right, wrong)
+                self.assertEqual(wrong, [])
+            finally:
+                for pid in pids.values():
+                    try:
+                        os.kill(pid, signal.SIGKILL)
+                    except ProcessLookupError:
+                        pass
+                nest.stdout.close()
+                nest.wait(20)
+            self.assertIsNotNone(server.wait_for_load(lambda load: load.kv_utilization == 0))
+
+    @staticmethod
+    def total_pages(server):
+        return int(server.log().split("kv_pages=")[1].split()[0])
+
+    def read_line(self, nest, pids, right, wrong):
+        words = nest.stdout.readline().split()
+        self.assertTrue(words, "the clients ended")
+        if words[0] == "streaming":
+            pids[int(words[1])] = int(words[2])
+        elif words[0] == "right":
+            right[int(words[1])] = right.get(int(words[1]), 0) + 1
+        else:
+            wrong.append(words)
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
