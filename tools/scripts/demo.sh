@@ -4,21 +4,20 @@ set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 bin=build/release/bin
 work=build/demo
-server=
 
 bold='' plain=''
 [ -t 1 ] && bold=$'\033[1m' plain=$'\033[0m'
 say() { printf '\n%s%s%s\n' "$bold" "$*" "$plain"; }
 
 fail() {
-  [ -s $work/server.log ] && tail -n 5 $work/server.log >&2
+  [ -s $work/server.log ] && tail -n 3 $work/server.log >&2
   echo "demo: $1" >&2
   exit 1
 }
 
 # Whatever happens, nothing of ours is left running.
-stop_server() { [ -n "$server" ] && kill -KILL "$server" 2>/dev/null && wait "$server" 2>/dev/null; }
-trap stop_server EXIT
+# shellcheck disable=SC2046  # a list of process ids
+trap 'kill -KILL $(jobs -p) 2>/dev/null' EXIT
 trap 'exit 130' INT TERM
 
 tools/scripts/build.sh release || fail "the build failed (above)"
@@ -32,13 +31,14 @@ $bin/espalier-server --model "$model" --host 127.0.0.1 --port 0 --port-file $wor
   --metrics-port -1 >$work/server.log 2>&1 &
 server=$!
 while [ ! -s $work/port ]; do
-  kill -0 $server 2>/dev/null || fail "the server ended before it listened; its last lines are above"
+  kill -0 $server 2>/dev/null || fail "the server ended before it listened; why is above"
   [ $((SECONDS - began)) -lt 120 ] || fail "the server does not listen after 120 s"
   sleep 0.05
 done
 address=127.0.0.1:$(<$work/port)
-$bin/espalier health --wait --deadline 120 --address "$address" >$work/health.log ||
-  fail "the server is not SERVING after 120 s"
+$bin/espalier health --wait --deadline 120 --address "$address" >$work/health.log 2>&1 &
+health=$!
+wait -n $server $health || fail "the server cannot serve; why is above"
 echo "SERVING at $address"
 
 say "> Why is the sky blue?"
@@ -53,6 +53,5 @@ say "Draining"
 kill -TERM $server
 wait $server
 status=$?
-server=
 [ $status -eq 0 ] || fail "the server ended with code $status"
 echo "The server finished what ran and ended. demo: done in $SECONDS s"
