@@ -77,10 +77,10 @@ struct EmbedArgs {
 
 // out[r] = x[r] * rsqrt(mean(x[r]^2) + eps) * weight, in fp32.
 struct RmsNormArgs {
-  ConstMatrix x;                    // [rows, cols]
-  std::span<const float> weight;    // [cols]
+  ConstMatrix x;                  // [rows, cols]
+  std::span<const float> weight;  // [cols]
   float eps = 1e-5f;
-  Matrix out;                       // [rows, cols]; may be x itself
+  Matrix out;  // [rows, cols]; may be x itself
 };
 
 // One weight of a MatMul and where its result goes.
@@ -118,10 +118,10 @@ struct SwiGluArgs {
 struct RopeAndStoreArgs {
   std::span<const AttentionSpan> spans;
   std::span<const std::span<const int32_t>> page_tables;  // [spans][pages]: this layer's pages
-  Matrix q;                                // [rows, kept heads * head_dim]
-  Matrix k;                                // [rows, kv_heads * head_dim]
-  ConstMatrix v;                           // [rows, kv_heads * head_dim]
-  std::span<const float> inverse_frequency;  // [head_dim / 2], radians per position
+  Matrix q;                                               // [rows, kept heads * head_dim]
+  Matrix k;                                               // [rows, kv_heads * head_dim]
+  ConstMatrix v;                                          // [rows, kv_heads * head_dim]
+  std::span<const float> inverse_frequency;               // [head_dim / 2], radians per position
   RopePairing pairing = RopePairing::kInterleaved;
   KvPool* pool = nullptr;
 };
@@ -131,12 +131,12 @@ struct RopeAndStoreArgs {
 struct AttentionArgs {
   std::span<const AttentionSpan> spans;
   std::span<const std::span<const int32_t>> page_tables;  // [spans][pages]
-  ConstMatrix q;            // [rows, heads_kept.count() * head_dim], rotated
+  ConstMatrix q;  // [rows, heads_kept.count() * head_dim], rotated
   ChannelSelection heads_kept = ChannelSelection::All(0);  // of `heads` query heads
-  int heads = 0;            // full number of query heads
-  float scale = 0;          // usually 1 / sqrt(head_dim)
+  int heads = 0;                                           // full number of query heads
+  float scale = 0;                                         // usually 1 / sqrt(head_dim)
   const KvPool* pool = nullptr;
-  Matrix out;               // [rows, heads_kept.count() * head_dim]
+  Matrix out;  // [rows, heads_kept.count() * head_dim]
 };
 
 // Per row of logits: the largest value, where it is (the lowest index wins a tie), and
@@ -147,8 +147,8 @@ struct LogitStatsArgs {
     int32_t argmax = 0;
     float log_sum_exp = 0;
   };
-  ConstMatrix logits;       // [rows, vocabulary]
-  std::span<Stats> out;     // [rows]
+  ConstMatrix logits;    // [rows, vocabulary]
+  std::span<Stats> out;  // [rows]
 };
 
 class Backend {

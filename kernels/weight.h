@@ -19,7 +19,8 @@ enum class WeightLayout : uint8_t {
   // consecutive inputs.
   kOutputRows,
   // A row is an input channel: o and down, stored transposed, [in, out].
-  // out[m][n] = sum_i x[m][i] * w[row_i][n]. Int8: w[i][n] = q[i][n] * row scale i * column scale n.
+  // out[m][n] = sum_i x[m][i] * w[row_i][n]. Int8: w[i][n] = q[i][n] * row scale i * column scale
+  // n.
   // Row scales are folded into x before x is quantised and column scales into the result, so any
   // subset of rows can be multiplied without requantising a weight. Without column scales the few
   // outputs that carry massive activations would take all the levels of every row: perplexity of
@@ -29,20 +30,20 @@ enum class WeightLayout : uint8_t {
 
 // Values that share one int8 scale, along the summed dimension; activations use the same groups.
 // 64 int8 values are one cache line and one AVX-512 register.
-inline constexpr int kQuantGroup = 64;
+inline constexpr int kQuantGroup = 32;
 
 // Owned by the backend that made it; immutable after Backend::UploadWeight.
 struct Weight {
   WeightType type = WeightType::kF32;
   WeightLayout layout = WeightLayout::kOutputRows;
-  int rows = 0;              // channels
-  int cols = 0;              // values per row
-  int64_t row_stride = 0;    // stored values from one row to the next: cols padded to kQuantGroup
+  int rows = 0;                   // channels
+  int cols = 0;                   // values per row
+  int64_t row_stride = 0;         // stored values from one row to the next: cols padded to 64
   std::shared_ptr<void> storage;  // device memory: values, then scales
   const void* values = nullptr;   // float or int8 [rows, row_stride], padding zero
   const float* scales = nullptr;  // int8 only: [rows, row_stride / kQuantGroup] or [rows]
   const float* column_scales = nullptr;  // int8 kInputRows only: [row_stride]
-  size_t bytes = 0;               // of storage, for the ledger
+  size_t bytes = 0;                      // of storage, for the ledger
 };
 
 }  // namespace espalier

@@ -16,10 +16,12 @@ int64_t WeightRow(const TileTask& t, int i) {
 
 void QuantizeRow(const float* x, const float* factor, int depth, int8_t* values, float* scales,
                  int32_t* offsets) {
-  for (int base = 0, group = 0; base < depth; base += kTileDepth, ++group) {
-    F v[4];
+  constexpr int kVectors = kGroup / 16;
+  const int end = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
+  for (int base = 0, group = 0; base < end; base += kGroup, ++group) {
+    F v[kVectors];
     F most = Set1(0), fault = Set1(0);  // fault stays 0 unless a value is infinite or NaN
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       const int n = depth - base - 16 * i;
       v[i] = LoadUpTo(x + base + 16 * i, n);
       if (factor != nullptr) v[i] = v[i] * LoadUpTo(factor + base + 16 * i, n);
@@ -29,7 +31,7 @@ void QuantizeRow(const float* x, const float* factor, int depth, int8_t* values,
     const float max = ReduceMax(most);
     const F inverse = Set1(max > kTinyGroup ? 127.0f / max : 0.0f);
     I sum = ToInt(Set1(0));
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kVectors; ++i) {
       const I rounded = ToInt(v[i] * inverse);
       sum = Add(sum, rounded);
       StoreInt8(values + base + 16 * i, rounded);
@@ -78,19 +80,19 @@ void FmaRows(const float* a, int64_t a_stride, int depth, const float* b, int64_
   }
 }
 
-// Adds one group's products of R rows with a packed int8 tile to their fp32 sums.
+// Adds one group's products of R rows with its part of a packed int8 tile to their fp32 sums.
 template <int R>
 void DotRows(const QuantizedRows& q, int group, const uint8_t* tile, const float* weight_scales,
              float* sums) {
-  const int64_t stride = static_cast<int64_t>(q.groups) * kTileDepth;
-  const int8_t* x = q.values + static_cast<int64_t>(group) * kTileDepth;
+  const int64_t stride = static_cast<int64_t>(q.groups) * kGroup;
+  const int8_t* x = q.values + static_cast<int64_t>(group) * kGroup;
   for (int n = 0; n < kTileOutputs; n += 16 * kVecs) {
     Sum sum[R][kVecs];
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < kVecs; ++v) sum[r][v] = StartSum(q.offsets[r * q.groups + group]);
     }
 #pragma GCC unroll kDotUnroll
-    for (int k = 0; k < kTileDepth; k += 4) {
+    for (int k = 0; k < kGroup; k += 4) {
       W w[kVecs];
       for (int v = 0; v < kVecs; ++v) {
         w[v] = LoadWeights(tile + k * kTileOutputs + 4 * (n + 16 * v));
@@ -107,6 +109,16 @@ void DotRows(const QuantizedRows& q, int group, const uint8_t* tile, const float
         Store(to, Fma(ToFloat(sum[r][v]), scale * Load(weight_scales + n + 16 * v), Load(to)));
       }
     }
+  }
+}
+
+// Both groups of a tile, in order.
+template <int R>
+void DotTile(const QuantizedRows& q, int tile_index, const uint8_t* tile,
+             const float* weight_scales, float* sums) {
+  for (int g = 0; g < kTileGroups; ++g) {
+    DotRows<R>(q, tile_index * kTileGroups + g, tile + g * kGroup * kTileOutputs,
+               weight_scales + g * kTileOutputs, sums);
   }
 }
 
@@ -153,7 +165,7 @@ void PackTile(const TileTask& t, int group, const uint8_t** rows, uint8_t* panel
   for (int k = 0; k < kTileDepth; k += 4) Interleave4(rows + k, 0, panel + k * kTileOutputs);
 }
 
-// Scales of the tile's outputs for groups [first, first + kPanelTiles), group by group. Reads past
+// Scales of the tile's outputs for tiles [first, first + kPanelTiles), group by group. Reads past
 // the end of a row of scales, into the next row or the slack behind the last.
 void GatherScales(const TileTask& t, int first, TileScratch* s) {
   const uint8_t* rows[kTileOutputs];
@@ -163,9 +175,13 @@ void GatherScales(const TileTask& t, int first, TileScratch* s) {
         t.scales +
         static_cast<int64_t>(t.list != nullptr ? t.list[output] : output) * t.scale_stride);
   }
+  constexpr int kGroups = kPanelTiles * kTileGroups;
   for (int n = 0; n < kTileOutputs; n += 16) {
-    Transpose16<false>(rows + n, static_cast<int64_t>(first) * sizeof(float),
-                       reinterpret_cast<uint8_t*>(s->scales + n), kTileOutputs * sizeof(float));
+    for (int g = 0; g < kGroups; g += 16) {
+      Transpose16<false>(rows + n, (static_cast<int64_t>(first) * kTileGroups + g) * sizeof(float),
+                         reinterpret_cast<uint8_t*>(s->scales + g * kTileOutputs + n),
+                         kTileOutputs * sizeof(float));
+    }
   }
 }
 
@@ -175,23 +191,23 @@ void MultiplyRows(const TileTask& t, int group, const uint8_t* tile, const float
   if (t.int8) {
     QuantizedRows q = t.q;
     const auto at = [&](int row) {
-      q.values = t.q.values + static_cast<int64_t>(row) * q.groups * kTileDepth;
+      q.values = t.q.values + static_cast<int64_t>(row) * q.groups * kGroup;
       q.scales = t.q.scales + static_cast<int64_t>(row) * q.groups;
       q.offsets = t.q.offsets + static_cast<int64_t>(row) * q.groups;
       return sums + static_cast<int64_t>(row) * kTileOutputs;
     };
     for (; r + kRows <= end; r += kRows) {
       float* to = at(r);
-      DotRows<kRows>(q, group, tile, weight_scales, to);
+      DotTile<kRows>(q, group, tile, weight_scales, to);
     }
     if (kRows > 2 && r + 2 <= end) {
       float* to = at(r);
-      DotRows<2>(q, group, tile, weight_scales, to);
+      DotTile<2>(q, group, tile, weight_scales, to);
       r += 2;
     }
     if (r < end) {
       float* to = at(r);
-      DotRows<1>(q, group, tile, weight_scales, to);
+      DotTile<1>(q, group, tile, weight_scales, to);
     }
     return;
   }
@@ -235,7 +251,8 @@ void MatMulTile(const TileTask& t, TileScratch* s) {
       s->weight_rows[i] = base + row * (t.int8 ? 1 : static_cast<int64_t>(sizeof(float)));
     }
   } else {
-    for (int i = 0; i < kPanelTiles * kTileOutputs; i += 16) Store(s->scales + i, Set1(1));
+    constexpr int kScales = kPanelTiles * kTileGroups * kTileOutputs;
+    for (int i = 0; i < kScales; i += 16) Store(s->scales + i, Set1(1));
   }
   for (int first = 0; first < groups; first += kPanelTiles) {
     const int end = Least(groups, first + kPanelTiles);
@@ -245,7 +262,7 @@ void MatMulTile(const TileTask& t, TileScratch* s) {
         // With one block of rows no tile is needed twice: keep the one that is in L1.
         uint8_t* tile = s->panel + (t.rows <= kRowBlock ? 0 : (group - first) * tile_bytes);
         if (row == 0) PackTile(t, group, s->weight_rows, tile);
-        MultiplyRows(t, group, tile, s->scales + (group - first) * kTileOutputs, row,
+        MultiplyRows(t, group, tile, s->scales + (group - first) * kTileGroups * kTileOutputs, row,
                      Least(t.rows, row + kRowBlock), s->sums);
       }
     }

@@ -53,7 +53,7 @@ void SwiGlu(const float* gate, const float* up, int count, float* out) {
 
 void DequantizeRow(const int8_t* values, const float* scales, int count, float* out) {
   for (int i = 0; i < count; i += 16) {  // a row is padded to whole groups
-    StoreFirst(out + i, LoadInt8(values + i) * Set1(scales[i / kTileDepth]), Least(16, count - i));
+    StoreFirst(out + i, LoadInt8(values + i) * Set1(scales[i / kGroup]), Least(16, count - i));
   }
 }
 

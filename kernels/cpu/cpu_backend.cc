@@ -133,7 +133,7 @@ void CpuBackend::MatMul(const MatMulArgs& args) {
 }
 
 QuantizedRows CpuBackend::Quantize(const ConstMatrix& x, const float* factor) {
-  const int groups = (x.cols + kQuantGroup - 1) / kQuantGroup;
+  const int groups = (x.cols + kTileDepth - 1) / kTileDepth * kTileGroups;
   const size_t all = static_cast<size_t>(x.rows) * groups;
   GrowTo(&quantized_values_, all * kQuantGroup);
   GrowTo(&quantized_scales_, all);
@@ -195,8 +195,7 @@ void CpuBackend::RunTiles(const MatMulArgs& args, std::span<const MatMulTarget> 
         .q = quantized,
         .out = target.out.row(row) + output,
         .out_stride = target.out.stride,
-        .column_scales =
-            weight.column_scales == nullptr ? nullptr : weight.column_scales + output,
+        .column_scales = weight.column_scales == nullptr ? nullptr : weight.column_scales + output,
         .bias = target.bias.empty() ? nullptr : target.bias.data() + output,
         .add = args.output == MatMulArgs::Output::kAdd,
     };

@@ -16,10 +16,10 @@ namespace espalier {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-// Kernels read scales sixteen at a time and so up to fifteen past the last.
-constexpr size_t kScaleSlack = 64;
+// Kernels read the scales of kPanelTiles tiles at a time, and so past the last.
+constexpr size_t kScaleSlack = kPanelTiles * kTileGroups * sizeof(float);
 
-static_assert(kTileDepth == kQuantGroup);
+static_assert(kGroup == kQuantGroup);
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -49,7 +49,7 @@ absl::StatusOr<Weight> NewWeight(WeightType type, WeightLayout layout, int rows,
                 .layout = layout,
                 .rows = rows,
                 .cols = cols,
-                .row_stride = RoundUp(cols, kQuantGroup)};
+                .row_stride = RoundUp(cols, kTileDepth)};
   size_t values = 0, scales = 0;
   const bool sized = SizesOf(weight, &values, &scales);
   weight.bytes = values + scales;

@@ -9,10 +9,13 @@
 
 namespace espalier {
 
-// A tile of a product: kTileOutputs outputs by kTileDepth summed values (one quantisation group).
+// A tile of a product: kTileOutputs outputs by kTileDepth summed values, of which each kGroup share
+// their int8 scales.
 // See README.md for how the numbers follow from registers and caches.
 inline constexpr int kTileOutputs = 64;
 inline constexpr int kTileDepth = 64;
+inline constexpr int kGroup = 32;  // kQuantGroup
+inline constexpr int kTileGroups = kTileDepth / kGroup;
 inline constexpr int kPanelTiles = 16;    // tiles along the summed dimension packed at a time
 inline constexpr int kRowBlock = 32;      // rows that pass over a tile while it is in L1
 inline constexpr int kMaxTaskRows = 128;  // rows of one TileTask
@@ -22,10 +25,10 @@ inline constexpr float kTinyGroup = 1e-30f;
 
 // Rows of activations quantised by quantize_row.
 struct QuantizedRows {
-  int8_t* values = nullptr;    // [rows, groups * kTileDepth], padding zero
+  int8_t* values = nullptr;    // [rows, groups * kGroup], padding zero
   float* scales = nullptr;     // [rows, groups]
   int32_t* offsets = nullptr;  // [rows, groups]: -128 * sum of the group's values
-  int groups = 0;
+  int groups = 0;              // of a row, padded to whole tiles
 };
 
 // One tile column of one MatMulTarget for some rows of x.
@@ -58,7 +61,7 @@ struct TileTask {
 struct alignas(64) TileScratch {
   uint8_t panel[kPanelTiles * kTileDepth * kTileOutputs * sizeof(float)];
   float sums[kMaxTaskRows * kTileOutputs];
-  float scales[kPanelTiles * kTileOutputs];
+  float scales[kPanelTiles * kTileGroups * kTileOutputs];
   const uint8_t* weight_rows[kTileOutputs];
 };
 
@@ -105,7 +108,7 @@ struct LogitPartial {
 
 struct KernelTable {
   // Quantises `depth` values, each first multiplied by factor[i] unless factor is null, per group
-  // of kTileDepth: scale = max|x| / 127, round to nearest even. Writes whole groups. Infinite or
+  // of kGroup: scale = max|x| / 127, round to nearest even. Writes whole tiles. Infinite or
   // NaN input gives a scale that is not finite, so the fault is seen in the product.
   void (*quantize_row)(const float* x, const float* factor, int depth, int8_t* values,
                        float* scales, int32_t* offsets);
@@ -118,7 +121,7 @@ struct KernelTable {
                  const float* sines);
   void (*rms_norm_row)(const float* x, const float* weight, float eps, int cols, float* out);
   void (*swiglu)(const float* gate, const float* up, int count, float* out);
-  // out[i] = values[i] * scales[i / kTileDepth].
+  // out[i] = values[i] * scales[i / kGroup].
   void (*dequantize_row)(const int8_t* values, const float* scales, int count, float* out);
   LogitPartial (*logit_block)(const float* logits, int count);
 };
