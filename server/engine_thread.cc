@@ -20,9 +20,7 @@ EngineThread::EngineThread(Engine* engine, ReadyQueue* ready, int max_waiting, E
   thread_ = std::thread([this] { Run(); });
 }
 
-EngineThread::~EngineThread() {
-  Drain(Instant::zero());
-}
+EngineThread::~EngineThread() { Drain(Instant::zero()); }
 
 LoadSnapshot EngineThread::load() const {
   const int waiting = inbox_.waiting();  // what admission goes by

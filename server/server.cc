@@ -220,9 +220,9 @@ class Server {
     }
 
     backstage_ = {.model = &model_, .encoder = encoder_.get(), .engine = thread_.get()};
+    stop_->set_nothing_to_finish(false);
     service_.Open(&backstage_);
     front_->SetServing(true);
-    stop_->set_nothing_to_finish(false);
     Log(LogLevel::kInfo, "serving", {{"host", options_.host}, {"port", front_->port()}});
     return absl::OkStatus();
   }
