@@ -15,8 +15,10 @@ struct ChatMessage {
   std::string content;
 };
 
-// A stretch of a rendered prompt. Text that came out of a message's role or content must not become
-// special tokens, whatever it says; text of the template may.
+// A stretch of a rendered prompt. Text that came out of a message's content, or of a role that is
+// not one of the usual ones, must not become special tokens, whatever it says; text of the template
+// may. A usual role (system, developer, user, assistant, tool, function) counts as the template's,
+// which may build "<|user|>" from it.
 struct ChatSegment {
   std::string text;
   bool from_caller = false;

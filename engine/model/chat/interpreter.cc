@@ -103,10 +103,12 @@ class Interpreter {
 
   Flow Do(const For& node, Scope& scope) {
     auto loop = std::make_shared<Loop>();
-    loop->items = Select(node, Iterate(Evaluate(node.iterable, scope), budget_), scope);
-    loop->depth = DepthAbove(*loop->items);
+    const Value iterable = Evaluate(node.iterable, scope);
+    loop->items = Select(node, Iterate(iterable, budget_), scope);
+    loop->depth = OneDeeper(iterable.Depth());
     bool completed = false;  // else follows unless an iteration got to its end: jinja2's rule
     for (; loop->index0 < loop->items->size(); ++loop->index0) {
+      budget_.Charge(2);
       Scope inner{{}, &scope};
       inner.variables["loop"] = std::shared_ptr<const Loop>(loop);
       Assign(node.target, (*loop->items)[loop->index0], inner);
@@ -125,6 +127,7 @@ class Interpreter {
     if (!node.condition) return items;
     auto selected = std::make_shared<Items>();
     for (const Value& item : *items) {
+      budget_.Charge(2);
       Scope inner{{}, &scope};
       Assign(node.target, item, inner);
       if (Evaluate(node.condition, inner).Truth()) selected->push_back(item);
@@ -167,8 +170,9 @@ class Interpreter {
     for (size_t i = 0; i < items->size(); ++i) scope.variables[target.names[i]] = (*items)[i];
   }
 
-  Value Lookup(std::string_view name, const Scope& innermost) const {
+  Value Lookup(std::string_view name, const Scope& innermost) {
     for (const Scope* scope = &innermost; scope != nullptr; scope = scope->outer) {
+      budget_.Charge(1);
       const auto found = scope->variables.find(name);
       if (found != scope->variables.end()) return found->second;
     }
@@ -275,11 +279,18 @@ class Interpreter {
 
   Value Get(const BuiltinCall& node, const Scope& scope) {
     const Value subject = Evaluate(node.subject, scope);
+    ChargeReading(subject);
     std::vector<std::optional<Value>> arguments;
     for (const ExpressionPtr& argument : node.arguments) {
       arguments.push_back(EvaluateIfAny(argument, scope));
+      if (arguments.back()) ChargeReading(*arguments.back());
     }
     return node.builtin->apply(subject, arguments, budget_);
+  }
+
+  // Builtins read, and often copy, all of a string.
+  void ChargeReading(const Value& value) {
+    if (value.IsString()) budget_.ChargeBytes(value.text().size());
   }
 
   // Functions and macros.

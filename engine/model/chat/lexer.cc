@@ -11,6 +11,8 @@ namespace espalier::jinja {
 
 namespace {
 
+constexpr size_t kMaxName = 200;  // bytes; names are compared and quoted at every use
+
 bool IsDigit(char c) { return c >= '0' && c <= '9'; }
 bool IsNameStart(char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c == '_'; }
 bool IsNamePart(char c) { return IsNameStart(c) || IsDigit(c); }
@@ -168,6 +170,7 @@ class Lexer {
       } else if (IsNameStart(c)) {
         size_t end = position_;
         while (IsNamePart(At(end))) ++end;
+        if (end - position_ > kMaxName) FailHere("a name of over 200 characters");
         EmitUpTo(TokenKind::kName, end);
       } else if (c == '\'' || c == '"') {
         LexString(c);

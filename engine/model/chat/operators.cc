@@ -319,8 +319,8 @@ std::shared_ptr<const Items> Iterate(const Value& value, Budget& budget) {
     case Kind::kUndefined:
       return items;
     case Kind::kString: {
+      budget.ChargeItems(CodePointCount(value.bytes()));
       const std::vector<size_t> begins = CodePointBegins(value.bytes());
-      budget.ChargeItems(begins.size());
       for (const size_t begin : begins) {
         items->push_back(value.text().Substr(begin, CodePointEnd(value.bytes(), begin)));
       }
@@ -358,7 +358,8 @@ constexpr std::string_view kStringMethods =
     "translate upper zfill ";
 
 bool Lists(std::string_view names, std::string_view name) {
-  return names.find(fmt::format(" {} ", name)) != std::string_view::npos;
+  constexpr size_t kLongest = 12;  // of all names listed
+  return name.size() <= kLongest && names.find(fmt::format(" {} ", name)) != std::string_view::npos;
 }
 
 Value LoopAttribute(const Loop& loop, std::string_view name) {
@@ -382,7 +383,7 @@ Value LoopAttribute(const Loop& loop, std::string_view name) {
     return (*loop.items)[loop.index0 + 1];
   }
   if (name == "cycle" || name == "changed") return Callable{nullptr, "loop.cycle"};
-  return Value::MakeUndefined(fmt::format("'loop' has no attribute '{}'", name));
+  return Value::MakeUndefined(fmt::format("'loop' has no attribute '{}'", name.substr(0, 100)));
 }
 
 // An attribute in Python's sense; null if the object has none of that name.
@@ -469,6 +470,7 @@ Value Slice(const Value& object, const std::optional<Value>& start,
   if (by == 0) Fail("a slice's step is zero");
 
   const bool is_string = object.IsString();
+  budget.Charge(is_string ? object.text().size() / 8 : object.items().size());
   const std::vector<size_t> begins =
       is_string ? CodePointBegins(object.bytes()) : std::vector<size_t>();
   const int64_t length = static_cast<int64_t>(is_string ? begins.size() : object.items().size());
@@ -481,7 +483,6 @@ Value Slice(const Value& object, const std::optional<Value>& start,
   const int64_t first = clamp(bound(start), by > 0 ? lowest : highest);
   const int64_t last = clamp(bound(stop), by > 0 ? highest : lowest);
 
-  budget.Charge(static_cast<size_t>(length));
   Text text;
   Items items;
   for (int64_t i = first; by > 0 ? i < last : i > last;) {

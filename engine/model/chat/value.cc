@@ -8,16 +8,12 @@
 
 namespace espalier::jinja {
 
-namespace {
-
 int OneDeeper(int depth) {
   if (depth >= kMaxValueDepth) FailBound(fmt::format("a value nested over {} deep", depth));
   return depth + 1;
 }
 
-}  // namespace
-
-int DepthAbove(const Items& items) {
+static int DepthAbove(const Items& items) {
   int deepest = 0;
   for (const Value& item : items) deepest = std::max(deepest, item.Depth());
   return OneDeeper(deepest);

@@ -127,6 +127,6 @@ class Value {
       data_;
 };
 
-int DepthAbove(const Items& items);  // 1 + the deepest; fails beyond kMaxValueDepth
+int OneDeeper(int depth);  // fails beyond kMaxValueDepth
 
 }  // namespace espalier::jinja

@@ -237,11 +237,14 @@ std::string Repeat(std::string_view part, int times) {
 TEST(JinjaTest, EndsHostileTemplates) {
   const std::vector<std::string> sources = {
       // Time.
-      "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}",
       "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
       "{% set l = range(90000) | list %}{% for x in l %}{{ x in l }}{% endfor %}",
       "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}"
       "{{ n.x == n.x }}{{ n.x | tojson }}",
+      "{% set l = range(90000) | list %}{% for a in l %}{% for b in l %}{% endfor %}{% endfor %}",
+      "{% set l = [[1]] * 90000 %}{% for a in l %}{% for b in l %}{% break %}{% endfor %}"
+      "{% set x = l[1:] %}{% endfor %}",
+      "{% set x = 'y' * 9000000 %}{% for i in range(90000) %}{% set z = x.strip() %}{% endfor %}",
       // Memory.
       "{{ 'x' * 1000000000000 }}",
       "{{ ['x'] * 1000000000 }}",
