@@ -19,17 +19,15 @@ enum class WeightLayout : uint8_t {
   // consecutive inputs.
   kOutputRows,
   // A row is an input channel: o and down, stored transposed, [in, out].
-  // out[m][n] = sum_i x[m][i] * w[row_i][n]. Int8: w[i][n] = q[i][n] * row scale i * column scale
-  // n.
-  // Row scales are folded into x before x is quantised and column scales into the result, so any
-  // subset of rows can be multiplied without requantising a weight. Without column scales the few
-  // outputs that carry massive activations would take all the levels of every row: perplexity of
-  // SmolLM2-135M 4.4 % above fp32.
+  // out[m][n] = sum_i x[m][i] * w[row_i][n]. Int8: one scale per output and group of kQuantGroup
+  // consecutive stored rows, so along the summed dimension here too. All rows and panels are
+  // multiplied as they lie; a list mixes the groups of its rows and is made a panel first.
   kInputRows,
 };
 
 // Values that share one int8 scale, along the summed dimension; activations use the same groups.
-// 64 int8 values are one cache line and one AVX-512 register.
+// Measured on SmolLM2-135M, perplexity of 6 windows above fp32: 0.30 %. One scale for a whole row of
+// o and down instead: 0.73 % with column scales, several percent without.
 inline constexpr int kQuantGroup = 32;
 
 // Owned by the backend that made it; immutable after Backend::UploadWeight.
@@ -41,9 +39,10 @@ struct Weight {
   int64_t row_stride = 0;         // stored values from one row to the next: cols padded to 64
   std::shared_ptr<void> storage;  // device memory: values, then scales
   const void* values = nullptr;   // float or int8 [rows, row_stride], padding zero
-  const float* scales = nullptr;  // int8 only: [rows, row_stride / kQuantGroup] or [rows]
-  const float* column_scales = nullptr;  // int8 kInputRows only: [row_stride]
-  size_t bytes = 0;                      // of storage, for the ledger
+  // Int8 only. kOutputRows: [rows, row_stride / kQuantGroup]; kInputRows: [groups of rows,
+  // row_stride].
+  const float* scales = nullptr;
+  size_t bytes = 0;  // of storage, for the ledger
 };
 
 }  // namespace espalier

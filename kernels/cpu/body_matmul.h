@@ -14,8 +14,7 @@ int64_t WeightRow(const TileTask& t, int i) {
   return (t.list != nullptr ? t.list[i] : i) * t.row_stride;
 }
 
-void QuantizeRow(const float* x, const float* factor, int depth, int8_t* values, float* scales,
-                 int32_t* offsets) {
+void QuantizeRow(const float* x, int depth, int8_t* values, float* scales, int32_t* offsets) {
   constexpr int kVectors = kGroup / 16;
   const int end = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
   for (int base = 0, group = 0; base < end; base += kGroup, ++group) {
@@ -24,7 +23,6 @@ void QuantizeRow(const float* x, const float* factor, int depth, int8_t* values,
     for (int i = 0; i < kVectors; ++i) {
       const int n = depth - base - 16 * i;
       v[i] = LoadUpTo(x + base + 16 * i, n);
-      if (factor != nullptr) v[i] = v[i] * LoadUpTo(factor + base + 16 * i, n);
       most = Max(most, Abs(v[i]));
       fault = fault + (v[i] - v[i]);
     }
@@ -185,6 +183,18 @@ void GatherScales(const TileTask& t, int first, TileScratch* s) {
   }
 }
 
+// The same for kInputRows, whose scales lie by group already, in the order of an interleaved tile.
+// A last tile may have one group of rows only; its second has no activations either.
+void CopyScales(const TileTask& t, int first, int end, TileScratch* s) {
+  const int last = (t.depth + kGroup - 1) / kGroup - 1;
+  for (int g = first * kTileGroups; g < end * kTileGroups; ++g) {
+    const float* from = t.scales + Least(g, last) * t.scale_stride + t.first_output;
+    float* to = s->scales + (g - first * kTileGroups) * kTileOutputs;
+    for (int n = 0; n < kTileOutputs; n += 16) Store(to + n, Load(from + n));
+    RestoreOrder(to);  // its own inverse
+  }
+}
+
 void MultiplyRows(const TileTask& t, int group, const uint8_t* tile, const float* weight_scales,
                   int first, int end, float* sums) {
   int r = first;
@@ -232,7 +242,6 @@ void StoreSums(const TileTask& t, float* sums) {
     for (int n = 0; n < t.outputs; n += 16) {
       const int width = Least(16, t.outputs - n);
       F v = Load(from + n);
-      if (t.column_scales != nullptr) v = v * LoadFirst(t.column_scales + n, width);
       if (t.bias != nullptr) v = v + LoadFirst(t.bias + n, width);
       if (t.add) v = LoadFirst(to + n, width) + v;
       StoreFirst(to + n, v, width);
@@ -250,13 +259,11 @@ void MatMulTile(const TileTask& t, TileScratch* s) {
       const int64_t row = WeightRow(t, t.first_output + Least(i, t.outputs - 1));
       s->weight_rows[i] = base + row * (t.int8 ? 1 : static_cast<int64_t>(sizeof(float)));
     }
-  } else {
-    constexpr int kScales = kPanelTiles * kTileGroups * kTileOutputs;
-    for (int i = 0; i < kScales; i += 16) Store(s->scales + i, Set1(1));
   }
   for (int first = 0; first < groups; first += kPanelTiles) {
     const int end = Least(groups, first + kPanelTiles);
     if (t.int8 && t.output_rows) GatherScales(t, first, s);
+    if (t.int8 && !t.output_rows) CopyScales(t, first, end, s);
     for (int row = 0; row < t.rows; row += kRowBlock) {
       for (int group = first; group < end; ++group) {
         // With one block of rows no tile is needed twice: keep the one that is in L1.

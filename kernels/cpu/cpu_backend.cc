@@ -120,19 +120,25 @@ void CpuBackend::MatMul(const MatMulArgs& args) {
     RunTiles(args, args.targets, {});
     return;
   }
+  const QuantizedRows quantized = Quantize(args.x);
   if (first.layout == WeightLayout::kOutputRows) {
-    RunTiles(args, args.targets, Quantize(args.x, nullptr));
+    RunTiles(args, args.targets, quantized);
     return;
   }
-  for (const MatMulTarget& target : args.targets) {  // each folds its own scales into x
-    const int count = target.selection.count();
-    GrowTo(&factors_, count);
-    for (int i = 0; i < count; ++i) factors_[i] = target.weight->scales[target.selection[i]];
-    RunTiles(args, {&target, 1}, Quantize(args.x, factors_.data()));
+  for (MatMulTarget target : args.targets) {
+    Weight panel;
+    if (!target.selection.all()) {
+      absl::StatusOr<Weight> gathered = GatherRows(*target.weight, target.selection);
+      Require(gathered.ok(), "MatMul: {}", gathered.status().ToString());
+      panel = *std::move(gathered);
+      target.weight = &panel;
+      target.selection = ChannelSelection::All(panel.rows);
+    }
+    RunTiles(args, {&target, 1}, quantized);
   }
 }
 
-QuantizedRows CpuBackend::Quantize(const ConstMatrix& x, const float* factor) {
+QuantizedRows CpuBackend::Quantize(const ConstMatrix& x) {
   const int groups = (x.cols + kTileDepth - 1) / kTileDepth * kTileGroups;
   const size_t all = static_cast<size_t>(x.rows) * groups;
   GrowTo(&quantized_values_, all * kQuantGroup);
@@ -144,7 +150,7 @@ QuantizedRows CpuBackend::Quantize(const ConstMatrix& x, const float* factor) {
                         .groups = groups};
   ForRows(x.rows, x.cols, [&](int r) {
     const int64_t at = static_cast<int64_t>(r) * groups;
-    kernels_.quantize_row(x.row(r), factor, x.cols, q.values + at * kQuantGroup, q.scales + at,
+    kernels_.quantize_row(x.row(r), x.cols, q.values + at * kQuantGroup, q.scales + at,
                           q.offsets + at);
   });
   return q;
@@ -184,7 +190,8 @@ void CpuBackend::RunTiles(const MatMulArgs& args, std::span<const MatMulTarget> 
         .values = weight.values,
         .scales = weight.scales,
         .row_stride = weight.row_stride,
-        .scale_stride = static_cast<int>(weight.row_stride / kQuantGroup),
+        .scale_stride = weight.layout == WeightLayout::kOutputRows ? weight.row_stride / kGroup
+                                                                   : weight.row_stride,
         .list = target.selection.list(),
         .depth = args.x.cols,
         .first_output = output,
@@ -195,7 +202,6 @@ void CpuBackend::RunTiles(const MatMulArgs& args, std::span<const MatMulTarget> 
         .q = quantized,
         .out = target.out.row(row) + output,
         .out_stride = target.out.stride,
-        .column_scales = weight.column_scales == nullptr ? nullptr : weight.column_scales + output,
         .bias = target.bias.empty() ? nullptr : target.bias.data() + output,
         .add = args.output == MatMulArgs::Output::kAdd,
     };

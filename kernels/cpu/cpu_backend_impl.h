@@ -64,7 +64,7 @@ class CpuBackend final : public Backend {
   };
   void GroupHeads(const AttentionArgs& args);
 
-  QuantizedRows Quantize(const ConstMatrix& x, const float* factor);
+  QuantizedRows Quantize(const ConstMatrix& x);
   void RunTiles(const MatMulArgs& args, std::span<const MatMulTarget> targets,
                 const QuantizedRows& quantized);
 
@@ -77,7 +77,6 @@ class CpuBackend final : public Backend {
   std::vector<int8_t> quantized_values_;
   std::vector<float> quantized_scales_;
   std::vector<int32_t> quantized_offsets_;
-  std::vector<float> factors_;  // weight scales of selected kInputRows
   std::vector<int> task_ends_;  // running count of tasks by target or span
   Angles angles_;
   std::vector<int32_t> next_positions_;

@@ -23,16 +23,17 @@ static_assert(kGroup == kQuantGroup);
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+int64_t GroupsOf(int rows) { return (int64_t{rows} + kGroup - 1) / kGroup; }
+
 // Bytes of values and of scales, or false if they cannot be told in 63 bits.
 bool SizesOf(const Weight& weight, size_t* values, size_t* scales) {
   const int64_t size = weight.type == WeightType::kInt8 ? 1 : sizeof(float);
-  const bool output_rows = weight.layout == WeightLayout::kOutputRows;
-  const int64_t scales_per_row = output_rows ? weight.row_stride / kQuantGroup : 1;
-  const int64_t column_scales = output_rows ? 0 : weight.row_stride;
+  const int64_t scale_count = weight.layout == WeightLayout::kOutputRows
+                                  ? weight.rows * (weight.row_stride / kGroup)
+                                  : GroupsOf(weight.rows) * weight.row_stride;
   int64_t value_bytes, scale_bytes, total;
   if (__builtin_mul_overflow(weight.rows * size, weight.row_stride, &value_bytes) ||
-      __builtin_mul_overflow(weight.rows * scales_per_row + column_scales, sizeof(float),
-                             &scale_bytes) ||
+      __builtin_mul_overflow(scale_count, sizeof(float), &scale_bytes) ||
       __builtin_add_overflow(value_bytes, scale_bytes + kScaleSlack, &total)) {
     return false;
   }
@@ -65,7 +66,6 @@ absl::StatusOr<Weight> NewWeight(WeightType type, WeightLayout layout, int rows,
     weight.scales =
         reinterpret_cast<const float*>(static_cast<const std::byte*>(weight.values) + values);
     std::memset(const_cast<float*>(weight.scales), 0, scales);
-    if (layout == WeightLayout::kInputRows) weight.column_scales = weight.scales + rows;
   }
   return weight;
 }
@@ -76,38 +76,20 @@ bool AllFinite(const float* values, int count) {
   return finite;
 }
 
-// Root mean square of each column, 1 for a column of zeros: what the columns of a kInputRows weight
-// are divided by before a row's one scale is chosen. Partial sums are merged in a fixed order.
-void MeasureColumns(int rows, int cols, WorkerPool* pool,
-                    const std::function<void(int row, float* dst)>& read_row, float* scales) {
-  constexpr int kParts = 16;
-  std::vector<double> squares(static_cast<size_t>(kParts) * cols, 0.0);
-  pool->Run(kParts, [&](int, int part) {
-    std::vector<float> row(cols);
-    double* sums = &squares[static_cast<size_t>(part) * cols];
-    for (int r = part; r < rows; r += kParts) {
-      read_row(r, row.data());
-      for (int c = 0; c < cols; ++c) sums[c] += double{row[c]} * row[c];
-    }
-  });
-  for (int c = 0; c < cols; ++c) {
-    double sum = 0;
-    for (int part = 0; part < kParts; ++part) sum += squares[static_cast<size_t>(part) * cols + c];
-    const float scale = static_cast<float>(std::sqrt(sum / std::max(rows, 1)));
-    scales[c] = scale > kTinyGroup && scale <= FLT_MAX ? scale : 1.0f;
-  }
-}
-
-// One scale for the whole row; same rounding as KernelTable::quantize_row.
-float QuantizeWholeRow(const float* row, int count, int8_t* values) {
-  float max = 0;
-  for (int i = 0; i < count; ++i) max = std::max(max, std::fabs(row[i]));
-  const float inverse = max > kTinyGroup ? 127.0f / max : 0.0f;
+// Quantises up to kGroup rows [count, stride], one scale per column; same rounding as
+// KernelTable::quantize_row.
+void QuantizeColumns(const float* rows, int count, int64_t stride, int8_t* values, float* scales) {
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: no room is left for a fraction
-  for (int i = 0; i < count; ++i) {
-    values[i] = static_cast<int8_t>(row[i] * inverse + kRounder - kRounder);
+  for (int64_t c = 0; c < stride; ++c) {
+    float max = 0;
+    for (int r = 0; r < count; ++r) max = std::max(max, std::fabs(rows[r * stride + c]));
+    const float inverse = max > kTinyGroup ? 127.0f / max : 0.0f;
+    for (int r = 0; r < count; ++r) {
+      values[r * stride + c] =
+          static_cast<int8_t>(rows[r * stride + c] * inverse + kRounder - kRounder);
+    }
+    scales[c] = max / 127.0f;
   }
-  return max / 127.0f;
 }
 
 }  // namespace
@@ -128,35 +110,39 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(
   absl::StatusOr<Weight> weight = NewWeight(type, layout, rows, cols);
   if (!weight.ok()) return weight;
   const int64_t stride = weight->row_stride;
-  const int64_t groups = stride / kQuantGroup;
+  const int64_t groups = stride / kGroup;
   auto* values = static_cast<std::byte*>(weight->storage.get());
   auto* scales = const_cast<float*>(weight->scales);
-  auto* column_scales = const_cast<float*>(weight->column_scales);
-  if (column_scales != nullptr) MeasureColumns(rows, cols, &pool_, read_row, column_scales);
   std::atomic<int> first_bad = INT_MAX;
-  constexpr int kChunk = 16;  // rows
-  pool_.Run(rows / kChunk + (rows % kChunk != 0), [&](int, int chunk) {
-    std::vector<float> buffer(type == WeightType::kInt8 ? stride : 0);
-    std::vector<int32_t> offsets(type == WeightType::kInt8 ? groups : 0);
-    const int end = chunk * kChunk + std::min(kChunk, rows - chunk * kChunk);
-    for (int r = chunk * kChunk; r < end; ++r) {
-      float* row =
-          type == WeightType::kInt8 ? buffer.data() : reinterpret_cast<float*>(values) + r * stride;
+  // A chunk is a group of rows: what kInputRows needs to choose a scale.
+  pool_.Run(static_cast<int>(GroupsOf(rows)), [&](int, int chunk) {
+    const int begin = chunk * kGroup;
+    const int count = std::min(kGroup, rows - begin);
+    std::vector<float> buffer(type == WeightType::kInt8 ? count * stride : 0);
+    float* const floats = type == WeightType::kInt8
+                              ? buffer.data()
+                              : reinterpret_cast<float*>(values) + begin * stride;
+    for (int r = 0; r < count; ++r) {
+      float* row = floats + r * stride;
       std::fill(row + cols, row + stride, 0.0f);
-      read_row(r, row);
+      read_row(begin + r, row);
       if (!AllFinite(row, cols)) {
-        for (int seen = first_bad; r < seen && !first_bad.compare_exchange_weak(seen, r);) {
+        const int bad = begin + r;
+        for (int seen = first_bad; bad < seen && !first_bad.compare_exchange_weak(seen, bad);) {
         }
         return;
       }
-      if (type == WeightType::kF32) continue;
-      int8_t* to = reinterpret_cast<int8_t*>(values) + r * stride;
-      if (layout == WeightLayout::kOutputRows) {
-        kernels_.quantize_row(row, nullptr, cols, to, scales + r * groups, offsets.data());
-      } else {
-        for (int c = 0; c < cols; ++c) row[c] /= column_scales[c];
-        scales[r] = QuantizeWholeRow(row, static_cast<int>(stride), to);
-      }
+    }
+    if (type == WeightType::kF32) return;
+    int8_t* to = reinterpret_cast<int8_t*>(values) + begin * stride;
+    if (layout == WeightLayout::kInputRows) {
+      QuantizeColumns(floats, count, stride, to, scales + chunk * stride);
+      return;
+    }
+    std::vector<int32_t> offsets(groups);
+    for (int r = 0; r < count; ++r) {
+      kernels_.quantize_row(floats + r * stride, cols, to + r * stride,
+                            scales + (begin + r) * groups, offsets.data());
     }
   });
   if (first_bad != INT_MAX) {
@@ -168,26 +154,35 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(
 
 absl::StatusOr<Weight> CpuBackend::GatherRows(const Weight& weight,
                                               const ChannelSelection& selection) {
+  for (int i = 0; i < selection.count(); ++i) {
+    Require(selection[i] >= 0 && selection[i] < weight.rows, "GatherRows: row {} of {}",
+            selection[i], weight.rows);
+  }
+  if (weight.type == WeightType::kInt8 && weight.layout == WeightLayout::kInputRows) {
+    // Other rows share a scale than did before: quantised anew.
+    const auto* values = static_cast<const int8_t*>(weight.values);
+    return UploadWeight(weight.type, weight.layout, selection.count(), weight.cols,
+                        [&](int i, float* dst) {
+                          const int64_t row = selection[i];
+                          const int8_t* from = values + row * weight.row_stride;
+                          const float* scales = weight.scales + row / kGroup * weight.row_stride;
+                          for (int c = 0; c < weight.cols; ++c) dst[c] = from[c] * scales[c];
+                        });
+  }
   absl::StatusOr<Weight> panel =
       NewWeight(weight.type, weight.layout, selection.count(), weight.cols);
   if (!panel.ok()) return panel;
-  const int64_t row_bytes =
-      weight.row_stride * (weight.type == WeightType::kInt8 ? 1 : sizeof(float));
-  const int64_t scales =
-      weight.layout == WeightLayout::kOutputRows ? weight.row_stride / kQuantGroup : 1;
-  if (weight.column_scales != nullptr) {
-    std::memcpy(const_cast<float*>(panel->column_scales), weight.column_scales,
-                weight.row_stride * sizeof(float));
-  }
+  const bool int8 = weight.type == WeightType::kInt8;
+  const int64_t row_bytes = weight.row_stride * (int8 ? 1 : sizeof(float));
+  const int64_t groups = weight.row_stride / kGroup;
   const auto* from = static_cast<const std::byte*>(weight.values);
   auto* to = static_cast<std::byte*>(panel->storage.get());
   ForRows(selection.count(), weight.cols, [&](int i) {
     const int64_t row = selection[i];
-    Require(row >= 0 && row < weight.rows, "GatherRows: row {} of {}", row, weight.rows);
     std::memcpy(to + i * row_bytes, from + row * row_bytes, row_bytes);
-    if (weight.type == WeightType::kInt8) {
-      std::memcpy(const_cast<float*>(panel->scales) + i * scales, weight.scales + row * scales,
-                  scales * sizeof(float));
+    if (int8) {
+      std::memcpy(const_cast<float*>(panel->scales) + i * groups, weight.scales + row * groups,
+                  groups * sizeof(float));
     }
   });
   return panel;

@@ -38,8 +38,8 @@ struct TileTask {
 
   const void* values = nullptr;  // of the weight
   const float* scales = nullptr;
-  int64_t row_stride = 0;         // values
-  int scale_stride = 0;           // int8 kOutputRows: scales of a row
+  int64_t row_stride = 0;    // values
+  int64_t scale_stride = 0;  // int8: scales from one row (kInputRows: group of rows) to the next
   const int32_t* list = nullptr;  // selected rows; null: all
   int depth = 0;                  // summed values
   int first_output = 0;
@@ -52,8 +52,7 @@ struct TileTask {
 
   float* out = nullptr;  // first row, first output of the tile
   int64_t out_stride = 0;
-  const float* column_scales = nullptr;  // of the tile's first output; int8 kInputRows, else null
-  const float* bias = nullptr;           // of the tile's first output, or null
+  const float* bias = nullptr;  // of the tile's first output, or null
   bool add = false;
 };
 
@@ -107,11 +106,10 @@ struct LogitPartial {
 };
 
 struct KernelTable {
-  // Quantises `depth` values, each first multiplied by factor[i] unless factor is null, per group
-  // of kGroup: scale = max|x| / 127, round to nearest even. Writes whole tiles. Infinite or
-  // NaN input gives a scale that is not finite, so the fault is seen in the product.
-  void (*quantize_row)(const float* x, const float* factor, int depth, int8_t* values,
-                       float* scales, int32_t* offsets);
+  // Quantises `depth` values per group of kGroup: scale = max|x| / 127, round to nearest even.
+  // Writes whole tiles. Infinite or NaN input gives a scale that is not finite, so the fault is
+  // seen in the product.
+  void (*quantize_row)(const float* x, int depth, int8_t* values, float* scales, int32_t* offsets);
   void (*matmul_tile)(const TileTask& task, TileScratch* scratch);
   void (*attention)(const AttentionTask& task);
   void (*store_kv)(const StoreTask& task);
