@@ -27,6 +27,10 @@ void QuantizeRow(const float* x, int depth, int8_t* values, float* scales, int32
       fault = fault + (v[i] - v[i]);
     }
     const float max = ReduceMax(most);
+    const float bad = ReduceAdd(fault);
+    if (bad != 0) {  // no integer stands for these
+      for (F& each : v) each = Set1(0);
+    }
     const F inverse = Set1(max > kTinyGroup ? 127.0f / max : 0.0f);
     I sum = ToInt(Set1(0));
     for (int i = 0; i < kVectors; ++i) {
@@ -34,7 +38,7 @@ void QuantizeRow(const float* x, int depth, int8_t* values, float* scales, int32
       sum = Add(sum, rounded);
       StoreInt8(values + base + 16 * i, rounded);
     }
-    scales[group] = max / 127.0f + ReduceAdd(fault);
+    scales[group] = max / 127.0f + bad;
     offsets[group] = static_cast<int32_t>(-128u * static_cast<uint32_t>(ReduceAdd(sum)));
   }
 }

@@ -1,5 +1,6 @@
 // What lives on the device: weights, gathered panels, KV pages.
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cfloat>
@@ -96,7 +97,10 @@ void QuantizeColumns(const float* rows, int count, int64_t stride, int8_t* value
 
 std::shared_ptr<void> AllocateAligned(size_t bytes) {
   const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
-  if (bytes > PTRDIFF_MAX - alignment) return nullptr;
+  // Linux grants more than the machine has, and kills whoever touches it.
+  static const size_t physical =
+      static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  if (bytes > physical) return nullptr;
   const size_t size = std::max(alignment, static_cast<size_t>(RoundUp(bytes, alignment)));
   void* memory = std::aligned_alloc(alignment, size);
   if (memory == nullptr) return nullptr;

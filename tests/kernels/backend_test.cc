@@ -151,6 +151,26 @@ TEST_P(BackendTest, MatMulTellsInputThatIsNotFinite) {
   }
 }
 
+// Models have a few outputs far larger than the rest; they must not take the others' precision.
+TEST_P(BackendTest, AFewLargeOutputsLeaveTheOthersPrecise) {
+  constexpr int kDepth = 256, kOutputs = 100;
+  auto host = RandomWeight(WeightType::kF32, WeightLayout::kInputRows, kDepth, kOutputs, 1);
+  for (int r = 0; r < kDepth; ++r) host.values[r * kOutputs + 40] *= 1000;
+  const auto x = RandomValues(kDepth, 2);
+  std::vector<double> exact =
+      reference::MatMul(View(x, 1, kDepth), host, ChannelSelection::All(kDepth), {});
+  host.type = type_;
+  const Weight weight = Upload(backend_.get(), host);
+  std::vector<float> out(kOutputs);
+  const MatMulTarget target{.weight = &weight,
+                            .selection = ChannelSelection::All(kDepth),
+                            .out = Matrix(out.data(), 1, kOutputs)};
+  backend_->MatMul({.x = View(x, 1, kDepth), .targets = {&target, 1}});
+  out.erase(out.begin() + 40);
+  exact.erase(exact.begin() + 40);
+  ExpectNear(out, exact, 0.04, kOutputs - 1, "the other outputs");
+}
+
 TEST_P(BackendTest, EmbedMatchesReference) {
   for (int cols : {1, 15, 64, 65, 576}) {
     const auto host = RandomWeight(type_, WeightLayout::kOutputRows, 50, cols, 1);
@@ -215,7 +235,7 @@ TEST_P(BackendTest, UploadCountsItsBytes) {
   EXPECT_EQ(reinterpret_cast<uintptr_t>(weight.values) % 64, 0u);
   const size_t values = size_t{100} * 576 * (type_ == WeightType::kInt8 ? 1 : 4);
   EXPECT_GE(weight.bytes, values);
-  EXPECT_LE(weight.bytes, values + values / 10);
+  EXPECT_LE(weight.bytes, values + values / 8 + 4096);  // int8: a 4-byte scale for every 32
 }
 
 TEST_P(OpTest, RmsNormMatchesReference) {

@@ -65,14 +65,15 @@ TEST_P(RowsTest, InstructionSetsAgree) {
     ExpectNear(got, std::vector<double>(want.begin(), want.end()), int8 ? 1e-6 : 5e-6,
                static_cast<int>(got.size()) / 9, "against portable");
   }
-  // One group and powers of two: every fp32 step is exact, so the integers show themselves.
+  // Scales of one: every fp32 step is exact, so the integers show themselves.
   if (!int8) return;
   auto host = RandomWeight(WeightType::kInt8, WeightLayout::kOutputRows, 64, 64, 3);
   auto x = RandomValues(4 * 64, 4);
   for (auto* values : {&host.values, &x}) {
     for (size_t i = 0; i < values->size(); ++i) {
-      (*values)[i] =
-          i % 64 == 0 ? 127.0f : std::clamp(std::round((*values)[i] * 60), -127.0f, 127.0f);
+      (*values)[i] = i % kQuantGroup == 0
+                         ? 127.0f
+                         : std::clamp(std::round((*values)[i] * 60), -127.0f, 127.0f);
     }
   }
   const Weight weight = Upload(mine.get(), host);

@@ -2,23 +2,89 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace espalier::reference {
 namespace {
 
-// Values of one weight row as the device keeps them: quantised and back, for int8.
-std::vector<double> Kept(const HostWeight& weight, int row) {
-  const std::span<const float> values(&weight.values[static_cast<size_t>(row) * weight.cols],
-                                      weight.cols);
-  std::vector<double> kept(values.begin(), values.end());
-  if (weight.type == WeightType::kF32) return kept;
-  const size_t group = weight.layout == WeightLayout::kOutputRows ? kQuantGroup : values.size();
-  for (size_t begin = 0; begin < values.size(); begin += group) {
-    const size_t count = std::min(group, values.size() - begin);
-    const Quantized q = Quantize(values.subspan(begin, count));
-    for (size_t i = 0; i < count; ++i) kept[begin + i] = double{q.scale} * q.values[i];
+std::span<const float> RowOf(const HostWeight& weight, int row) {
+  return std::span(weight.values).subspan(static_cast<size_t>(row) * weight.cols, weight.cols);
+}
+
+// The selected rows of an int8 kInputRows matrix, quantised per output and group of rows.
+// [selection][cols]. A list is made a panel first: rows go through int8 in their own groups, then
+// in the list's.
+std::vector<float> QuantizeInputRows(const HostWeight& weight, const ChannelSelection& selection) {
+  std::vector<float> kept;
+  for (int i = 0; i < selection.count(); ++i) {
+    const std::span<const float> row = RowOf(weight, selection[i]);
+    kept.insert(kept.end(), row.begin(), row.end());
+  }
+  const int rows = selection.count();
+  for (int begin = 0; begin < rows; begin += kQuantGroup) {
+    const int count = std::min(kQuantGroup, rows - begin);
+    for (int c = 0; c < weight.cols; ++c) {
+      std::vector<float> column;
+      for (int i = begin; i < begin + count; ++i) column.push_back(kept[i * weight.cols + c]);
+      const Quantized q = Quantize(column);
+      for (int i = 0; i < count; ++i) kept[(begin + i) * weight.cols + c] = q.scale * q.values[i];
+    }
   }
   return kept;
+}
+
+// One row of an int8 kOutputRows matrix, quantised group by group and back.
+std::vector<double> RoundTrip(std::span<const float> values) {
+  std::vector<double> kept;
+  for (size_t begin = 0; begin < values.size(); begin += kQuantGroup) {
+    const Quantized q =
+        Quantize(values.subspan(begin, std::min<size_t>(kQuantGroup, values.size() - begin)));
+    for (int each : q.values) kept.push_back(double{q.scale} * each);
+  }
+  return kept;
+}
+
+std::vector<double> MatMulByOutputRows(const ConstMatrix& x, const HostWeight& weight,
+                                       const ChannelSelection& selection) {
+  const bool int8 = weight.type == WeightType::kInt8;
+  const auto kept = [&](std::span<const float> values) {
+    return int8 ? RoundTrip(values) : std::vector<double>(values.begin(), values.end());
+  };
+  std::vector<double> out;
+  for (int r = 0; r < x.rows; ++r) {
+    const std::vector<double> input = kept({x.row(r), static_cast<size_t>(x.cols)});
+    for (int i = 0; i < selection.count(); ++i) {
+      const std::vector<double> row = kept(RowOf(weight, selection[i]));
+      out.push_back(std::inner_product(row.begin(), row.end(), input.begin(), 0.0));
+    }
+  }
+  return out;
+}
+
+std::vector<double> MatMulByInputRows(const ConstMatrix& x, HostWeight weight,
+                                      const ChannelSelection& selection) {
+  const bool int8 = weight.type == WeightType::kInt8;
+  std::vector<int32_t> rows(selection.count());
+  for (int i = 0; i < selection.count(); ++i) rows[i] = selection[i];
+  if (int8) {
+    weight.values = QuantizeInputRows(weight, ChannelSelection::All(weight.rows));
+    if (!selection.all()) {
+      weight.values = QuantizeInputRows(weight, selection);
+      std::iota(rows.begin(), rows.end(), 0);
+    }
+  }
+  std::vector<double> out(static_cast<size_t>(x.rows) * weight.cols);
+  for (int r = 0; r < x.rows; ++r) {
+    const std::span<const float> values(x.row(r), x.cols);
+    const std::vector<double> input =
+        int8 ? RoundTrip(values) : std::vector<double>(values.begin(), values.end());
+    for (int i = 0; i < x.cols; ++i) {
+      for (int n = 0; n < weight.cols; ++n) {
+        out[static_cast<size_t>(r) * weight.cols + n] += input[i] * RowOf(weight, rows[i])[n];
+      }
+    }
+  }
+  return out;
 }
 
 }  // namespace
@@ -38,7 +104,10 @@ Quantized Quantize(std::span<const float> values) {
 std::vector<double> Embed(const HostWeight& table, std::span<const int32_t> tokens) {
   std::vector<double> out;
   for (int32_t token : tokens) {
-    const std::vector<double> row = Kept(table, token);
+    const std::span<const float> values = RowOf(table, token);
+    const std::vector<double> row = table.type == WeightType::kInt8
+                                        ? RoundTrip(values)
+                                        : std::vector<double>(values.begin(), values.end());
     out.insert(out.end(), row.begin(), row.end());
   }
   return out;
@@ -57,42 +126,10 @@ std::vector<double> RmsNorm(const ConstMatrix& x, std::span<const float> weight,
 
 std::vector<double> MatMul(const ConstMatrix& x, const HostWeight& weight,
                            const ChannelSelection& selection, std::span<const float> bias) {
-  const bool output_rows = weight.layout == WeightLayout::kOutputRows;
-  const int depth = output_rows ? weight.cols : selection.count();
-  const int outputs = output_rows ? selection.count() : weight.cols;
-  std::vector<double> out(static_cast<size_t>(x.rows) * outputs);
-  std::vector<std::vector<double>> kept;
-  for (int i = 0; i < selection.count(); ++i) kept.push_back(Kept(weight, selection[i]));
-  for (int r = 0; r < x.rows; ++r) {
-    std::vector<double> input(x.row(r), x.row(r) + depth);
-    std::vector<double> row_scale(selection.count(), 1);
-    if (weight.type == WeightType::kInt8) {
-      // kInputRows: a row's scale moves into x, in fp32, before x is quantised.
-      std::vector<float> folded(x.row(r), x.row(r) + depth);
-      for (int i = 0; !output_rows && i < depth; ++i) {
-        const std::span<const float> values(
-            &weight.values[static_cast<size_t>(selection[i]) * weight.cols], weight.cols);
-        row_scale[i] = Quantize(values).scale;
-        folded[i] *= static_cast<float>(row_scale[i]);
-      }
-      for (int begin = 0; begin < depth; begin += kQuantGroup) {
-        const int count = std::min(kQuantGroup, depth - begin);
-        const Quantized q = Quantize(std::span<const float>(folded).subspan(begin, count));
-        for (int i = 0; i < count; ++i) input[begin + i] = double{q.scale} * q.values[i];
-      }
-    }
-    for (int n = 0; n < outputs; ++n) {
-      double sum = bias.empty() ? 0 : bias[n];
-      for (int k = 0; k < depth; ++k) {
-        if (output_rows) {
-          sum += input[k] * kept[n][k];
-        } else if (row_scale[k] != 0) {
-          sum += input[k] * (kept[k][n] / row_scale[k]);
-        }
-      }
-      out[static_cast<size_t>(r) * outputs + n] = sum;
-    }
-  }
+  std::vector<double> out = weight.layout == WeightLayout::kOutputRows
+                                ? MatMulByOutputRows(x, weight, selection)
+                                : MatMulByInputRows(x, weight, selection);
+  for (size_t i = 0; !bias.empty() && i < out.size(); ++i) out[i] += bias[i % bias.size()];
   return out;
 }
 
