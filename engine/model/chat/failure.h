@@ -23,12 +23,12 @@ struct Failure {
   throw Failure{absl::ResourceExhaustedError(message)};
 }
 
-inline constexpr size_t kMaxSource = 1 << 20;     // bytes of a template; real ones have some 10,000
-inline constexpr size_t kMaxText = 16 << 20;      // bytes of any one string, output included
-inline constexpr size_t kMaxSteps = 10'000'000;   // of one rendering; about a second
-inline constexpr int kMaxSyntaxDepth = 200;       // nesting of a template
-inline constexpr int kMaxValueDepth = 100;        // nesting of lists and dicts
-inline constexpr int kMaxEvaluationDepth = 1000;  // calls of macros times their nesting
+inline constexpr size_t kMaxSource = 1 << 20;    // bytes of a template; real ones have some 10,000
+inline constexpr size_t kMaxText = 16 << 20;     // bytes of any one string, output included
+inline constexpr size_t kMaxSteps = 10'000'000;  // of one rendering; about a second
+inline constexpr int kMaxSyntaxDepth = 200;      // nesting of a template
+inline constexpr int kMaxValueDepth = 100;       // nesting of lists and dicts
+inline constexpr int kMaxEvaluationDepth = 400;  // calls of macros times their nesting
 
 // Steps of one rendering. A step stands for one evaluated node or for 32 bytes made, so that the
 // same number bounds the time and, at 320 MB, the memory.
