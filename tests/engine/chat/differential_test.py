@@ -234,7 +234,7 @@ class Grammar:
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("render_json")
-    parser.add_argument("--count", type=int, default=6000)
+    parser.add_argument("--count", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=20240607)
     parser.add_argument("--show", type=int, default=10)
     options = parser.parse_args()

@@ -1,5 +1,6 @@
 #include "engine/model/chat/jinja.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -27,7 +28,8 @@ absl::StatusOr<Text> RenderText(std::string_view source, std::string_view contex
 // The text, or the error between angle brackets.
 std::string Render(std::string_view source, std::string_view context = "{}") {
   const absl::StatusOr<Text> text = RenderText(source, context);
-  return text.ok() ? std::string(text->bytes()) : "<" + std::string(text.status().message()) + ">";
+  return text.ok() ? std::string(text->bytes())
+                   : fmt::format("<{}>", std::string(text.status().message()));
 }
 
 std::string CompileError(std::string_view source) {
@@ -201,7 +203,7 @@ TEST(JinjaTest, SyntaxErrorsNameTheLine) {
                                         "{% %}",
                                         "{{ }}",
                                         "{{ 0x1F }}"}) {
-    EXPECT_THAT(CompileError("\n" + std::string(source)), StartsWith("line 2: ")) << source;
+    EXPECT_THAT(CompileError(fmt::format("\n{}", source)), StartsWith("line 2: ")) << source;
   }
 }
 
