@@ -26,8 +26,8 @@ enum class WeightLayout : uint8_t {
 };
 
 // Values that share one int8 scale, along the summed dimension; activations use the same groups.
-// Measured on SmolLM2-135M, perplexity of 6 windows above fp32: 0.30 %. One scale for a whole row of
-// o and down instead: 0.73 % with column scales, several percent without.
+// Measured on SmolLM2-135M, perplexity of 6 windows above fp32: 0.30 %. One scale for a whole row
+// of o and down instead: 0.73 % with column scales, several percent without.
 inline constexpr int kQuantGroup = 32;
 
 // Owned by the backend that made it; immutable after Backend::UploadWeight.

@@ -25,7 +25,15 @@ struct Outcome {
 
 using Arguments = std::vector<const char*>;
 
+// The variables that name the tests' data are spelt like options of ours; the command must not see
+// them in these tests.
+const bool kCleared = [] {
+  for (const char* name : {"ESPALIER_MODEL", "ESPALIER_TEXT"}) unsetenv(name);
+  return true;
+}();
+
 Outcome RunWith(const Arguments& arguments) {
+  EXPECT_TRUE(kCleared);
   Arguments argv = {"espalier"};
   argv.insert(argv.end(), arguments.begin(), arguments.end());
   testing::internal::CaptureStdout();
