@@ -159,7 +159,7 @@ class Backend {
   virtual std::string Describe() const = 0;
 
   // Copies and, for kInt8, quantises a matrix given in fp32 row by row. `read_row(r, dst)` fills
-  // weight.cols values of stored row r; it is called from several threads, twice a row at most.
+  // weight.cols values of stored row r; it is called from several threads, each row once.
   virtual absl::StatusOr<Weight> UploadWeight(
       WeightType type, WeightLayout layout, int rows, int cols,
       const std::function<void(int row, float* dst)>& read_row) = 0;
