@@ -18,22 +18,26 @@ $scripts/build.sh "$preset" || give_up "building $preset failed (above)"
 # The real model's tests belong to the release build: under a sanitizer they take minutes and see
 # nothing that the small model's do not.
 if [ "$preset" = release ]; then
-  if model=$(MODEL=${MODEL:-${ESPALIER_MODEL:-}} $scripts/fetch_model.sh); then
-    export ESPALIER_MODEL=$model
-  else
-    unset ESPALIER_MODEL
-    echo "model: tests of the real model will be skipped"
-  fi
+  model=$(MODEL=${MODEL:-${ESPALIER_MODEL:-}} $scripts/fetch_model.sh)
+  case $? in
+    0) export ESPALIER_MODEL=$model ;;
+    3)
+      unset ESPALIER_MODEL
+      echo "model: tests of the real model will be skipped"
+      ;;
+    *) give_up "no model to test with (above)" ;;
+  esac
 else
   unset ESPALIER_MODEL ESPALIER_GOLDEN ESPALIER_TEXT
 fi
 unset ESPALIER_PYTHON
 if [ "$preset" != tsan ]; then
-  if python=$($scripts/python_env.sh); then
-    export ESPALIER_PYTHON=$python
-  else
-    echo "python: tests by foreign clients will be skipped"
-  fi
+  python=$($scripts/python_env.sh)
+  case $? in
+    0) export ESPALIER_PYTHON=$python ;;
+    3) echo "python: tests by foreign clients will be skipped" ;;
+    *) give_up "no Python for the foreign clients (above)" ;;
+  esac
 fi
 
 reports=$PWD/$build/reports
