@@ -5,6 +5,8 @@
 
 SCRIPTS := tools/scripts
 SOURCES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
+# Without a file clang-format reads standard input, for ever on a terminal.
+NEED_SOURCES = @[ -n "$(SOURCES)" ] || { echo "format: git lists no sources here" >&2; exit 1; }
 
 help: ## This list
 	@echo "MODEL=path uses a model of yours, ARGS='--flag ...' goes to serve, bench and tidy."
@@ -36,10 +38,12 @@ tsan: ## Every test that links no gRPC under ThreadSanitizer
 
 format: ## Format the C++ sources in place
 	@$(SCRIPTS)/install_packages.sh clang
+	$(NEED_SOURCES)
 	@clang-format-19 -i $(SOURCES)
 
 format-check: ## Fail if a C++ source is not formatted
 	@$(SCRIPTS)/install_packages.sh clang
+	$(NEED_SOURCES)
 	@clang-format-19 --dry-run --Werror $(SOURCES)
 
 tidy: build ## clang-tidy over what differs from HEAD; ARGS=--all: everything

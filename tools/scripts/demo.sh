@@ -47,7 +47,8 @@ $bin/espalier chat --address "$address" --deadline 120 --temperature 0 --max-tok
 
 say "16 requests at once, 64 + 64 tokens each"
 $bin/espalier load --address "$address" --requests 16 --concurrency 16 --prompt-tokens 64 \
-  --max-tokens 64 --deadline 300 || fail "the burst failed"
+  --max-tokens 64 --deadline 300 | tee $work/load.txt || fail "the burst failed"
+grep -q '^16 calls, 16 finished,' $work/load.txt || fail "not all of the burst finished (above)"
 
 say "Draining"
 kill -TERM $server
