@@ -15,9 +15,9 @@ uint64_t Mix(uint64_t z) {
 }
 
 // exp(x) for x <= 0, relative error below 3e-7; branch-free, so that the compiler vectorises the
-// loop over a vocabulary (glibc's expf is called one value at a time). Below -87: 0.
+// loop over a vocabulary (glibc's expf is called one value at a time). Below -87, and for NaN: 0.
 inline float ExpNonPositive(float x) {
-  const float clamped = std::max(x, -87.0f);
+  const float clamped = x >= -87.0f ? x : -87.0f;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const float n = (clamped * 1.44269504f + kRound) - kRound;
   float r = clamped - n * 0.693359375f;
@@ -30,7 +30,7 @@ inline float ExpNonPositive(float x) {
   p = p * r + 5.00000000e-1f;
   p = p * r * r + r + 1.0f;
   const float scale = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-  return x < -87.0f ? 0.0f : p * scale;
+  return x >= -87.0f ? p * scale : 0.0f;
 }
 
 }  // namespace
@@ -136,8 +136,13 @@ void Sampler::ApplyPenalties(const LogitRow& row, std::span<float> logits) {
 
 int32_t Sampler::Draw(const SamplingParams& params, double uniform, std::span<const float> logits) {
   const size_t size = logits.size();
-  const float max = *std::max_element(logits.begin(), logits.end());
-  const float inverse_temperature = 1.0f / params.temperature;
+  const auto largest = std::max_element(logits.begin(), logits.end());
+  const float max = *largest;
+  // What is drawn if nothing has weight: a model may overflow to infinities and NaN.
+  const auto likeliest = static_cast<int32_t>(largest - logits.begin());
+  // Finite for the smallest temperatures too: 0 times infinity would leave the likeliest no weight.
+  const float inverse_temperature =
+      std::min(1.0f / params.temperature, std::numeric_limits<float>::max());
   for (size_t i = 0; i < size; ++i) {
     weights_[i] = ExpNonPositive((logits[i] - max) * inverse_temperature);
   }
@@ -148,7 +153,7 @@ int32_t Sampler::Draw(const SamplingParams& params, double uniform, std::span<co
                         params.top_p < 1.0f || params.min_p > 0.0f;
   if (!narrowed) {
     double left = uniform * mass;
-    int32_t last = 0;
+    int32_t last = likeliest;
     for (size_t i = 0; i < size; ++i) {
       if (weights_[i] == 0) continue;
       last = static_cast<int32_t>(i);
@@ -167,6 +172,7 @@ int32_t Sampler::Draw(const SamplingParams& params, double uniform, std::span<co
   if (params.top_k > 0 && params.top_k < static_cast<int>(size)) {
     // A heap of the k likeliest, the least likely in front: most tokens fail the first comparison.
     for (size_t i = 0; i < size; ++i) {
+      if (weights_[i] == 0) continue;
       const Candidate candidate{weights_[i], static_cast<int32_t>(i)};
       if (static_cast<int>(candidates_.size()) == params.top_k) {
         if (!likelier(candidate, candidates_.front())) continue;
@@ -189,6 +195,7 @@ int32_t Sampler::Draw(const SamplingParams& params, double uniform, std::span<co
       }
     }
   }
+  if (candidates_.empty()) return likeliest;
   std::sort(candidates_.begin(), candidates_.end(), likelier);
   if (params.top_p < 1.0f) {
     double covered = 0;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <map>
 #include <set>
 #include <vector>
@@ -154,6 +155,37 @@ TEST_F(SamplerTest, SameSeedAndIndexDrawTheSameWhateverElse) {
     different += Sample().token != first[i];
   }
   EXPECT_GT(different, 5);
+}
+
+// Narrowing in every way, and not at all.
+std::vector<SamplingParams> EveryNarrowing() {
+  return {{}, {.top_k = 3}, {.top_p = 0.9f}, {.min_p = 0.1f}, {.top_k = 4, .top_p = 0.5f}};
+}
+
+TEST_F(SamplerTest, TheSmallestTemperatureIsGreedy) {
+  for (const SamplingParams& params : EveryNarrowing()) {
+    params_ = params;
+    params_.temperature = 1e-40f;  // its inverse is infinite
+    EXPECT_EQ(Sample().token, 2);
+  }
+}
+
+TEST_F(SamplerTest, LogitsThatAreNotFiniteStillGiveAToken) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const std::vector<std::vector<float>> faults = {
+      {0, 1, kInfinity, 2}, {NAN, 1, 2, 3}, {0, NAN, 2, NAN}, {NAN, NAN, NAN, NAN}};
+  for (const std::vector<float>& logits : faults) {
+    for (const SamplingParams& params : EveryNarrowing()) {
+      row_.sampling = &params;
+      std::vector<float> copy = logits;
+      const int32_t token = Sampler(4).Sample(row_, {}, copy).token;
+      EXPECT_GE(token, 0);
+      EXPECT_LT(token, 4);
+      if (std::isinf(logits[2])) {
+        EXPECT_EQ(token, 2);
+      }
+    }
+  }
 }
 
 TEST_F(SamplerTest, PenaltiesFollowTheirDefinitions) {
