@@ -1,6 +1,7 @@
 #include "policy/keep_profile.h"
 
 #include <algorithm>
+#include <functional>
 
 namespace espalier {
 

@@ -5,9 +5,11 @@
 namespace espalier {
 
 bool Allows(const PruneBounds& bounds, const Rung& rung) {
-  const double ratio = std::max(rung.prefill.prune_ratio(), rung.decode.prune_ratio());
   if (bounds.never) return rung.prefill.dense() && rung.decode.dense();
-  return ratio <= bounds.max_prune_ratio && rung.price.quality_loss_nats <= bounds.max_quality_loss;
+  const double ratio = std::max(rung.prefill.prune_ratio(), rung.decode.prune_ratio());
+  // A bound below zero, or NaN, asks for no less than rung 0 gives: zero.
+  return ratio <= std::max(0.0, bounds.max_prune_ratio) &&
+         rung.price.quality_loss_nats <= std::max(0.0, bounds.max_quality_loss);
 }
 
 int FixedPolicy::ChooseRung(const PressureReport&, const PruneBounds& bounds,

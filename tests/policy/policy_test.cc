@@ -1,5 +1,7 @@
 #include "policy/policy.h"
 
+#include <cmath>
+
 #include "gtest/gtest.h"
 
 namespace espalier {
@@ -52,6 +54,11 @@ TEST(Allows, CountsTheHarderOfTheTwoPhases) {
 TEST(Allows, EveryBoundAllowsRungZero) {
   const Ladder ladder = TestLadder();
   EXPECT_TRUE(Allows({.max_prune_ratio = 0, .max_quality_loss = 0, .never = true}, ladder.rung(0)));
+  for (const double bound : {-1.0, std::nan("")}) {
+    EXPECT_EQ(Choose(4, {.max_prune_ratio = bound}), 0) << bound;
+    EXPECT_EQ(Choose(4, {.max_quality_loss = bound}), 0) << bound;
+    EXPECT_TRUE(Allows({.max_prune_ratio = bound, .max_quality_loss = bound}, ladder.rung(0)));
+  }
 }
 
 }  // namespace
