@@ -302,6 +302,15 @@ absl::StatusOr<Gguf> ParseGguf(const std::string& path, std::string_view bytes) 
     tensor.data = reinterpret_cast<const std::byte*>(data.data()) + offset;
     gguf.tensors.push_back(std::move(tensor));
   }
+  // Tensors that share bytes would make a small file a large model.
+  std::ranges::sort(gguf.tensors, {}, &StoredTensor::data);
+  for (size_t i = 1; i < gguf.tensors.size(); ++i) {
+    const StoredTensor& before = gguf.tensors[i - 1];
+    if (gguf.tensors[i].data < before.data + before.bytes) {
+      return Mismatch(path, fmt::format("tensor {}", Quoted(gguf.tensors[i].name)),
+                      "data of its own", fmt::format("bytes of tensor {}", Quoted(before.name)));
+    }
+  }
   std::ranges::sort(gguf.tensors, {}, &StoredTensor::name);
   const auto twice = std::ranges::adjacent_find(gguf.tensors, {}, &StoredTensor::name);
   if (twice != gguf.tensors.end()) {

@@ -198,6 +198,15 @@ TEST(Gguf, RefusesDataOutsideTheFile) {
             "f.gguf: tensor \"a\": expected an offset that is a multiple of 32, got 4");
 }
 
+TEST(Gguf, RefusesTensorsThatShareBytes) {
+  GgufParts parts;
+  parts.tensors = {Floats("a", {16}), Floats("b", {16})};
+  EXPECT_EQ(FaultOf(parts.Bytes()), "");
+  parts.tensors[1].offset = 32;
+  EXPECT_EQ(FaultOf(parts.Bytes()),
+            "f.gguf: tensor \"b\": expected data of its own, got bytes of tensor \"a\"");
+}
+
 TEST(Gguf, TakesItsAlignmentFromTheFile) {
   GgufParts parts;
   parts.tensors = {Floats("a", {8})};
