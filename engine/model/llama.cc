@@ -40,6 +40,10 @@ class Loader {
     if (!tensor.ok()) return tensor.status();
     out->resize(size);
     (*tensor)->ReadRow(0, out->data());
+    if (!std::ranges::all_of(*out, [](float value) { return std::isfinite(value); })) {
+      return absl::InvalidArgumentError(fmt::format(
+          "{}: tensor {}: expected finite values, got an infinity or NaN", file_.path(), name));
+    }
     Count();
     return absl::OkStatus();
   }

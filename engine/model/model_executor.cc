@@ -4,7 +4,8 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
+#include <fstream>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -23,7 +24,14 @@ constexpr int kDefaultKvTokens = 32 * 1024;
 // Rows sampled at the same time; each lane has its own scratch.
 constexpr int kSamplerLanes = 8;
 
+// Bytes to be had without swapping. Free pages alone would leave out the page cache, where the
+// model's own file lies.
 uint64_t AvailableMemory() {
+  std::ifstream facts("/proc/meminfo");
+  for (std::string word; facts >> word;) {
+    uint64_t kib = 0;
+    if (word == "MemAvailable:" && facts >> kib) return kib * 1024;
+  }
   return static_cast<uint64_t>(sysconf(_SC_AVPHYS_PAGES)) * sysconf(_SC_PAGESIZE);
 }
 

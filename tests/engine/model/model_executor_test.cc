@@ -1,0 +1,87 @@
+// Loading a model: faults named, memory counted, progress told.
+#include "engine/model/model_executor.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/support/model_writer.h"
+
+namespace espalier {
+namespace {
+
+using ::testing::HasSubstr;
+
+class ModelExecutorTest : public ::testing::Test {
+ protected:
+  absl::StatusOr<std::unique_ptr<ModelExecutor>> Load(
+      const GgufParts& parts, const ModelOptions& options,
+      const ModelExecutor::Progress& progress = {}) {
+    const auto file = ModelFile::Open(folder_.Write("model.gguf", parts.Bytes()));
+    EXPECT_TRUE(file.ok()) << file.status();
+    return ModelExecutor::Load(**file, backend_.get(), options, progress);
+  }
+
+  TemporaryFolder folder_;
+  std::unique_ptr<Backend> backend_ = CreateCpuBackend({.threads = 1}).value();
+};
+
+TEST_F(ModelExecutorTest, NamesTheTensorWhoseValuesAreNotFinite) {
+  for (const std::string name : {"blk.1.ffn_norm.weight", "blk.0.ffn_down.weight",
+                                 "blk.0.attn_q.weight", "output_norm.weight"}) {
+    for (const float fault : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
+      GgufParts parts = TinyGguf();
+      std::memcpy(parts.tensor(name).data.data() + 4, &fault, sizeof(fault));
+      const absl::Status status = Load(parts, {.kv_bytes = 1 << 20}).status();
+      EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+      EXPECT_THAT(std::string(status.message()), HasSubstr("model.gguf: tensor " + name + ": "));
+      EXPECT_THAT(std::string(status.message()), HasSubstr("expected finite values"));
+    }
+  }
+}
+
+TEST_F(ModelExecutorTest, RefusesKvMemoryThatHoldsNoSequence) {
+  const absl::Status status = Load(TinyGguf(), {.kv_bytes = 1000}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("KV memory of 1000 bytes"));
+}
+
+TEST_F(ModelExecutorTest, CountsPagesAndBytes) {
+  // Keys and values of 16 tokens, one KV head of 8, fp16.
+  constexpr uint64_t kPageBytes = 2 * 16 * 8 * 2;
+  const auto executor = Load(TinyGguf(), {.kv_bytes = 10 * kPageBytes + 7});
+  ASSERT_TRUE(executor.ok()) << executor.status();
+  const KvGeometry geometry = (*executor)->kv_geometry();
+  EXPECT_EQ(geometry.layers, 2);
+  EXPECT_EQ(geometry.pages, 10);
+  EXPECT_EQ(geometry.page_tokens, 16);
+  EXPECT_EQ(geometry.context, (*executor)->config().context);
+  const Ledger ledger =
+      (*executor)->ledger({.pages_total = 10, .pages_free = 6, .pages_used = 3, .pages_cached = 1});
+  EXPECT_EQ(ledger.kv_free, 6 * kPageBytes);
+  EXPECT_EQ(ledger.kv_used, 3 * kPageBytes);
+  EXPECT_EQ(ledger.kv_reusable, kPageBytes);
+  EXPECT_GT(ledger.weights, 0u);
+  EXPECT_GT(ledger.workspace, 0u);
+  EXPECT_EQ(ledger.foreign, 0u);
+}
+
+TEST_F(ModelExecutorTest, TellsEachWeightOnceUntilAllAreLoaded) {
+  std::vector<std::pair<int, int>> told;
+  const auto executor = Load(TinyGguf(), {.kv_bytes = 1 << 20},
+                             [&](int done, int total) { told.emplace_back(done, total); });
+  ASSERT_TRUE(executor.ok()) << executor.status();
+  ASSERT_EQ(told.size(), 2u + 2 * 9);  // embedding and final norm, nine a layer, a tied head
+  for (size_t i = 0; i < told.size(); ++i) {
+    EXPECT_EQ(told[i], std::pair(static_cast<int>(i) + 1, 20));
+  }
+}
+
+}  // namespace
+}  // namespace espalier
