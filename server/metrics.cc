@@ -184,6 +184,14 @@ struct Metrics::Instruments : prometheus::Collectable {
                                   "Arrival to end of the call.", kRequest, vllm);
   Histogram& queue_time = AddHistogram(r, "vllm:request_queue_time_seconds",
                                        "Arrival to first scheduled.", kRequest, vllm);
+  Histogram& prefill_time = AddHistogram(r, "vllm:request_prefill_time_seconds",
+                                         "First scheduled to first token.", kRequest, vllm);
+  Histogram& decode_time = AddHistogram(r, "vllm:request_decode_time_seconds",
+                                        "First token to last token.", kRequest, vllm);
+  Histogram& inference_time = AddHistogram(r, "vllm:request_inference_time_seconds",
+                                           "First scheduled to last token.", kRequest, vllm);
+  Histogram& max_tokens =
+      AddHistogram(r, "vllm:request_params_max_tokens", "max_tokens of a request.", kTokens, vllm);
   Histogram& prompt_tokens =
       AddHistogram(r, "vllm:request_prompt_tokens", "Prompt tokens of a request.", kTokens, vllm);
   Histogram& output_tokens = AddHistogram(r, "vllm:request_generation_tokens",
@@ -268,6 +276,10 @@ void Metrics::OnFinished(const RequestSummary& summary) {
   if (succeeded || summary.first_token_s >= 0) m.prompt_total.Increment(summary.prompt_tokens);
   if (summary.first_token_s < 0) return;
   m.first_token.Observe(summary.first_token_s);
+  m.prefill_time.Observe(summary.first_token_s - summary.queue_s);
+  m.decode_time.Observe(summary.last_token_s - summary.first_token_s);
+  m.inference_time.Observe(summary.last_token_s - summary.queue_s);
+  m.max_tokens.Observe(summary.max_tokens);
   m.output_tokens.Observe(summary.output_tokens);
   m.prune_ratio.Observe(summary.mean_prune_ratio);
   m.TokensByRung(summary.rung).Increment(summary.output_tokens);

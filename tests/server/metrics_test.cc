@@ -63,6 +63,7 @@ RequestSummary Finished() {
   summary.outcome = "stop";
   summary.prompt_tokens = 40;
   summary.output_tokens = 11;
+  summary.max_tokens = 64;
   summary.rung = 2;
   summary.mean_prune_ratio = 0.3;
   summary.queue_s = 0.01;
@@ -156,6 +157,10 @@ TEST(MetricsTest, AFinishedRequestShowsOnce) {
            fmt::format("vllm:request_time_per_output_token_seconds_sum{}}} 0.02\n", kLabels),
            fmt::format("vllm:e2e_request_latency_seconds_sum{}}} 0.26\n", kLabels),
            fmt::format("vllm:request_queue_time_seconds_sum{}}} 0.01\n", kLabels),
+           fmt::format("vllm:request_prefill_time_seconds_sum{}}} 0.04\n", kLabels),
+           fmt::format("vllm:request_decode_time_seconds_sum{}}} 0.2\n", kLabels),
+           fmt::format("vllm:request_inference_time_seconds_sum{}}} 0.24\n", kLabels),
+           fmt::format("vllm:request_params_max_tokens_sum{}}} 64\n", kLabels),
            fmt::format("vllm:request_prompt_tokens_sum{}}} 40\n", kLabels),
            fmt::format("vllm:request_generation_tokens_sum{}}} 11\n", kLabels),
            fmt::format("vllm:prompt_tokens_total{}}} 40\n", kLabels),
