@@ -116,27 +116,27 @@ void DotRows(const QuantizedRows& q, int group, const uint8_t* tile, const float
 
 // Both groups of a tile, in order.
 template <int R>
-void DotTile(const QuantizedRows& q, int tile_index, const uint8_t* tile,
-             const float* weight_scales, float* sums) {
+void DotTile(const QuantizedRows& q, int index, const uint8_t* tile, const float* weight_scales,
+             float* sums) {
   for (int g = 0; g < kTileGroups; ++g) {
-    DotRows<R>(q, tile_index * kTileGroups + g, tile + g * kGroup * kTileOutputs,
+    DotRows<R>(q, index * kTileGroups + g, tile + g * kGroup * kTileOutputs,
                weight_scales + g * kTileOutputs, sums);
   }
 }
 
-// Finds the weight rows of one tile along the summed dimension (kInputRows). Rows past the end are
-// the last one again: their activations are zero.
-void FindInputRows(const TileTask& t, int group, const uint8_t** rows) {
+// Finds the weight rows of tile `index` along the summed dimension (kInputRows). Rows past the end
+// are the last one again: their activations are zero.
+void FindInputRows(const TileTask& t, int index, const uint8_t** rows) {
   const uint8_t* base = static_cast<const uint8_t*>(t.values);
   const int size = t.int8 ? 1 : sizeof(float);
   for (int i = 0; i < kTileDepth; ++i) {
-    const int k = Least(group * kTileDepth + i, t.depth - 1);
+    const int k = Least(index * kTileDepth + i, t.depth - 1);
     rows[i] = base + (WeightRow(t, k) + t.first_output) * size;
   }
 }
 
 // int8: [depth / 4][outputs][4]; fp32: [depth][outputs].
-void PackTile(const TileTask& t, int group, const uint8_t** rows, uint8_t* panel) {
+void PackTile(const TileTask& t, int index, const uint8_t** rows, uint8_t* panel) {
   if (t.output_rows) {
     const int64_t row_bytes = t.int8 ? kTileDepth : kTileDepth * sizeof(float);
     const int64_t dst_stride = kTileOutputs * sizeof(float);
@@ -144,19 +144,19 @@ void PackTile(const TileTask& t, int group, const uint8_t** rows, uint8_t* panel
       for (int64_t at = 0; at < row_bytes; at += 64) {
         uint8_t* dst = panel + at / 4 * dst_stride + 4 * n;
         if (t.int8) {
-          Transpose16<true>(rows + n, group * row_bytes + at, dst, dst_stride);
+          Transpose16<true>(rows + n, index * row_bytes + at, dst, dst_stride);
         } else {
-          Transpose16<false>(rows + n, group * row_bytes + at, dst, dst_stride);
+          Transpose16<false>(rows + n, index * row_bytes + at, dst, dst_stride);
         }
       }
-      // The next group's lines of the same rows: too short a run for the hardware to foresee.
+      // The next tile's lines of the same rows: too short a run for the hardware to foresee.
       if (t.int8) {
-        for (int i = 0; i < 16; ++i) __builtin_prefetch(rows[n + i] + (group + 1) * row_bytes);
+        for (int i = 0; i < 16; ++i) __builtin_prefetch(rows[n + i] + (index + 1) * row_bytes);
       }
     }
     return;
   }
-  FindInputRows(t, group, rows);
+  FindInputRows(t, index, rows);
   if (!t.int8) {
     for (int k = 0; k < kTileDepth; ++k) {
       __builtin_memcpy(panel + k * kTileOutputs * sizeof(float), rows[k],
@@ -199,7 +199,7 @@ void CopyScales(const TileTask& t, int first, int end, TileScratch* s) {
   }
 }
 
-void MultiplyRows(const TileTask& t, int group, const uint8_t* tile, const float* weight_scales,
+void MultiplyRows(const TileTask& t, int index, const uint8_t* tile, const float* weight_scales,
                   int first, int end, float* sums) {
   int r = first;
   if (t.int8) {
@@ -212,22 +212,22 @@ void MultiplyRows(const TileTask& t, int group, const uint8_t* tile, const float
     };
     for (; r + kRows <= end; r += kRows) {
       float* to = at(r);
-      DotTile<kRows>(q, group, tile, weight_scales, to);
+      DotTile<kRows>(q, index, tile, weight_scales, to);
     }
     if (kRows > 2 && r + 2 <= end) {
       float* to = at(r);
-      DotTile<2>(q, group, tile, weight_scales, to);
+      DotTile<2>(q, index, tile, weight_scales, to);
       r += 2;
     }
     if (r < end) {
       float* to = at(r);
-      DotTile<1>(q, group, tile, weight_scales, to);
+      DotTile<1>(q, index, tile, weight_scales, to);
     }
     return;
   }
   const float* b = reinterpret_cast<const float*>(tile);
-  const int depth = Least(kTileDepth, t.depth - group * kTileDepth);
-  const float* x = t.x + static_cast<int64_t>(group) * kTileDepth;
+  const int depth = Least(kTileDepth, t.depth - index * kTileDepth);
+  const float* x = t.x + static_cast<int64_t>(index) * kTileDepth;
   for (; r + kRows <= end; r += kRows) {
     FmaRows<kRows>(x + r * t.x_stride, t.x_stride, depth, b, kTileOutputs, kTileOutputs,
                    sums + r * kTileOutputs, kTileOutputs);
@@ -254,7 +254,7 @@ void StoreSums(const TileTask& t, float* sums) {
 }
 
 void MatMulTile(const TileTask& t, TileScratch* s) {
-  const int groups = (t.depth + kTileDepth - 1) / kTileDepth;
+  const int tiles = (t.depth + kTileDepth - 1) / kTileDepth;
   const int64_t tile_bytes = kTileDepth * kTileOutputs * (t.int8 ? 1 : sizeof(float));
   for (int i = 0; i < t.rows * kTileOutputs; i += 16) Store(s->sums + i, Set1(0));
   if (t.output_rows) {
@@ -264,16 +264,16 @@ void MatMulTile(const TileTask& t, TileScratch* s) {
       s->weight_rows[i] = base + row * (t.int8 ? 1 : static_cast<int64_t>(sizeof(float)));
     }
   }
-  for (int first = 0; first < groups; first += kPanelTiles) {
-    const int end = Least(groups, first + kPanelTiles);
+  for (int first = 0; first < tiles; first += kPanelTiles) {
+    const int end = Least(tiles, first + kPanelTiles);
     if (t.int8 && t.output_rows) GatherScales(t, first, s);
     if (t.int8 && !t.output_rows) CopyScales(t, first, end, s);
     for (int row = 0; row < t.rows; row += kRowBlock) {
-      for (int group = first; group < end; ++group) {
+      for (int index = first; index < end; ++index) {
         // With one block of rows no tile is needed twice: keep the one that is in L1.
-        uint8_t* tile = s->panel + (t.rows <= kRowBlock ? 0 : (group - first) * tile_bytes);
-        if (row == 0) PackTile(t, group, s->weight_rows, tile);
-        MultiplyRows(t, group, tile, s->scales + (group - first) * kTileGroups * kTileOutputs, row,
+        uint8_t* tile = s->panel + (t.rows <= kRowBlock ? 0 : (index - first) * tile_bytes);
+        if (row == 0) PackTile(t, index, s->weight_rows, tile);
+        MultiplyRows(t, index, tile, s->scales + (index - first) * kTileGroups * kTileOutputs, row,
                      Least(t.rows, row + kRowBlock), s->sums);
       }
     }
