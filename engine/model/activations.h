@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 
@@ -48,6 +49,12 @@ struct Activations {
         attention(size_t(max_rows) * config.heads * config.head_dim),
         gate(size_t(max_rows) * config.channels),
         up(size_t(max_rows) * config.channels) {}
+
+  // What the constructor will take, to be asked before.
+  static uint64_t BytesFor(const ModelConfig& config, int max_rows) {
+    const uint64_t heads_width = uint64_t(config.heads + config.kv_heads) * config.head_dim;
+    return 2 * (config.hidden + heads_width + config.channels) * max_rows * sizeof(float);
+  }
 
   size_t bytes() const {
     return residual.bytes() + normed.bytes() + q.bytes() + k.bytes() + v.bytes() +

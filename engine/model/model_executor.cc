@@ -56,6 +56,18 @@ absl::StatusOr<KvPoolShape> ChoosePool(const ModelConfig& config, const ModelOpt
   return shape;
 }
 
+// A workspace that is not there would be written to all the same: memory is granted before it is
+// found.
+absl::Status CheckWorkspace(const ModelConfig& config, const ModelOptions& options) {
+  const uint64_t bytes = Activations::BytesFor(config, options.max_batch_tokens) +
+                         uint64_t(options.max_logit_rows) * config.vocabulary * sizeof(float);
+  const uint64_t available = AvailableMemory();
+  if (bytes <= available) return absl::OkStatus();
+  return absl::ResourceExhaustedError(
+      fmt::format("a workspace for steps of {} rows takes {} bytes, {} are available",
+                  options.max_batch_tokens, bytes, available));
+}
+
 }  // namespace
 
 struct ModelExecutor::Impl {
@@ -127,6 +139,7 @@ absl::StatusOr<std::unique_ptr<ModelExecutor>> ModelExecutor::Load(const ModelFi
                                                                    const Progress& progress) {
   ModelOptions checked = options;
   checked.max_logit_rows = std::clamp(options.max_logit_rows, 1, options.max_batch_tokens);
+  if (absl::Status status = CheckWorkspace(file.config(), checked); !status.ok()) return status;
   absl::StatusOr<KvPoolShape> shape = ChoosePool(file.config(), checked);
   if (!shape.ok()) return shape.status();
   absl::StatusOr<std::unique_ptr<Llama>> model =

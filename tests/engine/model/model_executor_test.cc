@@ -52,6 +52,14 @@ TEST_F(ModelExecutorTest, RefusesKvMemoryThatHoldsNoSequence) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("KV memory of 1000 bytes"));
 }
 
+TEST_F(ModelExecutorTest, RefusesAWorkspaceThatNoMachineHas) {
+  const absl::Status status =
+      Load(TinyGguf(), {.kv_bytes = 1 << 20, .max_batch_tokens = std::numeric_limits<int>::max()})
+          .status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("steps of 2147483647 rows"));
+}
+
 TEST_F(ModelExecutorTest, CountsPagesAndBytes) {
   // Keys and values of 16 tokens, one KV head of 8, fp16.
   constexpr uint64_t kPageBytes = 2 * 16 * 8 * 2;
@@ -68,7 +76,8 @@ TEST_F(ModelExecutorTest, CountsPagesAndBytes) {
   EXPECT_EQ(ledger.kv_used, 3 * kPageBytes);
   EXPECT_EQ(ledger.kv_reusable, kPageBytes);
   EXPECT_GT(ledger.weights, 0u);
-  EXPECT_GT(ledger.workspace, 0u);
+  // 512 rows of 2 * (hidden 16 + heads and KV heads (2 + 1) * 8 + channels 24), 64 of 260 logits.
+  EXPECT_EQ(ledger.workspace, (512u * 2 * (16 + 24 + 24) + 64u * 260) * 4);
   EXPECT_EQ(ledger.foreign, 0u);
 }
 
