@@ -22,6 +22,9 @@ class ApiService final : public v1::EspalierService::CallbackService {
   // From here on calls are served; before, they are UNAVAILABLE. `backstage` outlives the calls.
   void Open(const Backstage* backstage) { backstage_.store(backstage, std::memory_order_release); }
 
+  // Waits until no streamed call is left; false at `until`.
+  bool WaitForCalls(Instant until) { return options_.count->WaitForNone(until); }
+
   grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(
       grpc::CallbackServerContext* context, const v1::GenerateRequest* request) override;
   grpc::ServerUnaryReactor* Score(grpc::CallbackServerContext* context,

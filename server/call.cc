@@ -31,12 +31,25 @@ google::protobuf::Duration WireDuration(double seconds) {
 
 }  // namespace
 
+void CallCount::Add(int calls) {
+  std::lock_guard lock(mutex_);
+  calls_ += calls;
+  if (calls_ == 0) none_.notify_all();
+}
+
+bool CallCount::WaitForNone(Instant until) {
+  std::unique_lock lock(mutex_);
+  return none_.wait_until(lock, std::chrono::steady_clock::time_point(until),
+                          [this] { return calls_ == 0; });
+}
+
 Call::Call(const CallOptions* options, const Backstage* backstage,
            grpc::CallbackServerContext* context, std::string_view method)
     : options_(options), backstage_(backstage), context_(context), arrival_(SteadyNow()) {
   summary.id = next_id.fetch_add(1, std::memory_order_relaxed);
   summary.method = method;
   summary.peer = context->peer();
+  options_->count->Add(1);
 }
 
 std::optional<RpcError> Call::Admit() {

@@ -5,8 +5,10 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -22,6 +24,19 @@
 
 namespace espalier {
 
+// The streamed calls that gRPC still has: a drained engine is done before the last of them is read.
+class CallCount {
+ public:
+  void Add(int calls);
+  // False if some are left at `until`.
+  bool WaitForNone(Instant until);
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable none_;
+  int calls_ = 0;
+};
+
 struct CallOptions {
   size_t stream_buffer_tokens = 1024;
   // A stalled reader that reads again is told why its stream ended. One that does not is reset
@@ -30,6 +45,7 @@ struct CallOptions {
   bool log_prompts = false;
   // Told of every call that ended, on a gRPC or writer thread.
   std::function<void(const RequestSummary&)> on_finished;
+  std::shared_ptr<CallCount> count = std::make_shared<CallCount>();
 };
 
 // What a loaded server serves with; everything outlives the calls.
@@ -71,6 +87,9 @@ class Call {
   // Each writes the summary and returns the status to finish with. Call one of them, once.
   grpc::Status End(const RpcError& error);
   grpc::Status EndWell(FinishReason reason);
+
+  // gRPC is done with the call. Once, from OnDone.
+  void Leave() { options_->count->Add(-1); }
 
   v1::Times WireTimes() const;
   v1::Served WireServed(int tokens) const;

@@ -71,6 +71,7 @@ void GenerateCall::OnDone() {
     std::lock_guard lock(mutex_);
     done_ = true;
   }
+  call_.Leave();
   // A writer thread may still hold another reference, and finds the gate closed.
   const std::shared_ptr<GenerateCall> last = std::move(self_);
 }

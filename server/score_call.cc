@@ -38,7 +38,10 @@ void ScoreCall::OnCancel() {
   Pump();
 }
 
-void ScoreCall::OnDone() { const std::shared_ptr<ScoreCall> last = std::move(self_); }
+void ScoreCall::OnDone() {
+  call_.Leave();
+  const std::shared_ptr<ScoreCall> last = std::move(self_);
+}
 
 void ScoreCall::Pump() {
   if (!call_.gate.Enter()) return;

@@ -5,9 +5,12 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <fstream>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -222,7 +225,7 @@ class Server {
     backstage_ = {.model = &model_, .encoder = encoder_.get(), .engine = thread_.get()};
     stop_->set_nothing_to_finish(false);
     service_.Open(&backstage_);
-    front_->SetServing(true);
+    SetHealth(&Health::open, true);
     Log(LogLevel::kInfo, "serving", {{"host", options_.host}, {"port", front_->port()}});
     return absl::OkStatus();
   }
@@ -234,19 +237,21 @@ class Server {
       const bool now_stuck = thread_->seconds_in_step() > kStuckSeconds;
       if (now_stuck == stuck || lost_) continue;
       stuck = now_stuck;
-      front_->SetServing(!stuck);
+      SetHealth(&Health::stuck, stuck);
       Log(stuck ? LogLevel::kError : LogLevel::kInfo,
           stuck ? "the engine does not come back from a step" : "the engine is back");
     }
   }
 
   int Drain() {
-    front_->SetServing(false);
+    SetHealth(&Health::open, false);
     const LoadSnapshot load = thread_->load();
     Log(LogLevel::kInfo, "draining",
         {{"running", load.stats.running}, {"waiting", load.waiting()}});
+    const Instant until = SteadyNow() + options_.drain_timeout;
     const bool all_finished = thread_->Drain(options_.drain_timeout);
-    ready_.reset();  // the last tokens are on their way
+    ready_.reset();                // the last tokens are on their way
+    service_.WaitForCalls(until);  // slow readers may have some to read yet
     front_->Shutdown(kGoodbye);
     Log(LogLevel::kInfo, "stopped", {{"all_finished", all_finished}});
     return lost_ ? 1 : 0;
@@ -254,8 +259,21 @@ class Server {
 
   void Lose(const absl::Status& status) {
     lost_ = true;
-    front_->SetServing(false);
+    SetHealth(&Health::lost, true);
     Log(LogLevel::kError, "the engine is lost", {{"error", Text(status)}});
+  }
+
+  // What health follows. Threads that learn of different things must not undo each other's.
+  struct Health {
+    bool open = false;
+    bool stuck = false;
+    bool lost = false;
+  };
+
+  void SetHealth(bool Health::* what, bool value) {
+    std::lock_guard lock(health_mutex_);
+    health_.*what = value;
+    front_->SetServing(health_.open && !health_.stuck && !health_.lost);
   }
 
   void Tell(const RequestSummary& summary) {
@@ -271,6 +289,8 @@ class Server {
   std::unique_ptr<Metrics> metrics_;
   std::atomic<Metrics*> metrics_for_calls_{nullptr};
   std::atomic<bool> lost_{false};
+  std::mutex health_mutex_;
+  Health health_;
   ServedModel model_;
   std::unique_ptr<PromptEncoder> encoder_;
   FixedPolicy policy_{0};

@@ -198,6 +198,25 @@ class Lifecycle(unittest.TestCase):
             stopper.join()
             self.assertEqual(exit_status, [0], server.log())
 
+    def test_drain_waits_for_a_slow_reader(self):
+        with Server(BINARY, MODEL) as server:
+            # More than a small window holds, less than the server buffers.
+            channel = grpc.insecure_channel(server.address, [
+                ("grpc.http2.lookahead_bytes", 16384), ("grpc.http2.bdp_probe", 0)])
+            request = text_request("slowly", 440)
+            request.logprobs.enabled = True
+            request.logprobs.top = 20
+            call = rpc.EspalierServiceStub(channel).Generate(request)
+            tokens = len(next(call).token_ids)
+            self.assertIsNotNone(server.wait_for_load(lambda load: load.running_requests == 0))
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(2)
+            messages = list(call)
+            self.assertEqual(tokens + sum(len(m.token_ids) for m in messages), 440)
+            self.assertEqual(messages[-1].finished.reason, pb.FINISH_REASON_LENGTH)
+            self.assertEqual(server.process.wait(20), 0, server.log())
+            channel.close()
+
     def test_drain_refuses_the_new(self):
         with Server(BINARY, MODEL, "--max-sequences", "2") as server:
             # Enough behind each other to keep the drain going for a while.
