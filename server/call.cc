@@ -81,8 +81,14 @@ void Call::Cancel() {
 }
 
 RpcError Call::Gone() const {
+  // We cut it off.
+  if (stream_ != nullptr && stream_->stalled()) return Stalled();
   const bool late = context_->deadline() <= std::chrono::system_clock::now();
   return late ? DeadlineExceeded() : Cancelled();
+}
+
+RpcError Call::Stalled() const {
+  return ReaderStalled(static_cast<int>(options_->stream_buffer_tokens));
 }
 
 std::optional<RpcError> Call::ErrorOf(const StreamEnd& end) const {
@@ -90,7 +96,7 @@ std::optional<RpcError> Call::ErrorOf(const StreamEnd& end) const {
     case StreamEnd::Cause::kRefused:
       return Refused(end.error, model().max_sequence_tokens);
     case StreamEnd::Cause::kStalled:
-      return ReaderStalled(static_cast<int>(options_->stream_buffer_tokens));
+      return Stalled();
     case StreamEnd::Cause::kLost:
       return EngineLost(end.error, summary.output_tokens > 0);
     case StreamEnd::Cause::kShutdown:

@@ -73,7 +73,7 @@ class Call {
   // The caller went away, or wants no more. Outside the gate too.
   void Cancel();
   bool cancelled() const { return cancelled_.load(std::memory_order_acquire); }
-  // Why a cancelled call is: gRPC cancels those past their deadline too.
+  // Why a cancelled call is: gRPC cancels those past their deadline, we those that do not read.
   RpcError Gone() const;
   // Ends the engine's work without the caller having left.
   void StopEngine() { backstage_->engine->inbox().Cancel(summary.id); }
@@ -105,6 +105,7 @@ class Call {
   TokenStream::Pending pending;
 
  private:
+  RpcError Stalled() const;
   void Report();
 
   const CallOptions* const options_;

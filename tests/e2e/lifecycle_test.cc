@@ -172,7 +172,7 @@ TEST(StalledReader, ThatNeverReadsAgainIsReset) {
     std::this_thread::sleep_for(milliseconds(20));
   }
   ASSERT_EQ(server.summaries().size(), 1u);
-  EXPECT_EQ(server.summaries()[0].outcome, "cancelled");
+  EXPECT_EQ(server.summaries()[0].outcome, "reader_stalled");
   EXPECT_LT(server.summaries()[0].output_tokens, 4000);
   for (v1::GenerateResponse message; reader->Read(&message);) {
   }
