@@ -59,8 +59,4 @@ absl::StatusOr<const StoredTensor*> ModelFile::Find(std::string_view name, int r
   return &*found;
 }
 
-bool ModelFile::Has(std::string_view name) const {
-  return std::ranges::binary_search(tensors_, name, {}, &StoredTensor::name);
-}
-
 }  // namespace espalier

@@ -44,7 +44,6 @@ class ModelFile {
 
   // NotFound, with file and name, if absent; InvalidArgument if the shape is not rows x cols.
   absl::StatusOr<const StoredTensor*> Find(std::string_view name, int rows, int cols) const;
-  bool Has(std::string_view name) const;
   const std::vector<StoredTensor>& tensors() const { return tensors_; }
 
  protected:

@@ -169,18 +169,4 @@ float HalfToFloat(uint16_t half) {
   return std::bit_cast<float>(sign | bits);
 }
 
-uint16_t FloatToHalf(float value) {
-  const auto bits = std::bit_cast<uint32_t>(value);
-  const uint16_t sign = bits >> 16 & 0x8000;
-  const uint32_t magnitude = bits & 0x7FFFFFFF;
-  if (magnitude > 0x7F800000) return sign | 0x7E00 | (magnitude >> 13 & 0x3FF);  // NaN stays quiet
-  if (magnitude >= 0x47800000) return sign | 0x7C00;                             // from 2^16 on
-  if (magnitude < 0x38800000) {  // below 2^-14: 0.5's last bit is 2^-24, so the addition rounds
-    const float rounded = std::bit_cast<float>(magnitude) + 0.5f;
-    return sign | static_cast<uint16_t>(std::bit_cast<uint32_t>(rounded) - 0x3F000000);
-  }
-  const uint32_t tie_to_even = 0xFFF + (magnitude >> 13 & 1);
-  return sign | static_cast<uint16_t>((magnitude - (112u << 23) + tie_to_even) >> 13);
-}
-
 }  // namespace espalier

@@ -19,6 +19,5 @@ size_t BlockBytes(BlockType type);
 void Dequantize(BlockType type, const std::byte* src, int64_t count, float* dst);
 
 float HalfToFloat(uint16_t half);
-uint16_t FloatToHalf(float value);  // round to nearest even
 
 }  // namespace espalier

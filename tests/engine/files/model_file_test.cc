@@ -43,8 +43,6 @@ TEST(ModelFile, FindsTensorsByNameAndShape) {
   const auto file = ModelFile::Open(path);
   ASSERT_TRUE(file.ok()) << file.status();
   EXPECT_EQ((*file)->path(), path);
-  EXPECT_TRUE((*file)->Has("blk.1.ffn_up.weight"));
-  EXPECT_FALSE((*file)->Has("blk.2.ffn_up.weight"));
   const auto found = (*file)->Find("blk.1.ffn_up.weight", 24, 16);
   ASSERT_TRUE(found.ok()) << found.status();
   EXPECT_EQ((*found)->name, "blk.1.ffn_up.weight");
