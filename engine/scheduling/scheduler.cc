@@ -282,12 +282,9 @@ void Scheduler::Commit(const StepResult& result, std::vector<SequenceOutput>* ou
 FinishReason Scheduler::Append(const TokenResult& drawn, Sequence* sequence,
                                SequenceOutput* output) const {
   const StopParams& stop = sequence->request.stop;
-  if (Contains(stop.stop_tokens, drawn.token)) {
-    Invariant(sequence->output_tokens() >= stop.min_tokens,
-              "request {}: stop token {} drawn as output {} although banned before {}",
-              sequence->request.id, drawn.token, sequence->output_tokens(), stop.min_tokens);
-    return FinishReason::kStop;
-  }
+  // Below min_tokens stop tokens are banned, so one is drawn only where nothing else could be: all
+  // tokens banned, or logits that are no numbers. That ends the sequence, not the server.
+  if (Contains(stop.stop_tokens, drawn.token)) return FinishReason::kStop;
   sequence->tokens.push_back(drawn.token);
   output->tokens.push_back(drawn);
   return sequence->output_tokens() == stop.max_tokens ? FinishReason::kLength : FinishReason::kNone;
