@@ -124,13 +124,15 @@ int RunCommand(int argc, const char* const* argv) {
   root.set_version_flag("--version", ESPALIER_VERSION, "Print the version and exit");
   root.set_config("--config", "", "Options from a file: a section per subcommand, [chat]")
       ->type_name("FILE")
-      ->envname("ESPALIER_CONFIG");
+      ->envname("ESPALIER_CLI_CONFIG");  // ESPALIER_CONFIG is the server's, without sections
   root.allow_config_extras(CLI::config_extras_mode::error);
   root.fallthrough();
   root.footer(
       "`espalier SUBCOMMAND --help` lists a subcommand's options. Each option may also be set in\n"
-      "the environment (ESPALIER_TOP_K for --top-k) or in the file given by --config; the command\n"
-      "line wins over the environment, and the environment over the file.\n"
+      "the environment (ESPALIER_TOP_K for --top-k) or in the file given by --config or\n"
+      "ESPALIER_CLI_CONFIG; the command line wins over the environment, and the environment over "
+      "the\n"
+      "file.\n"
       "Exit codes: 0; 1 failed; 2 unknown option or bad value; 130 interrupted.");
 
   Action action;
