@@ -1,6 +1,8 @@
 #include "server/server.h"
 
 #include <fmt/format.h>
+#include <google/protobuf/stubs/logging.h>
+#include <grpc/support/log.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -306,9 +308,25 @@ class Server {
 
 }  // namespace
 
+namespace {
+
+// gRPC and protobuf write lines of their own to stderr, in no format of ours, for what a caller got
+// wrong (text that is not UTF-8) or what we tell ourselves (a busy port).
+void QuietLibraries() {
+  gpr_set_log_function(
+      [](gpr_log_func_args* args) { Log(LogLevel::kDebug, args->message, {{"from", "grpc"}}); });
+  google::protobuf::SetLogHandler(
+      [](google::protobuf::LogLevel, const char*, int, const std::string& message) {
+        Log(LogLevel::kDebug, message, {{"from", "protobuf"}});
+      });
+}
+
+}  // namespace
+
 int RunServer(const ServerOptions& options) {
   StopSignal& stop = StopSignal::Install();
   StartLogging(options.log_level, options.log_format);
+  QuietLibraries();
   return Server(options, &stop).Run();
 }
 

@@ -22,7 +22,7 @@ struct ModelOptions {
   // Bytes for KV pages, rounded down to whole pages; 0: enough for 32 sequences of 1,024 tokens or
   // one of the model's context, whichever is more, but at most half of the memory available.
   uint64_t kv_bytes = 0;
-  int max_batch_tokens = 512;  // rows of a step; sizes the workspace
+  int max_batch_tokens = 128;  // rows of a step; sizes the workspace
   int max_logit_rows = 64;     // rows of logits computed at once; more are done in turns
 };
 

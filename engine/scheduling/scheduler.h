@@ -50,7 +50,7 @@ struct KvGeometry {
 };
 
 struct SchedulerOptions {
-  int max_batch_tokens = 512;  // >= 1; rows of a step; newcomers wait while decodes take them all
+  int max_batch_tokens = 128;  // >= 1; rows of a step; newcomers wait while decodes take them all
   int max_sequences = 64;      // >= 1; running at once
   int max_waiting = 256;  // >= 0; queue bound for newcomers, requests; the preempted come on top
   // In [0, 1]: share of the output still to come that a promise counts. 0 admits on what is there
