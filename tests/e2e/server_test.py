@@ -220,15 +220,14 @@ class Lifecycle(unittest.TestCase):
     def test_drain_refuses_the_new(self):
         with Server(BINARY, MODEL, "--max-sequences", "2") as server:
             # Enough behind each other to keep the drain going for a while.
-            calls = [server.stub.Generate(text_request(f"{i}", 440)) for i in range(40)]
+            calls = [server.stub.Generate(text_request(f"{i}", 440)) for i in range(120)]
             server.wait_for_load(lambda load: load.running_requests > 0)
             other = grpc.insecure_channel(server.address)
             stub = rpc.EspalierServiceStub(other)
             stub.GetModel(pb.GetModelRequest())
             server.process.send_signal(signal.SIGTERM)
-            refused = None
-            while refused is None and server.process.poll() is None:
-                refused = code_of(stub.Generate(text_request("new", 1)))
+            self.assertIsNotNone(server.wait_for_load(lambda load: load.draining))
+            refused = code_of(stub.Generate(text_request("new", 1)))
             self.assertEqual(refused.code(), grpc.StatusCode.UNAVAILABLE)
             self.assertIsNotNone(detail(refused, error_details_pb2.RetryInfo))
             for call in calls:
