@@ -96,6 +96,11 @@ struct Metrics::Instruments : prometheus::Collectable {
               {"kv_type", build.kv_type},
               {"device", build.device}})
         .Set(1);
+    Labels cache = vllm;
+    cache["block_size"] = fmt::format("{}", build.page_tokens);
+    cache["num_gpu_blocks"] =
+        fmt::format("{}", build.kv_blocks);  // vLLM's word, whatever the device
+    AddGauge(r, "vllm:cache_config_info", "Size of the KV cache; always 1.", cache).Set(1);
     for (size_t i = 0; i < kPhases.size(); ++i) {
       phases[i] =
           &AddCounter(r, "espalier_step_phase_seconds_total",
@@ -196,6 +201,9 @@ struct Metrics::Instruments : prometheus::Collectable {
       AddHistogram(r, "vllm:request_prompt_tokens", "Prompt tokens of a request.", kTokens, vllm);
   Histogram& output_tokens = AddHistogram(r, "vllm:request_generation_tokens",
                                           "Output tokens of a request.", kTokens, vllm);
+  Counter& cached_total =
+      AddCounter(r, "vllm:prompt_tokens_cached_total",
+                 "Prompt tokens of them that were found in the prefix cache.", vllm);
   Counter& prompt_total = AddCounter(r, "vllm:prompt_tokens_total",
                                      "Prompt tokens of requests that got to a first token.", vllm);
   Histogram& prune_ratio =
@@ -273,7 +281,10 @@ void Metrics::OnFinished(const RequestSummary& summary) {
   m.total.Observe(summary.total_s);
   m.prompt_tokens.Observe(summary.prompt_tokens);
   if (summary.queue_s >= 0) m.queue_time.Observe(summary.queue_s);
-  if (succeeded || summary.first_token_s >= 0) m.prompt_total.Increment(summary.prompt_tokens);
+  if (succeeded || summary.first_token_s >= 0) {
+    m.prompt_total.Increment(summary.prompt_tokens);
+    m.cached_total.Increment(summary.cached_tokens);
+  }
   if (summary.first_token_s < 0) return;
   m.first_token.Observe(summary.first_token_s);
   m.prefill_time.Observe(summary.first_token_s - summary.queue_s);

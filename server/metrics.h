@@ -23,6 +23,8 @@ struct BuildInfo {
   std::string weights;
   std::string kv_type;
   std::string device;
+  int page_tokens = 0;  // of a KV page
+  int kv_blocks = 0;    // pages of one layer: page_tokens * kv_blocks tokens fit
 };
 
 class Metrics {

@@ -184,11 +184,14 @@ class Server {
   }
 
   absl::Status ServeMetrics() {
+    const KvGeometry kv = executor_->kv_geometry();
     metrics_ = std::make_unique<Metrics>(BuildInfo{.version = std::string(ServerVersion()),
                                                    .model_name = model_.name,
                                                    .weights = model_.weight_type,
                                                    .kv_type = model_.kv_type,
-                                                   .device = model_.device},
+                                                   .device = model_.device,
+                                                   .page_tokens = kv.page_tokens,
+                                                   .kv_blocks = kv.pages / kv.layers},
                                          ForeignMemoryBytes);
     metrics_for_calls_.store(metrics_.get(), std::memory_order_release);
     if (options_.metrics_port < 0) return absl::OkStatus();

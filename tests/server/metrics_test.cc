@@ -28,7 +28,9 @@ Metrics MakeMetrics() {
                   .model_name = "smol",
                   .weights = "int8",
                   .kv_type = "f16",
-                  .device = "CPU, avx512, 2 threads"},
+                  .device = "CPU, avx512, 2 threads",
+                  .page_tokens = 16,
+                  .kv_blocks = 300},
                  [] { return uint64_t{777}; });
 }
 
@@ -62,6 +64,7 @@ RequestSummary Finished() {
   RequestSummary summary;
   summary.outcome = "stop";
   summary.prompt_tokens = 40;
+  summary.cached_tokens = 8;
   summary.output_tokens = 11;
   summary.max_tokens = 64;
   summary.rung = 2;
@@ -164,6 +167,9 @@ TEST(MetricsTest, AFinishedRequestShowsOnce) {
            fmt::format("vllm:request_prompt_tokens_sum{}}} 40\n", kLabels),
            fmt::format("vllm:request_generation_tokens_sum{}}} 11\n", kLabels),
            fmt::format("vllm:prompt_tokens_total{}}} 40\n", kLabels),
+           fmt::format("vllm:prompt_tokens_cached_total{}}} 8\n", kLabels),
+           std::string("vllm:cache_config_info{block_size=\"16\",engine=\"0\",") +
+               "model_name=\"smol\",num_gpu_blocks=\"300\"} 1\n",
            std::string("vllm:request_success_total{engine=\"0\",finished_reason=\"stop\",") +
                "model_name=\"smol\"} 1\n",
            std::string("espalier_requests_finished_total{outcome=\"stop\"} 1\n"),
