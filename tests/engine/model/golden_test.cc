@@ -139,7 +139,7 @@ TEST_F(RealModelTest, Fp32LogitsMatchAtEveryGoldenPosition) {
       EXPECT_NEAR(max + std::log(sum), position["lse"].get<double>(), 5e-3);
     }
     for (const std::string name : {"capital", "chat", "len512"}) {
-      if (sequence["name"] != name) continue;
+      if (sequence["name"].get<std::string>() != name) continue;
       const std::vector<float> last(logits.end() - vocabulary, logits.end());
       EXPECT_LE(MaxDifference(last, ReadNpy(golden_ + "/logits/full_" + name + "_f32.npy")), 5e-3);
     }
