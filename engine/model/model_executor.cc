@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "engine/model/activations.h"
-#include "engine/model/llama.h"
+#include "engine/model/decoder.h"
 #include "engine/model/sampler.h"
 #include "engine/pruning/channel_selector.h"
 #include "fmt/format.h"
@@ -71,9 +71,9 @@ absl::Status CheckWorkspace(const ModelConfig& config, const ModelOptions& optio
 }  // namespace
 
 struct ModelExecutor::Impl {
-  Impl(std::unique_ptr<Llama> llama, Backend* device, const ModelOptions& model_options,
+  Impl(std::unique_ptr<Decoder> decoder, Backend* device, const ModelOptions& model_options,
        KvPool kv_pool)
-      : model(std::move(llama)),
+      : model(std::move(decoder)),
         backend(device),
         options(model_options),
         pool(std::move(kv_pool)),
@@ -87,7 +87,7 @@ struct ModelExecutor::Impl {
   void MakePlan(const Batch& batch);
   void SampleChunk(const Batch& batch, size_t begin, size_t end, StepResult* result);
 
-  std::unique_ptr<Llama> model;
+  std::unique_ptr<Decoder> model;
   Backend* backend;
   ModelOptions options;
   KvPool pool;
@@ -142,8 +142,8 @@ absl::StatusOr<std::unique_ptr<ModelExecutor>> ModelExecutor::Load(const ModelFi
   if (absl::Status status = CheckWorkspace(file.config(), checked); !status.ok()) return status;
   absl::StatusOr<KvPoolShape> shape = ChoosePool(file.config(), checked);
   if (!shape.ok()) return shape.status();
-  absl::StatusOr<std::unique_ptr<Llama>> model =
-      Llama::Load(file, backend, checked.weights, progress);
+  absl::StatusOr<std::unique_ptr<Decoder>> model =
+      Decoder::Load(file, backend, checked.weights, progress);
   if (!model.ok()) return model.status();
   absl::StatusOr<KvPool> pool = backend->CreateKvPool(*shape);
   if (!pool.ok()) return pool.status();

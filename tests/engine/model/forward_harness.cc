@@ -29,7 +29,7 @@ ForwardHarness::ForwardHarness(const std::string& path, const Options& options)
     : max_rows_(options.max_rows),
       file_(OrDie(ModelFile::Open(path))),
       backend_(OrDie(CreateCpuBackend({.isa = options.isa, .threads = options.threads}))),
-      llama_(OrDie(Llama::Load(*file_, backend_.get(), options.weights, {}))),
+      decoder_(OrDie(Decoder::Load(*file_, backend_.get(), options.weights, {}))),
       selector_(file_->config().sites()),
       keep_(KeepProfile::Dense(file_->config().sites())),
       activations_(file_->config(), max_rows_) {
@@ -64,8 +64,8 @@ void ForwardHarness::Run(std::span<const Chunk> chunks,
     for (const Chunk& chunk : chunks) tables.push_back(pages_[layer * sequences + chunk.sequence]);
   }
   PhaseTimes phases;
-  llama_->Forward({.tokens = tokens, .spans = spans, .tables = tables}, keep_, &selector_, &pool_,
-                  &activations_, &phases);
+  decoder_->Forward({.tokens = tokens, .spans = spans, .tables = tables}, keep_, &selector_, &pool_,
+                    &activations_, &phases);
   const int count = static_cast<int>(tokens.size());
   std::vector<float> logits(static_cast<size_t>(kLogitRows) * config.vocabulary);
   std::vector<int32_t> rows;
@@ -74,7 +74,7 @@ void ForwardHarness::Run(std::span<const Chunk> chunks,
     rows.resize(turn);
     for (int i = 0; i < turn; ++i) rows[i] = begin + i;
     const Matrix out(logits.data(), turn, config.vocabulary);
-    llama_->Logits(rows, &activations_, out);
+    decoder_->Logits(rows, &activations_, out);
     visit(begin, out);
   }
 }

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "engine/model/llama.h"
+#include "engine/model/decoder.h"
 #include "kernels/cpu/cpu_backend.h"
 
 namespace espalier {
@@ -48,7 +48,7 @@ class ForwardHarness {
   double NegativeLogLikelihood(std::span<const int32_t> ids);
 
   const ModelFile& file() const { return *file_; }
-  Llama& llama() { return *llama_; }
+  Decoder& decoder() { return *decoder_; }
   Activations& activations() { return activations_; }
   StaticSelector& selector() { return selector_; }
   KeepProfile& keep() { return keep_; }
@@ -61,7 +61,7 @@ class ForwardHarness {
   int max_rows_;
   std::unique_ptr<ModelFile> file_;
   std::unique_ptr<Backend> backend_;
-  std::unique_ptr<Llama> llama_;
+  std::unique_ptr<Decoder> decoder_;
   StaticSelector selector_;
   KeepProfile keep_;
   Activations activations_;

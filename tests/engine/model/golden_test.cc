@@ -151,7 +151,7 @@ TEST_F(RealModelTest, HiddenStatesMatchLayerByLayer) {
   ForwardHarness model(path_, {.weights = WeightType::kF32});
   const json expected = ReadJson(golden_ + "/logits/layers_sixteen.json");
   const auto ids = expected["ids"].get<std::vector<int32_t>>();
-  model.llama().set_layer_observer([&](int layer, ConstMatrix residual) {
+  model.decoder().set_layer_observer([&](int layer, ConstMatrix residual) {
     const json& golden = expected["layers"][layer];
     for (int r = 0; r < residual.rows; ++r) {
       double sum = 0;

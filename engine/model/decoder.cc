@@ -1,4 +1,4 @@
-#include "engine/model/llama.h"
+#include "engine/model/decoder.h"
 
 #include <algorithm>
 #include <array>
@@ -112,7 +112,7 @@ class Loader {
 
 }  // namespace
 
-Llama::Llama(const ModelConfig& config, Backend* backend)
+Decoder::Decoder(const ModelConfig& config, Backend* backend)
     : config_(config),
       backend_(backend),
       layers_(config.layers),
@@ -120,11 +120,11 @@ Llama::Llama(const ModelConfig& config, Backend* backend)
   head_rows_.reserve(static_cast<size_t>(config.heads) * config.head_dim);
 }
 
-absl::StatusOr<std::unique_ptr<Llama>> Llama::Load(const ModelFile& file, Backend* backend,
-                                                   WeightType type,
-                                                   const std::function<void(int, int)>& progress) {
+absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
+    const ModelFile& file, Backend* backend, WeightType type,
+    const std::function<void(int, int)>& progress) {
   const ModelConfig& config = file.config();
-  std::unique_ptr<Llama> model(new Llama(config, backend));
+  std::unique_ptr<Decoder> model(new Decoder(config, backend));
   const int total = 9 * config.layers + (config.tied_embeddings ? 2 : 3);
   Loader load(file, backend, type, total, progress);
   const int query_width = config.heads * config.head_dim;
@@ -162,7 +162,7 @@ absl::StatusOr<std::unique_ptr<Llama>> Llama::Load(const ModelFile& file, Backen
   return model;
 }
 
-ChannelSelection Llama::HeadRows(const ChannelSelection& heads) {
+ChannelSelection Decoder::HeadRows(const ChannelSelection& heads) {
   const int dim = config_.head_dim;
   if (heads.all()) return ChannelSelection::All(heads.count() * dim);
   head_rows_.clear();
@@ -172,8 +172,8 @@ ChannelSelection Llama::HeadRows(const ChannelSelection& heads) {
   return ChannelSelection::Of(head_rows_);
 }
 
-void Llama::Forward(const StepPlan& plan, const KeepProfile& keep, ChannelSelector* selector,
-                    KvPool* pool, Activations* activations, PhaseTimes* phases) {
+void Decoder::Forward(const StepPlan& plan, const KeepProfile& keep, ChannelSelector* selector,
+                      KvPool* pool, Activations* activations, PhaseTimes* phases) {
   const int rows = static_cast<int>(plan.tokens.size());
   const Matrix residual(activations->residual.data(), rows, config_.hidden);
   {
@@ -190,8 +190,8 @@ void Llama::Forward(const StepPlan& plan, const KeepProfile& keep, ChannelSelect
   }
 }
 
-void Llama::AttentionBlock(int layer, const StepPlan& plan, const ChannelSelection& heads,
-                           KvPool* pool, Activations* activations, PhaseTimes* phases) {
+void Decoder::AttentionBlock(int layer, const StepPlan& plan, const ChannelSelection& heads,
+                             KvPool* pool, Activations* activations, PhaseTimes* phases) {
   if (heads.count() == 0) return;  // a dropped block writes no KV
   const Layer& weights = layers_[layer];
   const int rows = static_cast<int>(plan.tokens.size());
@@ -244,8 +244,8 @@ void Llama::AttentionBlock(int layer, const StepPlan& plan, const ChannelSelecti
   backend_->MatMul({.x = attended, .targets = targets, .output = MatMulArgs::Output::kAdd});
 }
 
-void Llama::MlpBlock(int layer, const ChannelSelection& channels, int rows,
-                     Activations* activations, PhaseTimes* phases) {
+void Decoder::MlpBlock(int layer, const ChannelSelection& channels, int rows,
+                       Activations* activations, PhaseTimes* phases) {
   if (channels.count() == 0) return;
   const Layer& weights = layers_[layer];
   const Matrix residual(activations->residual.data(), rows, config_.hidden);
@@ -268,7 +268,7 @@ void Llama::MlpBlock(int layer, const ChannelSelection& channels, int rows,
   backend_->MatMul({.x = gate, .targets = narrow, .output = MatMulArgs::Output::kAdd});
 }
 
-void Llama::Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits) {
+void Decoder::Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits) {
   const int count = static_cast<int>(rows.size());
   const Matrix normed(activations->normed.data(), count, config_.hidden);
   // Consecutive rows go in one call: a step's decode rows and a scored chunk both are.

@@ -1,4 +1,4 @@
-// The llama decoder: weights on a backend, and one forward pass over a step's rows.
+// The decoder of the llama family: weights on a backend, and one forward pass over a step's rows.
 //
 // Dense is the keep profile that keeps everything: the pass always asks the selector, and there is
 // no other path. Heads and channels are rows of q, gate, up and (transposed) o, down.
@@ -29,11 +29,11 @@ struct StepPlan {
   std::span<const std::span<const int32_t>> tables;  // [layers * spans], layer-major
 };
 
-class Llama {
+class Decoder {
  public:
   // Uploads every weight of `file`, calling progress(done, total) after each. Errors name file and
   // tensor. `backend` must outlive the model; `file` may be closed afterwards.
-  static absl::StatusOr<std::unique_ptr<Llama>> Load(
+  static absl::StatusOr<std::unique_ptr<Decoder>> Load(
       const ModelFile& file, Backend* backend, WeightType type,
       const std::function<void(int done, int total)>& progress);
 
@@ -64,7 +64,7 @@ class Llama {
     Weight down;      // transposed: [channels, hidden]
   };
 
-  Llama(const ModelConfig& config, Backend* backend);
+  Decoder(const ModelConfig& config, Backend* backend);
 
   void AttentionBlock(int layer, const StepPlan& plan, const ChannelSelection& heads, KvPool* pool,
                       Activations* activations, PhaseTimes* phases);
