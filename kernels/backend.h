@@ -158,6 +158,9 @@ class Backend {
   // One sentence for start-up: device, instruction set or architecture, threads, and why this one.
   virtual std::string Describe() const = 0;
 
+  // Bytes of scratch held for the ops, which grows with the largest call seen; for the ledger.
+  virtual uint64_t workspace_bytes() const = 0;
+
   // Copies and, for kInt8, quantises a matrix given in fp32 row by row. `read_row(r, dst)` fills
   // weight.cols values of stored row r; it is called from several threads, each row once.
   virtual absl::StatusOr<Weight> UploadWeight(

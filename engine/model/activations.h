@@ -1,10 +1,12 @@
 // Every activation buffer of a forward pass in one place, sized once for the largest step.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #include "engine/model_config.h"
 #include "kernels/tensor.h"
@@ -16,18 +18,16 @@ class AlignedFloats {
  public:
   AlignedFloats() = default;
   explicit AlignedFloats(size_t count)
-      : data_(static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64))),
-        count_(count) {}
+      : data_(static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64))) {
+  }
 
   float* data() const { return data_.get(); }
-  size_t bytes() const { return count_ * sizeof(float); }
 
  private:
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
   std::unique_ptr<float[], Free> data_;
-  size_t count_ = 0;
 };
 
 struct Activations {
@@ -40,25 +40,34 @@ struct Activations {
   AlignedFloats gate;       // [rows, channels]              gate, then silu(gate) * up
   AlignedFloats up;         // [rows, channels]
 
-  Activations(const ModelConfig& config, int max_rows)
-      : residual(size_t(max_rows) * config.hidden),
-        normed(size_t(max_rows) * config.hidden),
-        q(size_t(max_rows) * config.heads * config.head_dim),
-        k(size_t(max_rows) * config.kv_heads * config.head_dim),
-        v(size_t(max_rows) * config.kv_heads * config.head_dim),
-        attention(size_t(max_rows) * config.heads * config.head_dim),
-        gate(size_t(max_rows) * config.channels),
-        up(size_t(max_rows) * config.channels) {}
-
-  // What the constructor will take, to be asked before.
-  static uint64_t BytesFor(const ModelConfig& config, int max_rows) {
-    const uint64_t heads_width = uint64_t(config.heads + config.kv_heads) * config.head_dim;
-    return 2 * (config.hidden + heads_width + config.channels) * max_rows * sizeof(float);
+  Activations(const ModelConfig& config, int max_rows) {
+    for (const auto& [buffer, width] : Widths(config)) {
+      this->*buffer = AlignedFloats(size_t(max_rows) * width);
+    }
   }
 
-  size_t bytes() const {
-    return residual.bytes() + normed.bytes() + q.bytes() + k.bytes() + v.bytes() +
-           attention.bytes() + gate.bytes() + up.bytes();
+  // What the constructor takes, to be asked before.
+  static uint64_t BytesFor(const ModelConfig& config, int max_rows) {
+    uint64_t bytes = 0;
+    for (const auto& [buffer, width] : Widths(config)) bytes += width * max_rows * sizeof(float);
+    return bytes;
+  }
+
+ private:
+  static std::array<std::pair<AlignedFloats Activations::*, uint64_t>, 8> Widths(
+      const ModelConfig& config) {
+    const uint64_t hidden = config.hidden;
+    const uint64_t channels = config.channels;
+    const uint64_t queries = uint64_t(config.heads) * config.head_dim;
+    const uint64_t keys = uint64_t(config.kv_heads) * config.head_dim;
+    return {{{&Activations::residual, hidden},
+             {&Activations::normed, hidden},
+             {&Activations::q, queries},
+             {&Activations::k, keys},
+             {&Activations::v, keys},
+             {&Activations::attention, queries},
+             {&Activations::gate, channels},
+             {&Activations::up, channels}}};
   }
 };
 

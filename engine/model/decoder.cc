@@ -2,31 +2,15 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
 #include <cmath>
 #include <string>
 #include <utility>
 
+#include "engine/model/phase_timer.h"
 #include "fmt/format.h"
 
 namespace espalier {
 namespace {
-
-// Adds the time since construction to one phase.
-class PhaseTimer {
- public:
-  explicit PhaseTimer(double* seconds)
-      : seconds_(seconds), start_(std::chrono::steady_clock::now()) {}
-  ~PhaseTimer() {
-    *seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
-  }
-  PhaseTimer(const PhaseTimer&) = delete;
-  PhaseTimer& operator=(const PhaseTimer&) = delete;
-
- private:
-  double* seconds_;
-  std::chrono::steady_clock::time_point start_;
-};
 
 // Reads tensors of one file onto one backend and counts them for the progress bar.
 class Loader {

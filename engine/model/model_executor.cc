@@ -3,7 +3,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <fstream>
 #include <string>
 #include <utility>
@@ -11,6 +10,7 @@
 
 #include "engine/model/activations.h"
 #include "engine/model/decoder.h"
+#include "engine/model/phase_timer.h"
 #include "engine/model/sampler.h"
 #include "engine/pruning/channel_selector.h"
 #include "fmt/format.h"
@@ -56,11 +56,17 @@ absl::StatusOr<KvPoolShape> ChoosePool(const ModelConfig& config, const ModelOpt
   return shape;
 }
 
+// Activations, logits and samplers; what the backend needs beside them is its own account.
+uint64_t WorkspaceBytes(const ModelConfig& config, const ModelOptions& options) {
+  return Activations::BytesFor(config, options.max_batch_tokens) +
+         uint64_t(options.max_logit_rows) * config.vocabulary * sizeof(float) +
+         kSamplerLanes * Sampler::BytesFor(config.vocabulary);
+}
+
 // A workspace that is not there would be written to all the same: memory is granted before it is
 // found.
 absl::Status CheckWorkspace(const ModelConfig& config, const ModelOptions& options) {
-  const uint64_t bytes = Activations::BytesFor(config, options.max_batch_tokens) +
-                         uint64_t(options.max_logit_rows) * config.vocabulary * sizeof(float);
+  const uint64_t bytes = WorkspaceBytes(config, options);
   const uint64_t available = AvailableMemory();
   if (bytes <= available) return absl::OkStatus();
   return absl::ResourceExhaustedError(
@@ -167,15 +173,14 @@ absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
     const size_t end = std::min(begin + turn, batch.logits.size());
     impl.logit_rows.clear();
     for (size_t i = begin; i < end; ++i) impl.logit_rows.push_back(batch.logits[i].row);
-    const auto started = std::chrono::steady_clock::now();
-    impl.model->Logits(
-        impl.logit_rows, &impl.activations,
-        Matrix(impl.logits.data(), static_cast<int>(end - begin), impl.model->config().vocabulary));
-    const auto computed = std::chrono::steady_clock::now();
+    {
+      PhaseTimer timer(&result->phases.head);
+      impl.model->Logits(impl.logit_rows, &impl.activations,
+                         Matrix(impl.logits.data(), static_cast<int>(end - begin),
+                                impl.model->config().vocabulary));
+    }
+    PhaseTimer timer(&result->phases.sampling);
     impl.SampleChunk(batch, begin, end, result);
-    result->phases.head += std::chrono::duration<double>(computed - started).count();
-    result->phases.sampling +=
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - computed).count();
   }
   return impl.backend->Synchronize();
 }
@@ -193,11 +198,12 @@ const Ladder& ModelExecutor::ladder() const { return impl_->ladder; }
 
 Ledger ModelExecutor::ledger(const SchedulerStats& stats) const {
   const uint64_t page = impl_->pool.shape.page_bytes();
-  return {.weights = impl_->model->weight_bytes(),
-          .kv_used = page * stats.pages_used,
-          .kv_reusable = page * stats.pages_cached,
-          .kv_free = page * stats.pages_free,
-          .workspace = impl_->activations.bytes() + impl_->logits.bytes()};
+  return {
+      .weights = impl_->model->weight_bytes(),
+      .kv_used = page * stats.pages_used,
+      .kv_reusable = page * stats.pages_cached,
+      .kv_free = page * stats.pages_free,
+      .workspace = WorkspaceBytes(config(), impl_->options) + impl_->backend->workspace_bytes()};
 }
 
 }  // namespace espalier

@@ -45,6 +45,11 @@ Sampler::Sampler(int vocabulary)
   candidates_.reserve(vocabulary);
 }
 
+uint64_t Sampler::BytesFor(int vocabulary) {
+  return uint64_t(vocabulary) *
+         (sizeof(float) + sizeof(Candidate) + sizeof(uint32_t) + sizeof(int32_t));
+}
+
 TokenResult Sampler::Sample(const LogitRow& row, const LogitStatsArgs::Stats& stats,
                             std::span<float> logits) {
   const SamplingParams& params = *row.sampling;

@@ -17,6 +17,9 @@ class Sampler {
  public:
   explicit Sampler(int vocabulary);
 
+  // What the constructor takes, to be asked before.
+  static uint64_t BytesFor(int vocabulary);
+
   // The token for a row of Batch::logits: bias, penalties and bans in this order, then temperature,
   // top-k, top-p, min-p, one draw. `stats` are of `logits` [vocabulary], which are written to but
   // are as before when this returns. Log-probabilities are of the model's own distribution.

@@ -72,6 +72,15 @@ std::string CpuBackend::Describe() const {
                      isa_forced_ ? "as asked" : "the best this machine runs");
 }
 
+uint64_t CpuBackend::workspace_bytes() const {
+  const auto held = [](const auto&... vectors) {
+    return ((vectors.capacity() * sizeof(vectors[0])) + ...);
+  };
+  return pool_.threads() * (sizeof(TileScratch) + attention_scratch_floats_ * sizeof(float)) +
+         held(quantized_values_, quantized_scales_, quantized_offsets_, angles_.positions,
+              angles_.cosines, angles_.sines, angles_.spans, next_positions_, logit_partials_);
+}
+
 void CpuBackend::ParallelFor(int count, const std::function<void(int)>& fn) {
   pool_.Run(count, [&fn](int, int index) { fn(index); });
 }

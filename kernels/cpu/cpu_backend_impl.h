@@ -24,6 +24,7 @@ class CpuBackend final : public Backend {
   CpuBackend(Isa isa, bool isa_forced, int threads);
 
   std::string Describe() const override;
+  uint64_t workspace_bytes() const override;
   absl::StatusOr<Weight> UploadWeight(
       WeightType type, WeightLayout layout, int rows, int cols,
       const std::function<void(int row, float* dst)>& read_row) override;

@@ -89,12 +89,16 @@ TEST_P(AllocationTest, StepsAfterTheFirstAllocateNothing) {
     backend->LogitStats(
         {.logits = ConstMatrix(logits.data(), rows, 300), .out = std::span(stats).first(rows)});
   };
+  const uint64_t idle = backend->workspace_bytes();
   step(kRows, 0);
+  const uint64_t grown = backend->workspace_bytes();
+  EXPECT_GE(grown, idle + kRows * 2 * kDim * sizeof(float)) << "the angles' tables at least";
   const int64_t before = allocations;
   step(kRows, 5);
   step(1, kRows);
   step(7, kRows + 1);
   EXPECT_EQ(allocations - before, 0);
+  EXPECT_EQ(backend->workspace_bytes(), grown);
 }
 
 }  // namespace

@@ -76,8 +76,10 @@ TEST_F(ModelExecutorTest, CountsPagesAndBytes) {
   EXPECT_EQ(ledger.kv_used, 3 * kPageBytes);
   EXPECT_EQ(ledger.kv_reusable, kPageBytes);
   EXPECT_GT(ledger.weights, 0u);
-  // 512 rows of 2 * (hidden 16 + heads and KV heads (2 + 1) * 8 + channels 24), 64 of 260 logits.
-  EXPECT_EQ(ledger.workspace, (128u * 2 * (16 + 24 + 24) + 64u * 260) * 4);
+  // 128 rows of 2 * (hidden 16 + heads and KV heads (2 + 1) * 8 + channels 24), 64 of 260 logits,
+  // 8 samplers with 5 words a token, and the backend's own.
+  EXPECT_EQ(ledger.workspace, (128u * 2 * (16 + 24 + 24) + 64u * 260 + 8u * 5 * 260) * 4 +
+                                  backend_->workspace_bytes());
   EXPECT_EQ(ledger.foreign, 0u);
 }
 
