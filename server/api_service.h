@@ -1,6 +1,8 @@
 // espalier.v1.EspalierService: hands streamed calls to their reactors and answers the short ones.
 #pragma once
 
+#include <grpcpp/support/byte_buffer.h>
+
 #include <atomic>
 #include <functional>
 #include <string>
@@ -10,7 +12,16 @@
 
 namespace espalier {
 
-class ApiService final : public v1::EspalierService::CallbackService {
+// The service with every method on bytes: see wire.h.
+using RawService = v1::EspalierService::WithRawCallbackMethod_Generate<
+    v1::EspalierService::WithRawCallbackMethod_Score<
+        v1::EspalierService::WithRawCallbackMethod_Tokenize<
+            v1::EspalierService::WithRawCallbackMethod_Detokenize<
+                v1::EspalierService::WithRawCallbackMethod_GetModel<
+                    v1::EspalierService::WithRawCallbackMethod_GetLoad<
+                        v1::EspalierService::Service>>>>>>;
+
+class ApiService final : public RawService {
  public:
   // `foreign_bytes`: what other processes hold of the machine's memory, asked per GetLoad.
   ApiService(CallOptions options, std::string server_version,
@@ -25,23 +36,23 @@ class ApiService final : public v1::EspalierService::CallbackService {
   // Waits until no streamed call is left; false at `until`.
   bool WaitForCalls(Instant until) { return options_.count->WaitForNone(until); }
 
-  grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(
-      grpc::CallbackServerContext* context, const v1::GenerateRequest* request) override;
+  grpc::ServerWriteReactor<grpc::ByteBuffer>* Generate(grpc::CallbackServerContext* context,
+                                                       const grpc::ByteBuffer* request) override;
   grpc::ServerUnaryReactor* Score(grpc::CallbackServerContext* context,
-                                  const v1::ScoreRequest* request,
-                                  v1::ScoreResponse* response) override;
+                                  const grpc::ByteBuffer* request,
+                                  grpc::ByteBuffer* response) override;
   grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* context,
-                                     const v1::TokenizeRequest* request,
-                                     v1::TokenizeResponse* response) override;
+                                     const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override;
   grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* context,
-                                       const v1::DetokenizeRequest* request,
-                                       v1::DetokenizeResponse* response) override;
+                                       const grpc::ByteBuffer* request,
+                                       grpc::ByteBuffer* response) override;
   grpc::ServerUnaryReactor* GetModel(grpc::CallbackServerContext* context,
-                                     const v1::GetModelRequest* request,
-                                     v1::GetModelResponse* response) override;
+                                     const grpc::ByteBuffer* request,
+                                     grpc::ByteBuffer* response) override;
   grpc::ServerUnaryReactor* GetLoad(grpc::CallbackServerContext* context,
-                                    const v1::GetLoadRequest* request,
-                                    v1::GetLoadResponse* response) override;
+                                    const grpc::ByteBuffer* request,
+                                    grpc::ByteBuffer* response) override;
 
  private:
   const Backstage* backstage() const { return backstage_.load(std::memory_order_acquire); }

@@ -64,14 +64,14 @@ void EngineThread::Run() {
     if (idle) {
       next_load_.stats = engine_->scheduler().stats();
       Publish(SteadyNow());
-      if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, 0, 0);
+      if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, {});
       wait = closed ? Instant::zero() : kNever;
     }
     inbox_.Take(next_load_.stats.waiting, wait, &commands);
     for (Command& command : commands) Obey(command);
     ready_->Post(&posts_);
     if (abandon_.load(std::memory_order_acquire)) {
-      abandoned_ = !streams_.empty();
+      abandoned_ = !readers_.empty();
       EndAll({.cause = StreamEnd::Cause::kShutdown});
       break;
     }
@@ -89,6 +89,7 @@ void EngineThread::Run() {
       Lose(report.status());
       break;
     }
+    token_gaps_.clear();
     for (const SequenceOutput& output : (*report)->outputs) Deliver(output, now);
     ready_->Post(&posts_);
     next_load_.stats = (*report)->stats;
@@ -96,8 +97,10 @@ void EngineThread::Run() {
     wait = (*report)->did_work() ? Instant::zero() : now + kRetry;
     Publish(now);
     if (hooks_.on_step) {
-      hooks_.on_step(**report, next_load_, Seconds(now - started),
-                     engine_->scheduler().Pressure(now).oldest_wait_s);
+      hooks_.on_step(**report, next_load_,
+                     {.step = Seconds(now - started),
+                      .oldest_wait = engine_->scheduler().Pressure(now).oldest_wait_s,
+                      .token_gaps = token_gaps_});
     }
   }
   next_load_.stats = engine_->scheduler().stats();
@@ -109,7 +112,7 @@ void EngineThread::Run() {
 
 void EngineThread::Obey(Command& command) {
   if (const auto* cancellation = std::get_if<Cancellation>(&command)) {
-    if (streams_.erase(cancellation->id) == 0) return;  // it has ended by itself
+    if (readers_.erase(cancellation->id) == 0) return;  // it has ended by itself
     engine_->Cancel(cancellation->id);
     ++finishes_to_tell_;
     return;
@@ -121,15 +124,19 @@ void EngineThread::Obey(Command& command) {
     posts_.push_back(std::move(submission.stream));
     return;
   }
-  streams_.emplace(id, std::move(submission.stream));
+  readers_.emplace(id, Reader{std::move(submission.stream)});
 }
 
 void EngineThread::Deliver(const SequenceOutput& output, Instant now) {
-  const auto found = streams_.find(output.id);
-  if (found == streams_.end()) return;
-  const std::shared_ptr<TokenStream>& stream = found->second;
+  const auto found = readers_.find(output.id);
+  if (found == readers_.end()) return;
+  auto& [stream, last_token] = found->second;
   const bool finished = output.finish != FinishReason::kNone;
-  tokens_to_tell_ += static_cast<int>(output.tokens.size());
+  if (!output.tokens.empty()) {
+    tokens_to_tell_ += static_cast<int>(output.tokens.size());
+    if (last_token != kNever) token_gaps_.push_back(Seconds(now - last_token));
+    last_token = now;
+  }
   bool ended = finished;
   if (!stream->Push(output, now)) {
     if (!finished) engine_->Cancel(output.id);
@@ -141,7 +148,7 @@ void EngineThread::Deliver(const SequenceOutput& output, Instant now) {
   posts_.push_back(stream);
   if (!ended) return;
   ++finishes_to_tell_;
-  streams_.erase(found);
+  readers_.erase(found);
 }
 
 void EngineThread::Lose(const absl::Status& status) {
@@ -151,19 +158,19 @@ void EngineThread::Lose(const absl::Status& status) {
   inbox_.Take(0, Instant::zero(), &late);
   for (Command& command : late) {
     if (auto* submission = std::get_if<Submission>(&command)) {
-      streams_.emplace(submission->request.id, std::move(submission->stream));
+      readers_.emplace(submission->request.id, Reader{std::move(submission->stream)});
     }
   }
   EndAll({.cause = StreamEnd::Cause::kLost, .error = status});
 }
 
 void EngineThread::EndAll(const StreamEnd& end) {
-  for (auto& [id, stream] : streams_) {
+  for (auto& [id, reader] : readers_) {
     engine_->Cancel(id);
-    stream->End(end);
-    posts_.push_back(std::move(stream));
+    reader.stream->End(end);
+    posts_.push_back(std::move(reader.stream));
   }
-  streams_.clear();
+  readers_.clear();
   ready_->Post(&posts_);
 }
 

@@ -16,6 +16,7 @@
 #include "server/load_snapshot.h"
 #include "server/rate_meter.h"
 #include "server/ready_queue.h"
+#include "server/step_times.h"
 #include "server/token_stream.h"
 
 namespace espalier {
@@ -24,9 +25,7 @@ namespace espalier {
 struct EngineHooks {
   std::function<Ledger(const SchedulerStats&)> ledger;
   // After each step, and whenever the engine finds nothing to do (with an empty report).
-  std::function<void(const StepReport&, const LoadSnapshot&, double step_seconds,
-                     double oldest_wait_seconds)>
-      on_step;
+  std::function<void(const StepReport&, const LoadSnapshot&, const StepTimes&)> on_step;
   // Once, when the device is lost: nothing will be served any more.
   std::function<void(const absl::Status&)> on_lost;
 };
@@ -65,8 +64,13 @@ class EngineThread {
   Inbox inbox_;
 
   // Engine thread only.
-  std::unordered_map<RequestId, std::shared_ptr<TokenStream>> streams_;
+  struct Reader {
+    std::shared_ptr<TokenStream> stream;
+    Instant last_token = kNever;
+  };
+  std::unordered_map<RequestId, Reader> readers_;
   std::vector<std::shared_ptr<TokenStream>> posts_;  // of this step
+  std::vector<double> token_gaps_;                   // of this step
   LoadSnapshot next_load_;
   int tokens_to_tell_ = 0;  // since the last Publish
   int finishes_to_tell_ = 0;

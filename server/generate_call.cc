@@ -6,22 +6,25 @@
 #include <utility>
 
 #include "server/request_reader.h"
+#include "server/wire.h"
 
 namespace espalier {
 GenerateCall* GenerateCall::Start(const CallOptions* options, const Backstage* backstage,
                                   grpc::CallbackServerContext* context,
-                                  const v1::GenerateRequest& message) {
+                                  const grpc::ByteBuffer& request) {
   auto call = std::make_shared<GenerateCall>(options, backstage, context);
   call->self_ = call;
-  if (std::optional<RpcError> error = call->Begin(message)) {
+  if (std::optional<RpcError> error = call->Begin(request)) {
     call->call_.gate.Enter();  // nothing was submitted: nobody else is there
     call->Finish(call->call_.End(*error));
   }
   return call.get();
 }
 
-std::optional<RpcError> GenerateCall::Begin(const v1::GenerateRequest& message) {
+std::optional<RpcError> GenerateCall::Begin(const grpc::ByteBuffer& bytes) {
   RequestSummary& summary = call_.summary;
+  v1::GenerateRequest message;
+  if (auto error = Unpack(bytes, &message)) return error;
   summary.request_id = message.request_id().empty() ? fmt::format("espalier-{:x}", summary.id)
                                                     : message.request_id().substr(0, 128);
   if (auto error = call_.Admit()) return error;
@@ -89,14 +92,16 @@ void GenerateCall::Advance() {
     Compose();
     if (end_.has_value()) {
       if (end_->with_message) {
-        StartWriteAndFinish(&message_, grpc::WriteOptions(), end_->status);
+        Pack(message_, &wire_);
+        StartWriteAndFinish(&wire_, grpc::WriteOptions(), end_->status);
       } else {
         Finish(end_->status);
       }
       return;
     }
     if (message_.token_ids_size() > 0) {
-      StartWrite(&message_);
+      Pack(message_, &wire_);
+      StartWrite(&wire_);
       return;
     }
   } while (!call_.gate.Leave());

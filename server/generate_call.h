@@ -6,6 +6,7 @@
 #pragma once
 
 #include <grpcpp/alarm.h>
+#include <grpcpp/support/byte_buffer.h>
 #include <grpcpp/support/server_callback.h>
 
 #include <memory>
@@ -18,14 +19,13 @@
 
 namespace espalier {
 
-class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>,
+class GenerateCall final : public grpc::ServerWriteReactor<grpc::ByteBuffer>,
                            public StreamReader,
                            public std::enable_shared_from_this<GenerateCall> {
  public:
   // Begins the call; gRPC owns the result until OnDone.
   static GenerateCall* Start(const CallOptions* options, const Backstage* backstage,
-                             grpc::CallbackServerContext* context,
-                             const v1::GenerateRequest& message);
+                             grpc::CallbackServerContext* context, const grpc::ByteBuffer& request);
 
   GenerateCall(const CallOptions* options, const Backstage* backstage,
                grpc::CallbackServerContext* context)
@@ -47,7 +47,7 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
     int min_tokens;
   };
 
-  std::optional<RpcError> Begin(const v1::GenerateRequest& message);
+  std::optional<RpcError> Begin(const grpc::ByteBuffer& bytes);
   void Pump();
   // Inside the gate, no write in flight: writes or finishes if there is cause, else leaves.
   void Advance();
@@ -70,7 +70,8 @@ class GenerateCall final : public grpc::ServerWriteReactor<v1::GenerateResponse>
   bool logprobs_ = false;
   uint64_t seed_ = 0;
   bool told_id_ = false;
-  v1::GenerateResponse message_;  // the one in flight
+  v1::GenerateResponse message_;
+  grpc::ByteBuffer wire_;  // the one in flight
   std::optional<End> end_;
 
   std::shared_ptr<GenerateCall> self_;  // until OnDone

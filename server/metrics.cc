@@ -160,6 +160,9 @@ struct Metrics::Instruments : prometheus::Collectable {
                                     "Requests that lost their KV memory to others.", vllm);
   Counter& generated =
       AddCounter(r, "vllm:generation_tokens_total", "Tokens drawn for requests.", vllm);
+  Histogram& inter_token =
+      AddHistogram(r, "vllm:inter_token_latency_seconds",
+                   "From a request's token to its next, preemptions included.", kPerToken, vllm);
   Histogram& iteration_tokens =
       AddHistogram(r, "vllm:iteration_tokens_total", "Rows of a step.", kIterationTokens, vllm);
   Histogram& step = AddHistogram(r, "espalier_step_seconds", "Wall time of an engine step.", kStep);
@@ -237,14 +240,13 @@ absl::StatusOr<int> Metrics::Serve(const std::string& host, int port) {
   }
 }
 
-void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, double step_seconds,
-                     double oldest_wait_seconds) {
+void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, const StepTimes& times) {
   Instruments& m = *instruments_;
   m.running.Set(load.stats.running);
   m.waiting.Set(load.waiting());
   m.queue.Set(load.waiting());
   m.queue_bound.Set(load.max_waiting);
-  m.oldest.Set(oldest_wait_seconds);
+  m.oldest.Set(times.oldest_wait);
   m.kv_usage.Set(load.kv_utilization());
   m.weights.Set(static_cast<double>(load.ledger.weights));
   m.kv_used.Set(static_cast<double>(load.ledger.kv_used));
@@ -256,7 +258,8 @@ void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, double 
 
   const int rows = report.decode_rows + report.prefill_rows;
   if (rows == 0) return;
-  m.step.Observe(step_seconds);
+  m.step.Observe(times.step);
+  for (const double gap : times.token_gaps) m.inter_token.Observe(gap);
   m.iteration_tokens.Observe(rows);
   m.decode_rows.Observe(report.decode_rows);
   m.prefill_rows.Observe(report.prefill_rows);

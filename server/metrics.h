@@ -13,6 +13,7 @@
 #include "engine/engine.h"
 #include "server/load_snapshot.h"
 #include "server/request_summary.h"
+#include "server/step_times.h"
 
 namespace espalier {
 
@@ -38,10 +39,8 @@ class Metrics {
   // port, or why it cannot be listened at. Call once.
   absl::StatusOr<int> Serve(const std::string& host, int port);
 
-  // Engine thread: after each step, and once more when the engine goes idle. `step_seconds` is the
-  // step's wall time, `oldest_wait_seconds` the age of the oldest waiting request, 0 if none waits.
-  void OnStep(const StepReport& report, const LoadSnapshot& load, double step_seconds,
-              double oldest_wait_seconds);
+  // Engine thread: after each step, and once more when the engine goes idle.
+  void OnStep(const StepReport& report, const LoadSnapshot& load, const StepTimes& times);
 
   // Once per call of Generate or Score, however it ended; refused ones too. Thread-safe.
   void OnFinished(const RequestSummary& summary);

@@ -206,13 +206,11 @@ class Server {
     ready_ = std::make_unique<ReadyQueue>(kWriters);
     thread_ = std::make_unique<EngineThread>(
         engine_.get(), ready_.get(), options_.max_waiting,
-        EngineHooks{.ledger = [this](const SchedulerStats& s) { return executor_->ledger(s); },
-                    .on_step =
-                        [this](const StepReport& report, const LoadSnapshot& load, double step_s,
-                               double oldest_wait_s) {
-                          metrics_->OnStep(report, load, step_s, oldest_wait_s);
-                        },
-                    .on_lost = [this](const absl::Status& status) { Lose(status); }});
+        EngineHooks{
+            .ledger = [this](const SchedulerStats& s) { return executor_->ledger(s); },
+            .on_step = [this](const StepReport& report, const LoadSnapshot& load,
+                              const StepTimes& times) { metrics_->OnStep(report, load, times); },
+            .on_lost = [this](const absl::Status& status) { Lose(status); }});
 
     const auto waiter = std::make_shared<EndWaiter>();
     waiter->stream = std::make_shared<TokenStream>(0, TokenStream::kUnbounded, waiter);

@@ -1,4 +1,5 @@
 #include <gmock/gmock.h>
+#include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -117,6 +118,60 @@ TEST(Status, EveryBadFieldIsNamed) {
   }
   EXPECT_TRUE(server.Idle()) << "no place in the queue is left taken";
   EXPECT_TRUE(Generate(server.stub(), TextRequest("x", 10)).status.ok());
+}
+
+TEST(Status, TextThatIsNotUtf8IsNamedByItsField) {
+  LocalServer server;
+  const auto expect_named = [](const grpc::Status& status, std::string_view field) {
+    EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT) << field;
+    EXPECT_THAT(status.error_message(), HasSubstr("UTF-8"));
+    const auto detail = DetailOf<BadRequest>(status);
+    ASSERT_TRUE(detail.has_value()) << field;
+    EXPECT_EQ(detail->field_violations(0).field(), field);
+  };
+  expect_named(Generate(server.stub(), TextRequest("a\xff", 10)).status, "text");
+  v1::GenerateRequest request;
+  request.mutable_chat()->add_messages()->set_content("good");
+  request.mutable_chat()->add_messages()->set_content("b\xc3");
+  expect_named(Generate(server.stub(), request).status, "chat.messages[1].content");
+  request = TextRequest("x", 10);
+  for (const char* stop : {"a", "b", "\xed\xa0\x80"}) request.mutable_stop()->add_stop(stop);
+  expect_named(Generate(server.stub(), request).status, "stop.stop[2]");
+
+  v1::ScoreRequest score;
+  score.set_text("\xc0\x80");
+  v1::ScoreResponse scored;
+  grpc::ClientContext score_context;
+  expect_named(server.stub().Score(&score_context, score, &scored), "text");
+  v1::TokenizeRequest tokenize;
+  tokenize.set_text("\xf5");
+  v1::TokenizeResponse tokenized;
+  grpc::ClientContext tokenize_context;
+  expect_named(server.stub().Tokenize(&tokenize_context, tokenize, &tokenized), "text");
+}
+
+TEST(Status, BytesThatAreNoMessageAreInvalid) {
+  LocalServer server;
+  const grpc::Slice slice("\xff\xff\xff", 3);
+  const grpc::ByteBuffer garbage(&slice, 1);
+  grpc::GenericStub stub(server.Channel());
+  for (const char* method :
+       {"Generate", "Score", "Tokenize", "Detokenize", "GetModel", "GetLoad"}) {
+    grpc::ClientContext context;
+    grpc::CompletionQueue queue;
+    const auto call = stub.PrepareUnaryCall(
+        &context, std::string("/espalier.v1.EspalierService/") + method, garbage, &queue);
+    call->StartCall();
+    grpc::ByteBuffer answer;
+    grpc::Status status;
+    call->Finish(&answer, &status, nullptr);
+    void* tag;
+    bool ok;
+    ASSERT_TRUE(queue.Next(&tag, &ok));
+    EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT) << method;
+    EXPECT_THAT(status.error_message(), HasSubstr(method)) << "names the message";
+  }
+  EXPECT_TRUE(server.Idle());
 }
 
 TEST(Status, AllFaultsAreToldAtOnceButBounded) {

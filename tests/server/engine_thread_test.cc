@@ -74,9 +74,14 @@ class EngineThreadTest : public testing::Test {
     paced_ = std::make_unique<PacedEngine>(options, geometry);
     thread_ = std::make_unique<EngineThread>(
         &paced_->engine, &ready_, max_waiting,
-        EngineHooks{.on_step = [this](const StepReport&, const LoadSnapshot&, double,
-                                      double) { ++reports_; },
-                    .on_lost = [this](const absl::Status&) { lost_ = true; }});
+        EngineHooks{
+            .on_step =
+                [this](const StepReport&, const LoadSnapshot& load, const StepTimes& times) {
+                  ++reports_;
+                  std::lock_guard lock(mutex_);
+                  steps_.push_back({load.steps, load.stats, times.token_gaps.size()});
+                },
+            .on_lost = [this](const absl::Status&) { lost_ = true; }});
   }
 
   std::shared_ptr<Reader> Offer(Request request, size_t capacity = TokenStream::kUnbounded,
@@ -116,6 +121,13 @@ class EngineThreadTest : public testing::Test {
   ReadyQueue ready_{2};
   std::unique_ptr<EngineThread> thread_;
   std::atomic<int> reports_ = 0;
+  struct Step {
+    uint64_t number;  // steps since start
+    SchedulerStats stats;
+    size_t token_gaps;
+  };
+  std::mutex mutex_;
+  std::vector<Step> steps_;
   std::atomic<bool> lost_ = false;
 };
 
@@ -205,6 +217,32 @@ TEST_F(EngineThreadTest, CancelWorksQueuedInPrefillAndInDecode) {
   thread_->inbox().Cancel(99);  // never heard of
   EXPECT_TRUE(PagesComeBack());
   EXPECT_EQ(decoding->tokens(), Expected(1, static_cast<int>(decoding->tokens().size())));
+}
+
+// A cancellation that comes during a step is obeyed before the next one.
+TEST_F(EngineThreadTest, PagesOfTheCancelledAreBackWithinOneStep) {
+  Start();
+  constexpr RequestId kClients = 32;
+  std::vector<std::shared_ptr<Reader>> readers;
+  for (RequestId id = 1; id <= kClients; ++id) readers.push_back(Offer(Prompt(id, 500, 40)));
+  for (const auto& reader : readers) ASSERT_TRUE(reader->WaitForTokens(3));
+  paced_->executor.Hold();
+  while (thread_->seconds_in_step() == 0) std::this_thread::yield();
+  const LoadSnapshot before = thread_->load();  // the step that is held is one more
+  for (RequestId id = 1; id <= kClients; id += 2) thread_->inbox().Cancel(id);
+  paced_->executor.Go();
+  for (RequestId id = 2; id <= kClients; id += 2) {
+    ASSERT_TRUE(readers[id - 1]->WaitForEnd().has_value());
+    EXPECT_EQ(readers[id - 1]->tokens(), Expected(id, 500));
+  }
+  std::lock_guard lock(mutex_);
+  const auto next = std::find_if(steps_.begin(), steps_.end(),
+                                 [&](const Step& step) { return step.number == before.steps + 2; });
+  ASSERT_NE(next, steps_.end());
+  EXPECT_EQ(next->stats.running, kClients / 2);
+  // All are as long as each other, to within a page of each layer.
+  EXPECT_LE(next->stats.pages_used, before.stats.pages_used / 2 + int{kClients / 2} * 2);
+  EXPECT_EQ(next->token_gaps, kClients / 2);
 }
 
 TEST_F(EngineThreadTest, CancelBeforeTheEngineSawTheRequest) {

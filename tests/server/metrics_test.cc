@@ -97,7 +97,8 @@ std::string Get(int port, const std::string& target) {
 
 TEST(MetricsTest, AStepShowsInGaugesCountersAndHistograms) {
   Metrics metrics = MakeMetrics();
-  metrics.OnStep(Step(), Load(), /*step_seconds=*/0.3, /*oldest_wait_seconds=*/1.5);
+  constexpr double kGaps[] = {0.04, 0.5};
+  metrics.OnStep(Step(), Load(), {.step = 0.3, .oldest_wait = 1.5, .token_gaps = kGaps});
   const std::string text = metrics.Text();
   for (const std::string& line : {
            fmt::format("vllm:num_requests_running{}}} 3\n", kLabels),
@@ -107,6 +108,8 @@ TEST(MetricsTest, AStepShowsInGaugesCountersAndHistograms) {
            fmt::format("vllm:generation_tokens_total{}}} 3\n", kLabels),
            fmt::format("vllm:iteration_tokens_total_bucket{},le=\"64\"}} 0\n", kLabels),
            fmt::format("vllm:iteration_tokens_total_bucket{},le=\"128\"}} 1\n", kLabels),
+           fmt::format("vllm:inter_token_latency_seconds_count{}}} 2\n", kLabels),
+           fmt::format("vllm:inter_token_latency_seconds_sum{}}} 0.54\n", kLabels),
            std::string("espalier_step_seconds_sum 0.3\n"),
            std::string("espalier_step_phase_seconds_total{phase=\"mlp\"} 0.25\n"),
            std::string("espalier_batch_rows_sum{kind=\"decode\"} 3\n"),
@@ -130,20 +133,20 @@ TEST(MetricsTest, AStepShowsInGaugesCountersAndHistograms) {
 TEST(MetricsTest, TotalsSinceStartAreNotAddedTwice) {
   Metrics metrics = MakeMetrics();
   LoadSnapshot load = Load();
-  metrics.OnStep(Step(), load, 0.1, 0);
-  metrics.OnStep(Step(), load, 0.1, 0);
+  metrics.OnStep(Step(), load, {.step = 0.1});
+  metrics.OnStep(Step(), load, {.step = 0.1});
   load.stats.preemptions = 5;
-  metrics.OnStep(Step(), load, 0.1, 0);
+  metrics.OnStep(Step(), load, {.step = 0.1});
   EXPECT_THAT(metrics.Text(),
               HasSubstr(fmt::format("vllm:num_preemptions_total{}}} 5\n", kLabels)));
 }
 
 TEST(MetricsTest, AnIdleReportIsNoStep) {
   Metrics metrics = MakeMetrics();
-  metrics.OnStep(Step(), Load(), 0.1, 2);
+  metrics.OnStep(Step(), Load(), {.step = 0.1, .oldest_wait = 2});
   LoadSnapshot idle = Load();
   idle.stats.running = 0;
-  metrics.OnStep(StepReport(), idle, 0.1, 0);
+  metrics.OnStep(StepReport(), idle, {.step = 0.1});
   const std::string text = metrics.Text();
   EXPECT_THAT(text, HasSubstr("espalier_step_seconds_count 1\n"));
   EXPECT_THAT(text, HasSubstr(fmt::format("vllm:num_requests_running{}}} 0\n", kLabels)));
@@ -235,7 +238,7 @@ TEST(MetricsTest, ThreadsMayReportAndScrapeAtOnce) {
       for (int i = 0; i < kRounds; ++i) metrics.OnFinished(Finished());
     });
   }
-  for (int i = 0; i < kRounds; ++i) metrics.OnStep(Step(), Load(), 0.001, 0);
+  for (int i = 0; i < kRounds; ++i) metrics.OnStep(Step(), Load(), {.step = 0.001});
   for (std::thread& finisher : finishers) finisher.join();
   done = true;
   scraper.join();
@@ -248,7 +251,7 @@ TEST(MetricsTest, ThreadsMayReportAndScrapeAtOnce) {
 TEST(MetricsTest, AScrapeIsCheap) {
   Metrics metrics = MakeMetrics();
   for (int i = 0; i < 100; ++i) {
-    metrics.OnStep(Step(), Load(), 0.001 * i, 0);
+    metrics.OnStep(Step(), Load(), {.step = 0.001 * i});
     metrics.OnFinished(Finished());
   }
   std::vector<double> milliseconds;
@@ -261,7 +264,7 @@ TEST(MetricsTest, AScrapeIsCheap) {
   }
   std::nth_element(milliseconds.begin(), milliseconds.begin() + 25, milliseconds.end());
   const auto start = std::chrono::steady_clock::now();
-  for (int i = 0; i < 1000; ++i) metrics.OnStep(Step(), Load(), 0.001, 0);
+  for (int i = 0; i < 1000; ++i) metrics.OnStep(Step(), Load(), {.step = 0.001});
   const std::chrono::duration<double, std::micro> steps = std::chrono::steady_clock::now() - start;
   fmt::print("scrape: {:.2f} ms, {} bytes; step: {:.2f} us\n", milliseconds[25], bytes,
              steps.count() / 1000);
