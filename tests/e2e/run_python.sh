@@ -7,4 +7,7 @@ if [ -z "${ESPALIER_PYTHON:-}" ]; then
 fi
 seconds=$1
 shift
-exec timeout -k 10 "$seconds" "$ESPALIER_PYTHON" "$@"
+# `timeout` leads a process group of its own, where what stops the whole run does not reach it.
+timeout -k 10 "$seconds" "$ESPALIER_PYTHON" "$@" &
+trap 'kill $!' INT TERM
+wait $!
