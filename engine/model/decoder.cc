@@ -12,72 +12,82 @@
 namespace espalier {
 namespace {
 
-// Reads tensors of one file onto one backend and counts them for the progress bar.
+// Reads tensors of one file onto one backend and counts them for the progress bar. After the first
+// fault, which stays in status(), nothing more is read.
 class Loader {
  public:
   Loader(const ModelFile& file, Backend* backend, WeightType type, int total,
          const std::function<void(int, int)>& progress)
       : file_(file), backend_(backend), type_(type), total_(total), progress_(progress) {}
 
-  absl::Status Vector(const std::string& name, int size, std::vector<float>* out) {
-    absl::StatusOr<const StoredTensor*> tensor = file_.Find(name, 1, size);
-    if (!tensor.ok()) return tensor.status();
+  void Vector(const std::string& name, int size, std::vector<float>* out) {
+    const StoredTensor* tensor = Find(name, 1, size);
+    if (tensor == nullptr) return;
     out->resize(size);
-    (*tensor)->ReadRow(0, out->data());
+    tensor->ReadRow(0, out->data());
     if (!std::ranges::all_of(*out, [](float value) { return std::isfinite(value); })) {
-      return absl::InvalidArgumentError(fmt::format(
+      status_ = absl::InvalidArgumentError(fmt::format(
           "{}: tensor {}: expected finite values, got an infinity or NaN", file_.path(), name));
+      return;
     }
     Count();
-    return absl::OkStatus();
   }
 
   // [rows, cols] as stored: a row is an output channel.
-  absl::Status OutputRows(const std::string& name, int rows, int cols, Weight* out) {
-    absl::StatusOr<const StoredTensor*> tensor = file_.Find(name, rows, cols);
-    if (!tensor.ok()) return tensor.status();
-    return Keep(name,
-                backend_->UploadWeight(type_, WeightLayout::kOutputRows, rows, cols,
-                                       [&](int row, float* dst) { (*tensor)->ReadRow(row, dst); }),
-                out);
+  void OutputRows(const std::string& name, int rows, int cols, Weight* out) {
+    const StoredTensor* tensor = Find(name, rows, cols);
+    if (tensor == nullptr) return;
+    Keep(name,
+         backend_->UploadWeight(type_, WeightLayout::kOutputRows, rows, cols,
+                                [&](int row, float* dst) { tensor->ReadRow(row, dst); }),
+         out);
   }
 
   // Stored [outputs, inputs], uploaded transposed: a row is an input channel.
-  absl::Status InputRows(const std::string& name, int outputs, int inputs, Weight* out) {
-    absl::StatusOr<const StoredTensor*> tensor = file_.Find(name, outputs, inputs);
-    if (!tensor.ok()) return tensor.status();
+  void InputRows(const std::string& name, int outputs, int inputs, Weight* out) {
+    const StoredTensor* tensor = Find(name, outputs, inputs);
+    if (tensor == nullptr) return;
     transposed_.resize(static_cast<size_t>(inputs) * outputs);
     // Bands of 16 rows: a cache line of each transposed row is filled while it is at hand.
     constexpr int kBand = 16;
     backend_->ParallelFor((outputs + kBand - 1) / kBand, [&](int band) {
       std::vector<float> row(inputs);
       for (int r = band * kBand; r < std::min(outputs, (band + 1) * kBand); ++r) {
-        (*tensor)->ReadRow(r, row.data());
+        tensor->ReadRow(r, row.data());
         for (int c = 0; c < inputs; ++c) transposed_[static_cast<size_t>(c) * outputs + r] = row[c];
       }
     });
-    return Keep(name,
-                backend_->UploadWeight(type_, WeightLayout::kInputRows, inputs, outputs,
-                                       [&](int row, float* dst) {
-                                         const float* src =
-                                             &transposed_[static_cast<size_t>(row) * outputs];
-                                         std::copy(src, src + outputs, dst);
-                                       }),
-                out);
+    Keep(name,
+         backend_->UploadWeight(type_, WeightLayout::kInputRows, inputs, outputs,
+                                [&](int row, float* dst) {
+                                  const float* src =
+                                      &transposed_[static_cast<size_t>(row) * outputs];
+                                  std::copy(src, src + outputs, dst);
+                                }),
+         out);
   }
 
+  const absl::Status& status() const { return status_; }
   uint64_t bytes() const { return bytes_; }
 
  private:
-  absl::Status Keep(const std::string& name, absl::StatusOr<Weight> weight, Weight* out) {
+  // Null after a fault.
+  const StoredTensor* Find(const std::string& name, int rows, int cols) {
+    if (!status_.ok()) return nullptr;
+    const absl::StatusOr<const StoredTensor*> tensor = file_.Find(name, rows, cols);
+    status_ = tensor.status();
+    return tensor.ok() ? *tensor : nullptr;
+  }
+
+  void Keep(const std::string& name, absl::StatusOr<Weight> weight, Weight* out) {
     if (!weight.ok()) {
-      return absl::Status(weight.status().code(), fmt::format("{}: tensor {}: {}", file_.path(),
-                                                              name, weight.status().ToString()));
+      status_ = absl::Status(weight.status().code(), fmt::format("{}: tensor {}: {}", file_.path(),
+                                                                 name, weight.status().ToString()));
+      return;
     }
     *out = *std::move(weight);
     bytes_ += out->bytes;
     Count();
-    return absl::OkStatus();
   }
 
   void Count() {
@@ -90,6 +100,7 @@ class Loader {
   int done_ = 0;
   int total_;
   const std::function<void(int, int)>& progress_;
+  absl::Status status_;
   uint64_t bytes_ = 0;
   std::vector<float> transposed_;
 };
@@ -114,34 +125,27 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
   const int query_width = config.heads * config.head_dim;
   const int kv_width = config.kv_heads * config.head_dim;
 
-  absl::Status status =
-      load.OutputRows("token_embd.weight", config.vocabulary, config.hidden, &model->embedding_);
-  if (!status.ok()) return status;
+  load.OutputRows("token_embd.weight", config.vocabulary, config.hidden, &model->embedding_);
   for (int i = 0; i < config.layers; ++i) {
     Layer& layer = model->layers_[i];
     const auto name = [i](const char* part) { return fmt::format("blk.{}.{}.weight", i, part); };
-    for (const absl::Status& each : {
-             load.Vector(name("attn_norm"), config.hidden, &layer.attention_norm),
-             load.OutputRows(name("attn_q"), query_width, config.hidden, &layer.q),
-             load.OutputRows(name("attn_k"), kv_width, config.hidden, &layer.k),
-             load.OutputRows(name("attn_v"), kv_width, config.hidden, &layer.v),
-             load.InputRows(name("attn_output"), config.hidden, query_width, &layer.o),
-             load.Vector(name("ffn_norm"), config.hidden, &layer.mlp_norm),
-             load.OutputRows(name("ffn_gate"), config.channels, config.hidden, &layer.gate),
-             load.OutputRows(name("ffn_up"), config.channels, config.hidden, &layer.up),
-             load.InputRows(name("ffn_down"), config.hidden, config.channels, &layer.down),
-         }) {
-      if (!each.ok()) return each;
-    }
+    load.Vector(name("attn_norm"), config.hidden, &layer.attention_norm);
+    load.OutputRows(name("attn_q"), query_width, config.hidden, &layer.q);
+    load.OutputRows(name("attn_k"), kv_width, config.hidden, &layer.k);
+    load.OutputRows(name("attn_v"), kv_width, config.hidden, &layer.v);
+    load.InputRows(name("attn_output"), config.hidden, query_width, &layer.o);
+    load.Vector(name("ffn_norm"), config.hidden, &layer.mlp_norm);
+    load.OutputRows(name("ffn_gate"), config.channels, config.hidden, &layer.gate);
+    load.OutputRows(name("ffn_up"), config.channels, config.hidden, &layer.up);
+    load.InputRows(name("ffn_down"), config.hidden, config.channels, &layer.down);
   }
-  status = load.Vector("output_norm.weight", config.hidden, &model->final_norm_);
-  if (!status.ok()) return status;
+  load.Vector("output_norm.weight", config.hidden, &model->final_norm_);
   if (config.tied_embeddings) {
     model->head_ = model->embedding_;
   } else {
-    status = load.OutputRows("output.weight", config.vocabulary, config.hidden, &model->head_);
-    if (!status.ok()) return status;
+    load.OutputRows("output.weight", config.vocabulary, config.hidden, &model->head_);
   }
+  if (!load.status().ok()) return load.status();
   model->weight_bytes_ = load.bytes();
   return model;
 }

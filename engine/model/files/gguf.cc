@@ -357,8 +357,9 @@ double GgufKeys::Positive(std::string_view key, double high, std::optional<doubl
     Expected(key, "a float", FactsOf(value->type).name);
     return fallback.value_or(0);
   }
-  if (number > 0 && number <= high) return number;
-  Expected(key, fmt::format("a number above 0 and at most {}", high), fmt::format("{}", number));
+  if (number <= high && static_cast<float>(number) > 0) return number;
+  Expected(key, fmt::format("a 32-bit float above 0 and at most {}", high),
+           fmt::format("{}", number));
   return fallback.value_or(0);
 }
 

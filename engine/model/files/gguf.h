@@ -56,7 +56,7 @@ class GgufKeys {
   bool Has(std::string_view key) const { return gguf_.metadata.contains(key); }
   int64_t Integer(std::string_view key, int64_t low, int64_t high,
                   std::optional<int64_t> fallback = {});
-  // Above 0 and at most `high`.
+  // Above 0, also as a float, and at most `high`.
   double Positive(std::string_view key, double high, std::optional<double> fallback = {});
   bool Bool(std::string_view key, bool fallback);
   std::string_view String(std::string_view key, std::optional<std::string_view> fallback = {});

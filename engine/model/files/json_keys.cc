@@ -112,10 +112,11 @@ int64_t JsonKeys::Integer(std::string_view key, int64_t low, int64_t high,
 double JsonKeys::Positive(std::string_view key, double high, std::optional<double> fallback) {
   const Json& value = Value(key, !fallback);
   if (value.is_null()) return fallback.value_or(0);
-  if (value.is_number() && value.get<double>() > 0 && value.get<double>() <= high) {
-    return value.get<double>();
+  if (value.is_number()) {
+    const double number = value.get<double>();
+    if (number <= high && static_cast<float>(number) > 0) return number;
   }
-  Expected(key, fmt::format("a number above 0 and at most {}", high));
+  Expected(key, fmt::format("a 32-bit float above 0 and at most {}", high));
   return fallback.value_or(0);
 }
 

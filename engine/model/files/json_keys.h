@@ -39,7 +39,7 @@ class JsonKeys {
   bool Has(std::string_view key) const { return !At(object_, key).is_null(); }
   int64_t Integer(std::string_view key, int64_t low, int64_t high,
                   std::optional<int64_t> fallback = {});
-  // Above 0 and at most `high`.
+  // Above 0, also as a float, and at most `high`.
   double Positive(std::string_view key, double high, std::optional<double> fallback = {});
   bool Bool(std::string_view key, std::optional<bool> fallback = {});
   std::string String(std::string_view key, std::optional<std::string> fallback = {});

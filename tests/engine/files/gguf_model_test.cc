@@ -197,9 +197,16 @@ TEST(GgufModel, RefusesDimensionsThatDoNotFit) {
             "a plain llama");
   EXPECT_EQ(setting("tokenizer.ggml.eos_token_id", 260),
             "key \"tokenizer.ggml.eos_token_id\": expected an integer in 0..259, got 260");
-  EXPECT_EQ(FaultAfterSetting("llama.attention.layer_norm_rms_epsilon", GgufPart::F32(0)),
-            "key \"llama.attention.layer_norm_rms_epsilon\": expected a number above 0 and at most "
-            "1, got 0");
+  EXPECT_EQ(
+      FaultAfterSetting("llama.attention.layer_norm_rms_epsilon", GgufPart::F32(0)),
+      "key \"llama.attention.layer_norm_rms_epsilon\": expected a 32-bit float above 0 and at most "
+      "1, got 0");
+  // Not 0 in the file's 64 bits, but in ours.
+  const double tiny = 1e-60;
+  EXPECT_EQ(FaultAfterSetting("llama.rope.freq_base",
+                              {12, std::string(reinterpret_cast<const char*>(&tiny), 8)}),
+            "key \"llama.rope.freq_base\": expected a 32-bit float above 0 and at most "
+            "1000000000000, got 1e-60");
 }
 
 TEST(GgufModel, RefusesMergesThatAreNoPair) {

@@ -89,7 +89,7 @@ TEST(GgufKeys, NameTheKeyAndKeepTheFirstFault) {
   EXPECT_EQ(fault([](GgufKeys& k) { k.Positive("count", 1); }),
             "f: key \"count\": expected a float, got uint32");
   EXPECT_EQ(fault([](GgufKeys& k) { k.Positive("not a number", 1); }),
-            "f: key \"not a number\": expected a number above 0 and at most 1, got nan");
+            "f: key \"not a number\": expected a 32-bit float above 0 and at most 1, got nan");
   EXPECT_EQ(fault([](GgufKeys& k) { k.Bool("count", false); }),
             "f: key \"count\": expected a bool, got uint32");
   EXPECT_EQ(fault([](GgufKeys& k) { k.Strings("numbers"); }),

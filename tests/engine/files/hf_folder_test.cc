@@ -139,8 +139,11 @@ TEST(HfFolder, ReadsRotaryScalingInAllItsSpellings) {
             "config.json: key \"rope_scaling.rope_type\": \"yarn\" is not supported, only default "
             "and llama3");
   EXPECT_EQ(fault("factor", -1),
-            "config.json: key \"rope_scaling.factor\": expected a number above 0 and at most "
+            "config.json: key \"rope_scaling.factor\": expected a 32-bit float above 0 and at most "
             "1000000, got -1");
+  EXPECT_EQ(FaultAfter([](HfParts& p) { p.config["rms_norm_eps"] = 1e-60; }),
+            "config.json: key \"rms_norm_eps\": expected a 32-bit float above 0 and at most 1, got "
+            "1e-60");
   EXPECT_EQ(fault("high_freq_factor", 1.0),
             "config.json: key \"rope_scaling.high_freq_factor\": expected above 1, got 1.0");
   EXPECT_EQ(FaultAfter([](HfParts& p) { p.config["rope_scaling"] = "yarn"; }),

@@ -69,7 +69,7 @@ TEST(JsonKeys, NamesFileAndKeyAndKeepsTheFirstFault) {
   EXPECT_EQ(fault([](JsonKeys& k) { k.Bool("text"); }),
             "f: key \"group.text\": expected true or false, got \"a\\nb\"");
   EXPECT_EQ(fault([](JsonKeys& k) { k.Positive("zero", 1); }),
-            "f: key \"group.zero\": expected a number above 0 and at most 1, got 0.0");
+            "f: key \"group.zero\": expected a 32-bit float above 0 and at most 1, got 0.0");
   EXPECT_EQ(fault([](JsonKeys&) {}), "f: key \"group.missing\": expected a value, got none");
 }
 

@@ -46,6 +46,17 @@ TEST_F(ModelExecutorTest, NamesTheTensorWhoseValuesAreNotFinite) {
   }
 }
 
+TEST_F(ModelExecutorTest, ReadsNothingAfterTheFirstFault) {
+  GgufParts parts = TinyGguf();
+  const float fault = std::nanf("");
+  std::memcpy(parts.tensor("blk.0.attn_norm.weight").data.data(), &fault, sizeof(fault));
+  int loaded = 0;
+  const absl::Status status =
+      Load(parts, {.kv_bytes = 1 << 20}, [&](int done, int) { loaded = done; }).status();
+  EXPECT_THAT(std::string(status.message()), HasSubstr("blk.0.attn_norm.weight"));
+  EXPECT_EQ(loaded, 1) << "the embedding alone";
+}
+
 TEST_F(ModelExecutorTest, RefusesKvMemoryThatHoldsNoSequence) {
   const absl::Status status = Load(TinyGguf(), {.kv_bytes = 1000}).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
