@@ -2,6 +2,7 @@
 // gRPC nor kernels, so that a thread sanitizer may judge it.
 #include "kernels/cpu/worker_pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <ctime>
@@ -77,10 +78,15 @@ TEST(WorkerPoolIdleTest, ManyWorkersTakePart) {
 TEST(WorkerPoolIdleTest, IdleWorkersUseNoCpu) {
   WorkerPool pool(4);
   pool.Run(100, [](int, int) {});
-  std::this_thread::sleep_for(std::chrono::milliseconds(20));  // past the spinning
-  const std::clock_t before = std::clock();  // CPU time of the process, all threads
-  std::this_thread::sleep_for(std::chrono::milliseconds(100));
-  EXPECT_LT(static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC, 0.02);
+  // On a busy machine the workers get to the end of their spinning late. Three that spun for ever
+  // would take a fifth of a core in every one of these stretches, unless dozens of others ran.
+  double least = 1;
+  for (int i = 0; i < 20 && least >= 0.02; ++i) {
+    const std::clock_t before = std::clock();  // CPU time of the process, all threads
+    std::this_thread::sleep_for(std::chrono::milliseconds(100));
+    least = std::min(least, static_cast<double>(std::clock() - before) / CLOCKS_PER_SEC);
+  }
+  EXPECT_LT(least, 0.02) << "s of CPU in 100 ms, at best";
 }
 
 TEST(WorkerPoolIdleTest, PoolsComeAndGo) {
