@@ -120,21 +120,30 @@ TEST(Cancel, StormLeavesNothingBehind) {
   EXPECT_EQ(std::adjacent_find(ids.begin(), ids.end()), ids.end()) << "told twice";
 }
 
+// A stream whose reader does not read, behind a window that a few messages fill.
+struct UnreadStream {
+  UnreadStream(LocalServer* server, int max_tokens) {
+    grpc::ChannelArguments small;
+    small.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 16384);
+    small.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+    stub = v1::EspalierService::NewStub(server->Channel(small));
+    v1::GenerateRequest request = TextRequest("x", max_tokens);
+    request.mutable_logprobs()->set_enabled(true);
+    request.mutable_logprobs()->set_top(20);
+    reader = stub->Generate(&context, request);
+  }
+
+  grpc::ClientContext context;
+  std::unique_ptr<v1::EspalierService::Stub> stub;
+  std::unique_ptr<grpc::ClientReader<v1::GenerateResponse>> reader;
+};
+
 TEST(StalledReader, IsEndedWithAReasonAndGivesItsPagesBack) {
   LocalServer server({.stream_buffer_tokens = 64});
   server.executor().set_step_time(std::chrono::microseconds(200));
-  // A small window, so that few messages fill it.
-  grpc::ChannelArguments small;
-  small.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 16384);
-  small.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
-  const auto stub = v1::EspalierService::NewStub(server.Channel(small));
-  v1::GenerateRequest request = TextRequest("x", 4000);
-  request.mutable_logprobs()->set_enabled(true);
-  request.mutable_logprobs()->set_top(20);
-  grpc::ClientContext context;
-  const auto reader = stub->Generate(&context, request);
+  const UnreadStream stream(&server, 4000);
   v1::GenerateResponse message;
-  ASSERT_TRUE(reader->Read(&message));
+  ASSERT_TRUE(stream.reader->Read(&message));
 
   // Others go on meanwhile.
   EXPECT_EQ(Generate(server.stub(), TextRequest("y", 200)).text, Letters('y', 200));
@@ -142,11 +151,11 @@ TEST(StalledReader, IsEndedWithAReasonAndGivesItsPagesBack) {
 
   int tokens = message.token_ids_size();
   std::string text = message.text();
-  while (reader->Read(&message)) {
+  while (stream.reader->Read(&message)) {
     tokens += message.token_ids_size();
     text += message.text();
   }
-  const grpc::Status status = reader->Finish();
+  const grpc::Status status = stream.reader->Finish();
   EXPECT_EQ(status.error_code(), StatusCode::RESOURCE_EXHAUSTED) << status.error_message();
   EXPECT_EQ(DetailOf<ErrorInfo>(status)->reason(), "READER_STALLED");
   EXPECT_FALSE(DetailOf<RetryInfo>(status).has_value());
@@ -157,15 +166,7 @@ TEST(StalledReader, IsEndedWithAReasonAndGivesItsPagesBack) {
 TEST(StalledReader, ThatNeverReadsAgainIsReset) {
   LocalServer server({.stream_buffer_tokens = 64});
   server.executor().set_step_time(std::chrono::microseconds(200));
-  grpc::ChannelArguments small;
-  small.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 16384);
-  small.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
-  const auto stub = v1::EspalierService::NewStub(server.Channel(small));
-  v1::GenerateRequest request = TextRequest("x", 4000);
-  request.mutable_logprobs()->set_enabled(true);
-  request.mutable_logprobs()->set_top(20);
-  grpc::ClientContext context;
-  const auto reader = stub->Generate(&context, request);
+  const UnreadStream stream(&server, 4000);
   // Its end is reported although nobody reads: the call does not stay for ever.
   const auto until = std::chrono::steady_clock::now() + seconds(30);
   while (server.summaries().empty() && std::chrono::steady_clock::now() < until) {
@@ -174,9 +175,9 @@ TEST(StalledReader, ThatNeverReadsAgainIsReset) {
   ASSERT_EQ(server.summaries().size(), 1u);
   EXPECT_EQ(server.summaries()[0].outcome, "reader_stalled");
   EXPECT_LT(server.summaries()[0].output_tokens, 4000);
-  for (v1::GenerateResponse message; reader->Read(&message);) {
+  for (v1::GenerateResponse message; stream.reader->Read(&message);) {
   }
-  EXPECT_FALSE(reader->Finish().ok());
+  EXPECT_FALSE(stream.reader->Finish().ok());
 }
 
 HealthCheckResponse::ServingStatus Check(Health::Stub& stub, const std::string& service) {
