@@ -119,7 +119,6 @@ class EngineThreadTest : public testing::Test {
 
   std::unique_ptr<PacedEngine> paced_;
   ReadyQueue ready_{2};
-  std::unique_ptr<EngineThread> thread_;
   std::atomic<int> reports_ = 0;
   struct Step {
     uint64_t number;  // steps since start
@@ -129,6 +128,7 @@ class EngineThreadTest : public testing::Test {
   std::mutex mutex_;
   std::vector<Step> steps_;
   std::atomic<bool> lost_ = false;
+  std::unique_ptr<EngineThread> thread_;  // last: its hooks use the others until it ends
 };
 
 TEST_F(EngineThreadTest, StreamsEveryTokenInOrder) {
