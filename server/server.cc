@@ -7,7 +7,6 @@
 
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
 #include <fstream>
 #include <memory>
@@ -48,31 +47,6 @@ constexpr int kWriters = 1;
 std::string_view Text(const absl::Status& status) {
   return {status.message().data(), status.message().size()};
 }
-
-// Tells a waiting thread that a stream has ended.
-class EndWaiter final : public StreamReader {
- public:
-  void OnReady() override {
-    TokenStream::Pending pending;
-    stream->Drain(&pending);
-    if (!pending.end.has_value()) return;
-    std::lock_guard lock(mutex_);
-    end_ = std::move(pending.end);
-    changed_.notify_all();
-  }
-  StreamEnd Wait() {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [this] { return end_.has_value(); });
-    return *end_;
-  }
-
-  std::shared_ptr<TokenStream> stream;
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::optional<StreamEnd> end_;
-};
 
 // A line on a terminal, nothing in a log file.
 void ShowProgress(int done, int total) {
@@ -201,8 +175,15 @@ class Server {
     return absl::OkStatus();
   }
 
-  // Starts the engine, runs one request through it, and opens for everyone.
+  // Runs one request through the engine, before anyone watches, starts its thread and opens for
+  // everyone.
   absl::Status Open() {
+    // Two tokens: a prefill and a decode step touch every weight and kernel.
+    absl::Status status = engine_->Submit(
+        {.id = 0, .prompt = {0}, .stop = {.max_tokens = 2}, .arrival = SteadyNow()});
+    while (status.ok() && !engine_->idle()) status = engine_->Step(SteadyNow()).status();
+    if (!status.ok()) return status;
+
     ready_ = std::make_unique<ReadyQueue>(kWriters);
     thread_ = std::make_unique<EngineThread>(
         engine_.get(), ready_.get(), options_.max_waiting,
@@ -210,20 +191,7 @@ class Server {
             .ledger = [this](const SchedulerStats& s) { return executor_->ledger(s); },
             .on_step = [this](const StepReport& report, const LoadSnapshot& load,
                               const StepTimes& times) { metrics_->OnStep(report, load, times); },
-            .on_lost = [this](const absl::Status& status) { Lose(status); }});
-
-    const auto waiter = std::make_shared<EndWaiter>();
-    waiter->stream = std::make_shared<TokenStream>(0, TokenStream::kUnbounded, waiter);
-    absl::StatusOr<Reservation> place = thread_->inbox().Reserve();
-    if (!place.ok()) return place.status();
-    // Two tokens: a prefill and a decode step touch every weight and kernel.
-    (*std::move(place))
-        .Submit({{.id = 0, .prompt = {0}, .stop = {.max_tokens = 2}, .arrival = SteadyNow()},
-                 waiter->stream});
-    const StreamEnd end = waiter->Wait();
-    if (end.cause != StreamEnd::Cause::kFinished) {
-      return end.error.ok() ? absl::InternalError("the warm-up step did not finish") : end.error;
-    }
+            .on_lost = [this](const absl::Status& lost) { Lose(lost); }});
 
     backstage_ = {.model = &model_, .encoder = encoder_.get(), .engine = thread_.get()};
     stop_->set_nothing_to_finish(false);

@@ -79,8 +79,9 @@ class Server:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ESPALIER_")}
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                [binary, "--model", model, "--port", "0", "--metrics-port", "-1", "--port-file",
-                 port_file, *options], stdout=log, stderr=log, env=environment)
+                [binary, "--model", model, "--port", "0", "--port-file", port_file,
+                 *([] if "--metrics-port" in options else ["--metrics-port", "-1"]), *options],
+                stdout=log, stderr=log, env=environment)
         self._wait(port_file.exists, "no port")
         self.port = int(port_file.read_text())
         self.address = f"127.0.0.1:{self.port}"

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import tempfile
 import threading
 import time
 import unittest
+import urllib.request
 
 import grpc
 
@@ -261,6 +263,25 @@ class Lifecycle(unittest.TestCase):
             status, error = run("--model", MODEL, "--port", str(server.port))
             self.assertEqual(status, 1)
             self.assertIn(str(server.port), error)
+
+    def test_tokens_of_the_warm_up_are_nobodys(self):
+        with Server(BINARY, MODEL, "--metrics-port", "0", "--log-format", "json") as server:
+            lines = [json.loads(line) for line in server.log().splitlines()
+                     if line.startswith("{")]
+            port = next(line["port"] for line in lines if line["message"] == "metrics")
+
+            def generated():
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+                    text = answer.read().decode()
+                return float(re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", text,
+                                       re.MULTILINE)[1])
+
+            self.assertEqual(generated(), 0)
+            list(server.stub.Generate(text_request("x", 5)))
+            until = time.monotonic() + 10  # the step is told after its tokens
+            while generated() < 5 and time.monotonic() < until:
+                time.sleep(0.01)
+            self.assertEqual(generated(), 5)
 
     def test_kill_half_of_the_clients(self):
         clients, killed = 32, 16
