@@ -33,8 +33,11 @@ class ApiService final : public RawService {
   // From here on calls are served; before, they are UNAVAILABLE. `backstage` outlives the calls.
   void Open(const Backstage* backstage) { backstage_.store(backstage, std::memory_order_release); }
 
-  // Waits until no streamed call is left; false at `until`.
-  bool WaitForCalls(Instant until) { return options_.count->WaitForNone(until); }
+  // Waits until no streamed call is left; false at `until`, or if nobody reads for as long as
+  // CallOptions::stall_grace.
+  bool WaitForCalls(Instant until) {
+    return options_.count->WaitForNone(until, options_.stall_grace);
+  }
 
   grpc::ServerWriteReactor<grpc::ByteBuffer>* Generate(grpc::CallbackServerContext* context,
                                                        const grpc::ByteBuffer* request) override;

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
@@ -37,10 +38,20 @@ void CallCount::Add(int calls) {
   if (calls_ == 0) none_.notify_all();
 }
 
-bool CallCount::WaitForNone(Instant until) {
+bool CallCount::WaitForNone(Instant until, Instant patience) {
   std::unique_lock lock(mutex_);
-  return none_.wait_until(lock, std::chrono::steady_clock::time_point(until),
-                          [this] { return calls_ == 0; });
+  for (;;) {
+    const uint64_t written = written_.load(std::memory_order_relaxed);
+    const int calls = calls_;
+    const Instant limit = std::min(until, SteadyNow() + patience);
+    if (none_.wait_until(lock, std::chrono::steady_clock::time_point(limit),
+                         [this] { return calls_ == 0; })) {
+      return true;
+    }
+    const bool nobody_reads =
+        calls_ == calls && written_.load(std::memory_order_relaxed) == written;
+    if (nobody_reads || limit == until) return false;
+  }
 }
 
 Call::Call(const CallOptions* options, const Backstage* backstage,
@@ -55,9 +66,14 @@ Call::Call(const CallOptions* options, const Backstage* backstage,
 std::optional<RpcError> Call::Admit() {
   if (backstage_ == nullptr) return Loading();
   if (SteadyDeadline(context_->deadline(), arrival_) <= arrival_) return DeadlineExceeded();
-  absl::StatusOr<Reservation> place = backstage_->engine->inbox().Reserve();
-  if (absl::IsResourceExhausted(place.status())) return QueueFull(backstage_->engine->load());
-  if (!place.ok()) return Draining();
+  int waiting = 0;
+  absl::StatusOr<Reservation> place = backstage_->engine->inbox().Reserve(&waiting);
+  if (absl::IsResourceExhausted(place.status())) {
+    LoadSnapshot load = backstage_->engine->load();
+    load.arriving = waiting - load.stats.waiting;  // as it was when the call was refused
+    return QueueFull(load);
+  }
+  if (!place.ok()) return Closed();
   place_.emplace(*std::move(place));
   return std::nullopt;
 }
@@ -71,7 +87,7 @@ std::optional<RpcError> Call::Submit(Request request, size_t stream_capacity,
   summary.max_tokens = request.stop.max_tokens;
   stream_ = std::make_shared<TokenStream>(summary.id, stream_capacity, std::move(reader));
   const bool taken = (*std::move(place_)).Submit({std::move(request), stream_});
-  if (!taken) return Draining();
+  if (!taken) return Closed();
   return std::nullopt;
 }
 
@@ -87,6 +103,11 @@ RpcError Call::Gone() const {
   constexpr auto kWay = std::chrono::milliseconds(100);
   const bool late = context_->deadline() <= std::chrono::system_clock::now() + kWay;
   return late ? DeadlineExceeded() : Cancelled();
+}
+
+RpcError Call::Closed() const {
+  const absl::Status lost = backstage_->engine->lost();
+  return lost.ok() ? Draining() : EngineLost(lost, /*tokens_sent=*/false);
 }
 
 RpcError Call::Stalled() const {

@@ -28,13 +28,16 @@ namespace espalier {
 class CallCount {
  public:
   void Add(int calls);
-  // False if some are left at `until`.
-  bool WaitForNone(Instant until);
+  // A message of some call was taken from us.
+  void NoteWritten() { written_.fetch_add(1, std::memory_order_relaxed); }
+  // False if some are left at `until`, or nobody read from any of them for `patience`.
+  bool WaitForNone(Instant until, Instant patience);
 
  private:
   std::mutex mutex_;
   std::condition_variable none_;
   int calls_ = 0;
+  std::atomic<uint64_t> written_{0};
 };
 
 struct CallOptions {
@@ -88,6 +91,8 @@ class Call {
   grpc::Status End(const RpcError& error);
   grpc::Status EndWell(FinishReason reason);
 
+  // The reader took a message.
+  void NoteWritten() { options_->count->NoteWritten(); }
   // gRPC is done with the call. Once, from OnDone.
   void Leave() { options_->count->Add(-1); }
 
@@ -106,6 +111,8 @@ class Call {
 
  private:
   RpcError Stalled() const;
+  // Why the inbox takes nothing any more.
+  RpcError Closed() const;
   void Report();
 
   const CallOptions* const options_;

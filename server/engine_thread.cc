@@ -40,6 +40,11 @@ double EngineThread::seconds_in_step() const {
   return started == 0 ? 0 : Seconds(SteadyNow() - Instant(started));
 }
 
+absl::Status EngineThread::lost() const {
+  std::lock_guard lock(load_mutex_);
+  return lost_;
+}
+
 bool EngineThread::Drain(Instant timeout) {
   if (!thread_.joinable()) return !abandoned_;
   inbox_.Close();
@@ -152,6 +157,11 @@ void EngineThread::Deliver(const SequenceOutput& output, Instant now) {
 }
 
 void EngineThread::Lose(const absl::Status& status) {
+  {
+    // Before the inbox closes: who is turned away asks why.
+    std::lock_guard lock(load_mutex_);
+    lost_ = status;
+  }
   inbox_.Close();
   if (hooks_.on_lost) hooks_.on_lost(status);
   std::vector<Command> late;  // what slipped in before Close

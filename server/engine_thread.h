@@ -46,6 +46,9 @@ class EngineThread {
   // How long the step in progress has taken so far, seconds; 0 between steps. Any thread.
   double seconds_in_step() const;
 
+  // Why the device is lost; OK while it is not. Any thread.
+  absl::Status lost() const;
+
   // Takes no new requests, lets the accepted ones finish for at most `timeout`, ends the rest with
   // StreamEnd::kShutdown and joins. False if some had to be ended so. Again: tells the same.
   bool Drain(Instant timeout);
@@ -77,6 +80,7 @@ class EngineThread {
 
   mutable std::mutex load_mutex_;  // held for a copy
   LoadSnapshot load_;
+  absl::Status lost_;
   RateMeter tokens_{5.0};
   RateMeter finishes_{5.0};
 

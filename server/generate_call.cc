@@ -65,7 +65,11 @@ void GenerateCall::OnCancel() {
 }
 
 void GenerateCall::OnWriteDone(bool ok) {
-  if (!ok) call_.Cancel();
+  if (ok) {
+    call_.NoteWritten();
+  } else {
+    call_.Cancel();
+  }
   Advance();
 }
 

@@ -16,10 +16,11 @@ bool Reservation::Submit(Submission submission) && {
   return std::exchange(inbox_, nullptr)->Submit(std::move(submission));
 }
 
-absl::StatusOr<Reservation> Inbox::Reserve() {
+absl::StatusOr<Reservation> Inbox::Reserve(int* waiting) {
   std::lock_guard lock(mutex_);
   if (closed_) return absl::UnavailableError("the server takes no new requests");
   const int taken = reserved_ + submitted_ + in_scheduler_;
+  if (waiting != nullptr) *waiting = taken;
   if (taken >= max_waiting_) {
     return absl::ResourceExhaustedError(
         fmt::format("{} requests wait, {} may", taken, max_waiting_));

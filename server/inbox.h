@@ -53,8 +53,9 @@ class Inbox {
   // At most `max_waiting` (>= 1) requests that the scheduler does not run yet.
   explicit Inbox(int max_waiting) : max_waiting_(max_waiting) {}
 
-  // ResourceExhausted if full, Unavailable once closed. Any thread.
-  absl::StatusOr<Reservation> Reserve();
+  // ResourceExhausted if full, Unavailable once closed. Any thread. `waiting`: places that were
+  // taken when this was decided.
+  absl::StatusOr<Reservation> Reserve(int* waiting = nullptr);
 
   // Never refused: who is in must be able to leave. Any thread.
   void Cancel(RequestId id);

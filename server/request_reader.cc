@@ -53,15 +53,17 @@ class FieldCheck {
     }
   }
 
+  void TokenId(std::string field, int32_t id) {
+    if (Known(id)) return;
+    Fail(std::move(field), fmt::format("expected a token id below {}, got {}", vocabulary_, id));
+  }
+
   template <typename Ids>
   void TokenIds(std::string_view field, const Ids& ids) {
-    for (int i = 0; i < static_cast<int>(ids.size()); ++i) {
-      if (ids[i] < 0 || ids[i] >= vocabulary_) {
-        Fail(fmt::format("{}[{}]", field, i),
-             fmt::format("expected a token id below {}, got {}", vocabulary_, ids[i]));
-        return;  // one is enough of a list that may be long
-      }
-    }
+    const auto unknown = std::ranges::find_if(ids, [this](int32_t id) { return !Known(id); });
+    if (unknown == ids.end()) return;
+    // One is enough of a list that may be long.
+    TokenId(fmt::format("{}[{}]", field, unknown - ids.begin()), *unknown);
   }
 
   std::optional<RpcError> Error() const {
@@ -69,9 +71,9 @@ class FieldCheck {
     return BadFields(violations_);
   }
 
-  int vocabulary() const { return vocabulary_; }
-
  private:
+  bool Known(int32_t id) const { return id >= 0 && id < vocabulary_; }
+
   const int vocabulary_;
   std::vector<FieldViolation> violations_;
 };
@@ -132,7 +134,7 @@ void ReadSampling(const v1::SamplingParams& wire, FieldCheck* check, SamplingPar
   check->AtMost("sampling.logit_bias", wire.logit_bias_size(), kMaxLogitBias);
   for (const auto& [token, bias] : wire.logit_bias()) {
     const std::string field = fmt::format("sampling.logit_bias[{}]", token);
-    check->InRange(field + " (token id)", token, 0, check->vocabulary() - 1);
+    check->TokenId(field, token);
     check->InRange(field, bias, -100.0f, 100.0f);
     sampling->logit_bias.emplace_back(token, bias);
   }

@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "grpc/health/v1/health.grpc.pb.h"
+#include "server/steady_clock.h"
 #include "tests/e2e/local_server.h"
 
 namespace espalier {
@@ -249,6 +250,34 @@ TEST(Drain, EndsWithUnavailableWhatTakesTooLong) {
   EXPECT_EQ(reader->Finish().error_code(), StatusCode::UNAVAILABLE);
 }
 
+TEST(Drain, DoesNotWaitForAFinishedStreamThatNobodyReads) {
+  LocalServer server;
+  const UnreadStream stream(&server, 600);
+  EXPECT_TRUE(server.thread().Drain(seconds(20))) << "the engine is done with it";
+  const Instant began = SteadyNow();
+  EXPECT_FALSE(server.service().WaitForCalls(began + seconds(20)));
+  EXPECT_GE(SteadyNow() - began, milliseconds(300)) << "what a reader may stall";
+  EXPECT_LT(SteadyNow() - began, seconds(10));
+  for (v1::GenerateResponse message; stream.reader->Read(&message);) {
+  }
+  EXPECT_TRUE(stream.reader->Finish().ok());
+  EXPECT_TRUE(server.service().WaitForCalls(SteadyNow() + seconds(20)));
+}
+
+TEST(Drain, WaitsForWhoReadsSlowly) {
+  CallCount calls;
+  calls.Add(2);
+  std::thread reader([&] {
+    for (int message = 0; message < 20; ++message) {
+      std::this_thread::sleep_for(milliseconds(50));
+      calls.NoteWritten();
+    }
+    calls.Add(-2);
+  });
+  EXPECT_TRUE(calls.WaitForNone(SteadyNow() + seconds(20), milliseconds(500)));
+  reader.join();
+}
+
 TEST(LostDevice, IsInternalAfterTokensUnavailableBeforeAndFlipsHealth) {
   LocalServer server({.scheduler = {.max_sequences = 1, .max_waiting = 4096}});
   const auto health = Health::NewStub(server.Channel());
@@ -269,8 +298,10 @@ TEST(LostDevice, IsInternalAfterTokensUnavailableBeforeAndFlipsHealth) {
   EXPECT_EQ(status.error_code(), StatusCode::UNAVAILABLE);
   EXPECT_THAT(status.error_message(), HasSubstr("fell off the bus"));
   EXPECT_EQ(Check(*health, ""), HealthCheckResponse::NOT_SERVING);
-  EXPECT_EQ(Generate(server.stub(), TextRequest("z", 1)).status.error_code(),
-            StatusCode::UNAVAILABLE);
+  const grpc::Status late = Generate(server.stub(), TextRequest("z", 1)).status;
+  EXPECT_EQ(late.error_code(), StatusCode::UNAVAILABLE);
+  EXPECT_THAT(late.error_message(), HasSubstr("fell off the bus"));
+  EXPECT_EQ(DetailOf<ErrorInfo>(late)->reason(), "ENGINE_LOST");
 }
 
 TEST(Server, RefusesAPortThatIsTaken) {

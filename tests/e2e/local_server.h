@@ -47,6 +47,7 @@ class LocalServer {
   PacedExecutor& executor() { return engine_.executor; }
   EngineThread& thread() { return *thread_; }
   Front& front() { return *front_; }
+  ApiService& service() { return *service_; }
   v1::EspalierService::Stub& stub() { return *stub_; }
   std::vector<RequestSummary> summaries();
 

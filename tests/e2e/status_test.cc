@@ -48,7 +48,7 @@ std::vector<BadField> BadFields() {
          r->set_parse_special(true);
        }},
       {"sampling.top_k", [](R* r) { r->mutable_sampling()->set_top_k(-1); }},
-      {"sampling.logit_bias[258] (token id)",
+      {"sampling.logit_bias[258]",
        [](R* r) { (*r->mutable_sampling()->mutable_logit_bias())[258] = 1; }},
       {"sampling.logit_bias[5]",
        [](R* r) { (*r->mutable_sampling()->mutable_logit_bias())[5] = kNan; }},
@@ -302,6 +302,7 @@ TEST(Status, FullQueueRefusesWithARetryDelayAndItsNumbers) {
   ASSERT_TRUE(info.has_value());
   EXPECT_EQ(info->reason(), "QUEUE_FULL");
   EXPECT_EQ(info->domain(), "espalier");
+  EXPECT_EQ(info->metadata().at("waiting"), "2");
   EXPECT_EQ(info->metadata().at("max_waiting"), "2");
   EXPECT_EQ(DetailOf<QuotaFailure>(answer.status)->violations_size(), 1);
 

@@ -22,7 +22,9 @@ TEST(Inbox, ReservationHoldsItsPlaceUntilTheSchedulerRunsIt) {
   {
     absl::StatusOr<Reservation> second = inbox.Reserve();
     ASSERT_TRUE(second.ok());
-    EXPECT_EQ(inbox.Reserve().status().code(), absl::StatusCode::kResourceExhausted);
+    int waiting = 0;
+    EXPECT_EQ(inbox.Reserve(&waiting).status().code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_EQ(waiting, 2);
   }
   EXPECT_TRUE(inbox.Reserve().ok()) << "the unused place came back";
 
