@@ -3,13 +3,27 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "policy/keep_profile.h"
 
 namespace espalier {
 
-enum class Architecture : uint8_t { kLlama };
+enum class Architecture : uint8_t { kLlama, kQwen2, kQwen3 };
+
+// "llama", "qwen2", "qwen3": GGUF's general.architecture and config.json's model_type.
+constexpr std::string_view ArchitectureName(Architecture architecture) {
+  switch (architecture) {
+    case Architecture::kLlama:
+      return "llama";
+    case Architecture::kQwen2:
+      return "qwen2";
+    case Architecture::kQwen3:
+      return "qwen3";
+  }
+  return "unknown";
+}
 
 // Rotary frequency scaling of Llama 3.1 and later ("rope_type": "llama3"): low frequencies divided
 // by `factor`, high ones kept, in between interpolated.
@@ -28,7 +42,7 @@ struct ModelConfig {
   int hidden = 0;      // width of the residual stream
   int heads = 0;       // query heads
   int kv_heads = 0;    // divides heads
-  int head_dim = 0;    // even
+  int head_dim = 0;    // even; heads * head_dim need not be hidden
   int channels = 0;    // MLP hidden channels
   int vocabulary = 0;  // rows of the embedding
   int context = 0;     // longest position the model was trained for, tokens
@@ -37,6 +51,8 @@ struct ModelConfig {
   RopeScaling rope_scaling;
   bool rope_interleaved = false;  // pairs (2i, 2i+1) instead of (i, i + head_dim/2)
   bool tied_embeddings = false;   // LM head = token embedding
+  bool qkv_bias = false;          // q, k and v have a bias
+  bool qk_norm = false;           // each head of q and k is RMS-normed before rotation
 
   SiteWidths sites() const { return {.layers = layers, .heads = heads, .channels = channels}; }
 };

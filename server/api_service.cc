@@ -35,14 +35,6 @@ grpc::ServerUnaryReactor* Answer(const Backstage* backstage, grpc::CallbackServe
   return reactor;
 }
 
-std::string_view ArchitectureName(Architecture architecture) {
-  switch (architecture) {
-    case Architecture::kLlama:
-      return "llama";
-  }
-  return "unknown";
-}
-
 }  // namespace
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* ApiService::Generate(

@@ -113,6 +113,7 @@ Decoder::Decoder(const ModelConfig& config, Backend* backend)
       layers_(config.layers),
       inverse_frequency_(InverseFrequencies(config)) {
   head_rows_.reserve(static_cast<size_t>(config.heads) * config.head_dim);
+  head_bias_.reserve(head_rows_.capacity());
 }
 
 absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
@@ -120,7 +121,8 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
     const std::function<void(int, int)>& progress) {
   const ModelConfig& config = file.config();
   std::unique_ptr<Decoder> model(new Decoder(config, backend));
-  const int total = 9 * config.layers + (config.tied_embeddings ? 2 : 3);
+  const int total = (9 + 3 * config.qkv_bias + 2 * config.qk_norm) * config.layers +
+                    (config.tied_embeddings ? 2 : 3);
   Loader load(file, backend, type, total, progress);
   const int query_width = config.heads * config.head_dim;
   const int kv_width = config.kv_heads * config.head_dim;
@@ -138,6 +140,16 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
     load.OutputRows(name("ffn_gate"), config.channels, config.hidden, &layer.gate);
     load.OutputRows(name("ffn_up"), config.channels, config.hidden, &layer.up);
     load.InputRows(name("ffn_down"), config.hidden, config.channels, &layer.down);
+    if (config.qkv_bias) {
+      const auto bias = [i](const char* part) { return fmt::format("blk.{}.{}.bias", i, part); };
+      load.Vector(bias("attn_q"), query_width, &layer.q_bias);
+      load.Vector(bias("attn_k"), kv_width, &layer.k_bias);
+      load.Vector(bias("attn_v"), kv_width, &layer.v_bias);
+    }
+    if (config.qk_norm) {
+      load.Vector(name("attn_q_norm"), config.head_dim, &layer.q_norm);
+      load.Vector(name("attn_k_norm"), config.head_dim, &layer.k_norm);
+    }
   }
   load.Vector("output_norm.weight", config.hidden, &model->final_norm_);
   if (config.tied_embeddings) {
@@ -158,6 +170,21 @@ ChannelSelection Decoder::HeadRows(const ChannelSelection& heads) {
     for (int d = 0; d < dim; ++d) head_rows_.push_back(heads[i] * dim + d);
   }
   return ChannelSelection::Of(head_rows_);
+}
+
+std::span<const float> Decoder::HeadBias(std::span<const float> bias,
+                                         const ChannelSelection& head_rows) {
+  if (bias.empty() || head_rows.all()) return bias;
+  head_bias_.clear();
+  for (int i = 0; i < head_rows.count(); ++i) head_bias_.push_back(bias[head_rows[i]]);
+  return head_bias_;
+}
+
+void Decoder::NormHeads(std::span<const float> weight, const Matrix& x) {
+  if (weight.empty()) return;
+  // Rows lie end to end, so a head is a row of this view.
+  const Matrix heads(x.data, x.rows * (x.cols / config_.head_dim), config_.head_dim);
+  backend_->RmsNorm({.x = heads, .weight = weight, .eps = config_.rms_eps, .out = heads});
 }
 
 void Decoder::Forward(const StepPlan& plan, const KeepProfile& keep, ChannelSelector* selector,
@@ -200,11 +227,25 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, const ChannelSelec
   {
     PhaseTimer timer(&phases->attention_projections);
     const std::array<MatMulTarget, 3> targets = {
-        MatMulTarget{.weight = &weights.q, .selection = head_rows, .out = q},
-        MatMulTarget{.weight = &weights.k, .selection = ChannelSelection::All(kv_width), .out = k},
-        MatMulTarget{.weight = &weights.v, .selection = ChannelSelection::All(kv_width), .out = v},
+        MatMulTarget{.weight = &weights.q,
+                     .selection = head_rows,
+                     .out = q,
+                     .bias = HeadBias(weights.q_bias, head_rows)},
+        MatMulTarget{.weight = &weights.k,
+                     .selection = ChannelSelection::All(kv_width),
+                     .out = k,
+                     .bias = weights.k_bias},
+        MatMulTarget{.weight = &weights.v,
+                     .selection = ChannelSelection::All(kv_width),
+                     .out = v,
+                     .bias = weights.v_bias},
     };
     backend_->MatMul({.x = normed, .targets = targets});
+  }
+  {
+    PhaseTimer timer(&phases->norm);
+    NormHeads(weights.q_norm, q);
+    NormHeads(weights.k_norm, k);
   }
   {
     PhaseTimer timer(&phases->attention);

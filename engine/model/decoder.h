@@ -58,10 +58,12 @@ class Decoder {
   struct Layer {
     std::vector<float> attention_norm;
     std::vector<float> mlp_norm;
-    Weight q, k, v;   // [heads * head_dim | kv_heads * head_dim, hidden]
-    Weight o;         // transposed: [heads * head_dim, hidden]
-    Weight gate, up;  // [channels, hidden]
-    Weight down;      // transposed: [channels, hidden]
+    Weight q, k, v;                             // [heads * head_dim | kv_heads * head_dim, hidden]
+    std::vector<float> q_bias, k_bias, v_bias;  // one a row, or empty
+    std::vector<float> q_norm, k_norm;          // [head_dim] or empty
+    Weight o;                                   // transposed: [heads * head_dim, hidden]
+    Weight gate, up;                            // [channels, hidden]
+    Weight down;                                // transposed: [channels, hidden]
   };
 
   Decoder(const ModelConfig& config, Backend* backend);
@@ -72,6 +74,10 @@ class Decoder {
                 PhaseTimes* phases);
   // The weight rows of the listed heads, head_dim for each.
   ChannelSelection HeadRows(const ChannelSelection& heads);
+  // The biases of those rows, if there are any.
+  std::span<const float> HeadBias(std::span<const float> bias, const ChannelSelection& head_rows);
+  // RMS norm of each head for itself, in place; none if `weight` is empty.
+  void NormHeads(std::span<const float> weight, const Matrix& x);
 
   ModelConfig config_;
   Backend* backend_;
@@ -80,7 +86,8 @@ class Decoder {
   Weight head_;  // the embedding itself if tied
   std::vector<float> final_norm_;
   std::vector<float> inverse_frequency_;
-  std::vector<int32_t> head_rows_;
+  std::vector<int32_t> head_rows_;  // of the block in hand, as is the next
+  std::vector<float> head_bias_;
   uint64_t weight_bytes_ = 0;
   std::function<void(int, ConstMatrix)> observer_;
 };

@@ -10,6 +10,7 @@ from block_formats import BYTES, VALUES, dequantize
 # +-0, the smallest and largest subnormal half, 1, -1, 2.5.
 SCALES = [0x0000, 0x8000, 0x0001, 0x03FF, 0x3C00, 0xBC00, 0x4100]
 SCALE_OFFSETS = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q6_K": [208]}
+SCALE_OFFSETS |= {"Q5_0": [0], "Q5_1": [0, 2], "Q5_K": [0, 2]}
 
 out = pathlib.Path(sys.argv[1])
 out.mkdir(parents=True, exist_ok=True)

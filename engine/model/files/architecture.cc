@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <iterator>
 #include <unordered_set>
 #include <vector>
 
@@ -12,8 +11,17 @@
 namespace espalier {
 namespace {
 
+struct ArchitectureFacts {
+  Architecture architecture;
+  bool gguf_rope_interleaved;
+  bool qkv_bias;
+  bool qk_norm;
+};
+
 constexpr ArchitectureFacts kArchitectures[] = {
-    {"llama", Architecture::kLlama, true},
+    {Architecture::kLlama, true, false, false},
+    {Architecture::kQwen2, false, true, false},
+    {Architecture::kQwen3, false, false, true},
 };
 
 struct TensorShape {
@@ -30,8 +38,9 @@ std::vector<TensorShape> ExpectedTensors(const ModelConfig& config) {
                                       {"output_norm.weight", 1, hidden}};
   if (!config.tied_embeddings) tensors.push_back({"output.weight", config.vocabulary, hidden});
   for (int layer = 0; layer < config.layers; ++layer) {
-    const auto add = [&](std::string_view part, int rows, int cols) {
-      tensors.push_back({fmt::format("blk.{}.{}.weight", layer, part), rows, cols});
+    const auto add = [&](std::string_view part, int rows, int cols,
+                         std::string_view kind = "weight") {
+      tensors.push_back({fmt::format("blk.{}.{}.{}", layer, part, kind), rows, cols});
     };
     add("attn_norm", 1, hidden);
     add("attn_q", query_width, hidden);
@@ -42,18 +51,34 @@ std::vector<TensorShape> ExpectedTensors(const ModelConfig& config) {
     add("ffn_gate", config.channels, hidden);
     add("ffn_up", config.channels, hidden);
     add("ffn_down", hidden, config.channels);
+    if (config.qkv_bias) {
+      add("attn_q", 1, query_width, "bias");
+      add("attn_k", 1, kv_width, "bias");
+      add("attn_v", 1, kv_width, "bias");
+    }
+    if (config.qk_norm) {
+      add("attn_q_norm", 1, config.head_dim);
+      add("attn_k_norm", 1, config.head_dim);
+    }
   }
   return tensors;
 }
 
 }  // namespace
 
-absl::StatusOr<ArchitectureFacts> FindArchitecture(const std::string& path, std::string_view where,
-                                                   std::string_view name) {
-  const auto* found = std::ranges::find(kArchitectures, name, &ArchitectureFacts::name);
-  if (found != std::end(kArchitectures)) return *found;
+absl::StatusOr<ModelConfig> ConfigOfArchitecture(const std::string& path, std::string_view where,
+                                                 std::string_view name) {
   std::vector<std::string_view> names;
-  for (const ArchitectureFacts& facts : kArchitectures) names.push_back(facts.name);
+  for (const ArchitectureFacts& facts : kArchitectures) {
+    names.push_back(ArchitectureName(facts.architecture));
+    if (names.back() != name) continue;
+    ModelConfig config;
+    config.architecture = facts.architecture;
+    config.rope_interleaved = facts.gguf_rope_interleaved;
+    config.qkv_bias = facts.qkv_bias;
+    config.qk_norm = facts.qk_norm;
+    return config;
+  }
   return Unsupported(path, where, fmt::format("architecture {}", Quoted(name)),
                      fmt::format("{}", fmt::join(names, ", ")));
 }
@@ -89,8 +114,9 @@ absl::Status CheckTensors(const ModelFile& file) {
   for (const TensorShape& tensor : expected) names.insert(tensor.name);
   const auto odd = std::ranges::find_if(
       file.tensors(), [&](const StoredTensor& tensor) { return !names.contains(tensor.name); });
-  return Unsupported(file.path(), fmt::format("tensor {}", Quoted(odd->name)),
-                     "a tensor of this name", "those of a plain llama");
+  return Unsupported(
+      file.path(), fmt::format("tensor {}", Quoted(odd->name)), "a tensor of this name",
+      fmt::format("those of a plain {}", ArchitectureName(file.config().architecture)));
 }
 
 }  // namespace espalier

@@ -1,4 +1,4 @@
-// The architectures that can be run: their names in files, and the config and tensors each needs.
+// The architectures that can be run, and the config and tensors each needs.
 #pragma once
 
 #include <string>
@@ -18,15 +18,11 @@ inline constexpr int kMaxHeadDim = 1024;
 inline constexpr int kMaxVocabulary = 1 << 24;
 inline constexpr int kMaxContext = 1 << 28;
 
-struct ArchitectureFacts {
-  std::string_view name;  // GGUF's general.architecture and config.json's model_type
-  Architecture architecture;
-  bool gguf_rope_interleaved;  // the GGUF converter permutes q and k rows
-};
-
-// Unimplemented, naming the architectures there are, if `name` is none of them. `where`: the key.
-absl::StatusOr<ArchitectureFacts> FindArchitecture(const std::string& path, std::string_view where,
-                                                   std::string_view name);
+// What the name alone says of a model: architecture, qkv_bias, qk_norm, and rope_interleaved as it
+// is in GGUF, where llama's converter permutes q and k rows. Unimplemented, naming the
+// architectures there are, if `name` is none of them. `where`: the key.
+absl::StatusOr<ModelConfig> ConfigOfArchitecture(const std::string& path, std::string_view where,
+                                                 std::string_view name);
 
 // Whether the dimensions, each within its own limits, fit each other and the vocabulary.
 absl::Status CheckConfig(const std::string& path, const ModelConfig& config,

@@ -59,13 +59,13 @@ constexpr TensorType kTensorTypes[] = {
     {1, "F16", BlockType::kF16},
     {2, "Q4_0", BlockType::kQ4_0},
     {3, "Q4_1", BlockType::kQ4_1},
-    {6, "Q5_0", {}},
-    {7, "Q5_1", {}},
+    {6, "Q5_0", BlockType::kQ5_0},
+    {7, "Q5_1", BlockType::kQ5_1},
     {8, "Q8_0", BlockType::kQ8_0},
     {10, "Q2_K", {}},
     {11, "Q3_K", {}},
     {12, "Q4_K", BlockType::kQ4_K},
-    {13, "Q5_K", {}},
+    {13, "Q5_K", BlockType::kQ5_K},
     {14, "Q6_K", BlockType::kQ6_K},
     {30, "BF16", BlockType::kBF16},
 };
@@ -230,7 +230,7 @@ TensorEntry ReadTensorEntry(const std::string& path, Cursor& cursor) {
     const std::string name =
         known == std::end(kTensorTypes) ? "" : fmt::format(" ({})", known->name);
     cursor.Fail(Unsupported(path, where, fmt::format("type {}{}", id, name),
-                            "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K and Q6_K"));
+                            "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K"));
     return entry;
   }
   tensor.type = *known->type;

@@ -122,21 +122,20 @@ Vocabulary ReadVocabulary(const std::string& path, GgufKeys& keys) {
 
 // The vocabulary stays 0 if the file leaves it to the number of tokens.
 ModelConfig ReadConfig(const std::string& path, GgufKeys& keys, const Gguf& gguf) {
-  ModelConfig config;
   const std::string_view name = keys.String("general.architecture");
-  if (!keys.status().ok()) return config;
-  const auto facts = FindArchitecture(path, KeyNamed("general.architecture"), name);
-  if (!facts.ok()) {
-    keys.Fail(facts.status());
-    return config;
+  if (!keys.status().ok()) return {};
+  absl::StatusOr<ModelConfig> known =
+      ConfigOfArchitecture(path, KeyNamed("general.architecture"), name);
+  if (!known.ok()) {
+    keys.Fail(known.status());
+    return {};
   }
+  ModelConfig config = *std::move(known);
   const auto key = [&](std::string_view suffix) { return fmt::format("{}.{}", name, suffix); };
   const auto integer = [&](std::string_view suffix, int64_t high,
                            std::optional<int64_t> fallback = {}) {
     return static_cast<int>(keys.Integer(key(suffix), 1, high, fallback));
   };
-  config.architecture = facts->architecture;
-  config.rope_interleaved = facts->gguf_rope_interleaved;
   config.name = keys.String("general.name", std::filesystem::path(path).stem().string());
   config.layers = integer("block_count", kMaxLayers);
   config.hidden = integer("embedding_length", kMaxWidth);

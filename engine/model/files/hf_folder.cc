@@ -35,6 +35,11 @@ constexpr NamePair kLayerNames[] = {
     {"self_attn.k_proj.weight", "attn_k.weight"},
     {"self_attn.v_proj.weight", "attn_v.weight"},
     {"self_attn.o_proj.weight", "attn_output.weight"},
+    {"self_attn.q_proj.bias", "attn_q.bias"},
+    {"self_attn.k_proj.bias", "attn_k.bias"},
+    {"self_attn.v_proj.bias", "attn_v.bias"},
+    {"self_attn.q_norm.weight", "attn_q_norm.weight"},
+    {"self_attn.k_norm.weight", "attn_k_norm.weight"},
     {"post_attention_layernorm.weight", "ffn_norm.weight"},
     {"mlp.gate_proj.weight", "ffn_gate.weight"},
     {"mlp.up_proj.weight", "ffn_up.weight"},
@@ -86,35 +91,46 @@ void ReadRope(const std::string& path, const Json& json, absl::Status* status,
   }
 }
 
-// Absent keys mean what they mean to transformers.
+// Absent keys mean what they mean to transformers; where that depends on the architecture, those
+// beside llama, whose files say it all, must say it.
 absl::StatusOr<ModelConfig> ReadConfig(const std::string& path, const std::string& folder,
                                        const Json& json) {
   absl::Status status;
   JsonKeys keys(path, "", json, &status);
   const std::string type = keys.String("model_type");
   if (!status.ok()) return status;
-  const auto facts = FindArchitecture(path, keys.Where("model_type"), type);
-  if (!facts.ok()) return facts.status();
+  absl::StatusOr<ModelConfig> known = ConfigOfArchitecture(path, keys.Where("model_type"), type);
+  if (!known.ok()) return known.status();
   const auto integer = [&](std::string_view key, int64_t high,
                            std::optional<int64_t> fallback = {}) {
     return static_cast<int>(keys.Integer(key, 1, high, fallback));
   };
-  ModelConfig config;
+  ModelConfig config = *std::move(known);
+  config.rope_interleaved = false;
   std::error_code ignored;
   config.name = std::filesystem::canonical(folder, ignored).filename().string();
-  config.architecture = facts->architecture;
   config.layers = integer("num_hidden_layers", kMaxLayers);
   config.hidden = integer("hidden_size", kMaxWidth);
   config.channels = integer("intermediate_size", kMaxWidth);
   config.heads = integer("num_attention_heads", kMaxWidth);
-  config.kv_heads = integer("num_key_value_heads", kMaxWidth, config.heads);
+  const auto if_llama = [&](int value) {
+    return config.architecture == Architecture::kLlama ? std::optional(value) : std::nullopt;
+  };
+  config.kv_heads = integer("num_key_value_heads", kMaxWidth, if_llama(config.heads));
   config.vocabulary = integer("vocab_size", kMaxVocabulary);
   if (!status.ok()) return status;
-  config.head_dim = integer("head_dim", kMaxHeadDim, config.hidden / config.heads);
-  config.context = integer("max_position_embeddings", kMaxContext, 2048);
+  // Qwen3 takes 128 for an absent head_dim, whatever its width.
+  const int width_of_head = config.hidden / config.heads;
+  config.head_dim = integer("head_dim", kMaxHeadDim,
+                            config.qk_norm ? std::nullopt : std::optional<int64_t>(width_of_head));
+  config.context = integer("max_position_embeddings", kMaxContext, if_llama(2048));
   config.rms_eps = static_cast<float>(keys.Positive("rms_norm_eps", 1, 1e-6));
   config.tied_embeddings = keys.Bool("tie_word_embeddings", false);
   if (keys.String("hidden_act", "silu") != "silu") keys.Unsupported("hidden_act", "silu");
+  if (keys.Bool("use_sliding_window", false)) keys.Unsupported("use_sliding_window", "false");
+  for (const Json& layer : At(json, "layer_types")) {
+    if (layer != "full_attention") keys.Unsupported("layer_types", "full_attention");
+  }
   ReadRope(path, json, &status, config);
   if (!status.ok()) return status;
   return config;

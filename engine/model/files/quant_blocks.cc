@@ -14,20 +14,29 @@ struct Format {
 };
 
 // Indexed by BlockType.
-constexpr std::array<Format, 8> kFormats = {{
+constexpr std::array<Format, 11> kFormats = {{
     {"F32", 1, 4},
     {"F16", 1, 2},
     {"BF16", 1, 2},
     {"Q8_0", 32, 2 + 32},
     {"Q4_0", 32, 2 + 16},
     {"Q4_1", 32, 2 + 2 + 16},
+    {"Q5_0", 32, 2 + 4 + 16},
+    {"Q5_1", 32, 2 + 2 + 4 + 16},
     {"Q4_K", 256, 2 + 2 + 12 + 128},
+    {"Q5_K", 256, 2 + 2 + 12 + 32 + 128},
     {"Q6_K", 256, 128 + 64 + 16 + 2},
 }};
 
 const Format& FormatOf(BlockType type) { return kFormats[static_cast<size_t>(type)]; }
 
 // Blocks lie at any address: safetensors aligns nothing.
+uint32_t Load32(const uint8_t* src) {
+  uint32_t bits;
+  std::memcpy(&bits, src, sizeof(bits));
+  return bits;
+}
+
 uint16_t Load16(const uint8_t* src) {
   uint16_t bits;
   std::memcpy(&bits, src, sizeof(bits));
@@ -67,16 +76,41 @@ void DequantizeQ4_1(const uint8_t* block, float* dst) {
   }
 }
 
-// d, dmin, 12 bytes with a 6-bit scale and a 6-bit minimum for each of 8 runs of 32 values, then
-// 128 bytes: each 32 hold one run in their low nibbles and the next in their high ones.
-// (d * scale) * q - dmin * minimum. Runs 0..3 have their scale in the low 6 bits of bytes 0..3 and
-// their minimum in those of bytes 4..7; runs 4..7 have their low 4 bits in bytes 8..11 (scale in
-// the low nibble, minimum in the high) and their top 2 in what runs 0..3 left of theirs.
-void DequantizeQ4_K(const uint8_t* block, float* dst) {
+// Bit i of `high` is the fifth bit of value i, whose low four are in nibbles as Q4_0's.
+void JoinFiveBits(uint32_t high, const uint8_t* nibbles, int* q) {
+  for (int i = 0; i < 16; ++i) {
+    q[i] = (nibbles[i] & 15) | (high >> i & 1) << 4;
+    q[i + 16] = (nibbles[i] >> 4) | (high >> (i + 16) & 1) << 4;
+  }
+}
+
+// d, the fifth bits, then nibbles: d * (q - 16).
+void DequantizeQ5_0(const uint8_t* block, float* dst) {
+  const float d = LoadHalf(block);
+  int q[32];
+  JoinFiveBits(Load32(block + 2), block + 6, q);
+  for (int i = 0; i < 32; ++i) dst[i] = (q[i] - 16) * d;
+}
+
+// d, m, the fifth bits, then nibbles: d * q + m.
+void DequantizeQ5_1(const uint8_t* block, float* dst) {
+  const float d = LoadHalf(block);
+  const float m = LoadHalf(block + 2);
+  int q[32];
+  JoinFiveBits(Load32(block + 4), block + 8, q);
+  for (int i = 0; i < 32; ++i) dst[i] = q[i] * d + m;
+}
+
+// What Q4_K and Q5_K have in common: d, dmin, then 12 bytes with a 6-bit scale and a 6-bit minimum
+// for each of 8 runs of 32 values: (d * scale) * q - dmin * minimum. Runs 0..3 have their scale in
+// the low 6 bits of bytes 0..3 and their minimum in those of bytes 4..7; runs 4..7 have their low 4
+// bits in bytes 8..11 (scale in the low nibble, minimum in the high) and their top 2 in what runs
+// 0..3 left of theirs. `q_of(run, i)` is the value as stored.
+template <typename QOf>
+void DequantizeRuns(const uint8_t* block, float* dst, QOf q_of) {
   const float d = LoadHalf(block);
   const float d_min = LoadHalf(block + 2);
   const uint8_t* packed = block + 4;
-  const uint8_t* nibbles = block + 16;
   for (int run = 0; run < 8; ++run) {
     int scale;
     int minimum;
@@ -89,10 +123,25 @@ void DequantizeQ4_K(const uint8_t* block, float* dst) {
     }
     const float step = d * scale;
     const float offset = d_min * minimum;
-    const uint8_t* bytes = nibbles + run / 2 * 32;
-    const int shift = run % 2 * 4;
-    for (int i = 0; i < 32; ++i) dst[run * 32 + i] = step * (bytes[i] >> shift & 15) - offset;
+    for (int i = 0; i < 32; ++i) dst[run * 32 + i] = step * q_of(run, i) - offset;
   }
+}
+
+// Runs' scales, then 128 bytes: each 32 hold one run in their low nibbles and the next in their
+// high ones.
+void DequantizeQ4_K(const uint8_t* block, float* dst) {
+  const uint8_t* nibbles = block + 16;
+  DequantizeRuns(block, dst,
+                 [=](int run, int i) { return nibbles[run / 2 * 32 + i] >> (run % 2 * 4) & 15; });
+}
+
+// Runs' scales, then 32 bytes whose bit r is the fifth bit of run r's values, then nibbles as Q4_K.
+void DequantizeQ5_K(const uint8_t* block, float* dst) {
+  const uint8_t* high = block + 16;
+  const uint8_t* nibbles = block + 48;
+  DequantizeRuns(block, dst, [=](int run, int i) {
+    return (nibbles[run / 2 * 32 + i] >> (run % 2 * 4) & 15) | (high[i] >> run & 1) << 4;
+  });
 }
 
 // 128 bytes of low nibbles, 64 of upper bit pairs, 16 int8 scales (one for each 16 values), d:
@@ -148,8 +197,14 @@ void Dequantize(BlockType type, const std::byte* src, int64_t count, float* dst)
       return EachBlock(format, bytes, count, dst, DequantizeQ4_0);
     case BlockType::kQ4_1:
       return EachBlock(format, bytes, count, dst, DequantizeQ4_1);
+    case BlockType::kQ5_0:
+      return EachBlock(format, bytes, count, dst, DequantizeQ5_0);
+    case BlockType::kQ5_1:
+      return EachBlock(format, bytes, count, dst, DequantizeQ5_1);
     case BlockType::kQ4_K:
       return EachBlock(format, bytes, count, dst, DequantizeQ4_K);
+    case BlockType::kQ5_K:
+      return EachBlock(format, bytes, count, dst, DequantizeQ5_K);
     case BlockType::kQ6_K:
       return EachBlock(format, bytes, count, dst, DequantizeQ6_K);
   }

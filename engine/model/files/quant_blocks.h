@@ -7,7 +7,19 @@
 
 namespace espalier {
 
-enum class BlockType : uint8_t { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1, kQ4_K, kQ6_K };
+enum class BlockType : uint8_t {
+  kF32,
+  kF16,
+  kBF16,
+  kQ8_0,
+  kQ4_0,
+  kQ4_1,
+  kQ5_0,
+  kQ5_1,
+  kQ4_K,
+  kQ5_K,
+  kQ6_K
+};
 
 // "F32", "Q4_1" ...
 std::string_view BlockTypeName(BlockType type);

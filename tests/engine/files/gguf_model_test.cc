@@ -133,8 +133,9 @@ TEST(GgufModel, KnowsTheKindsOfTokens) {
 
 TEST(GgufModel, RefusesWhatItWouldComputeWrongly) {
   const auto setting = FaultAfterSetting;
-  EXPECT_EQ(setting("general.architecture", GgufPart::Text("qwen2")),
-            "key \"general.architecture\": architecture \"qwen2\" is not supported, only llama");
+  EXPECT_EQ(setting("general.architecture", GgufPart::Text("gemma")),
+            "key \"general.architecture\": architecture \"gemma\" is not supported, only llama, "
+            "qwen2, qwen3");
   EXPECT_EQ(setting("tokenizer.ggml.model", GgufPart::Text("llama")),
             "key \"tokenizer.ggml.model\": tokenizer \"llama\" is not supported, only gpt2 "
             "(byte-level BPE)");
@@ -150,7 +151,7 @@ TEST(GgufModel, RefusesWhatItWouldComputeWrongly) {
             "key \"llama.rope.scale_linear\": a factor of 4 is not supported, only 1");
   EXPECT_EQ(setting("llama.rope.dimension_count", GgufPart::U32(4)),
             "key \"llama.rope.dimension_count\": expected 8, got 4");
-  for (const char* name : {"rope_freqs.weight", "blk.0.attn_q.bias"}) {
+  for (const char* name : {"rope_freqs.weight", "blk.0.attn_q.bias", "blk.0.attn_q_norm.weight"}) {
     EXPECT_EQ(FaultAfter([&](GgufParts& parts) {
                 GgufTensorPart extra = parts.tensor("output_norm.weight");
                 extra.name = name;

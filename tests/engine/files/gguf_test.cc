@@ -159,10 +159,10 @@ TEST(Gguf, RefusesTypesItDoesNotKnow) {
   EXPECT_THAT(FaultOf(unknown.Bytes()), HasSubstr("key \"key\": expected a type of 0..12, got 13"));
   GgufParts parts;
   parts.tensors = {Floats("a", {256})};
-  parts.tensors[0].type = 13;
+  parts.tensors[0].type = 11;
   EXPECT_EQ(FaultOf(parts.Bytes()),
-            "f.gguf: tensor \"a\": type 13 (Q5_K) is not supported, only F32, F16, BF16, Q8_0, "
-            "Q4_0, Q4_1, Q4_K and Q6_K");
+            "f.gguf: tensor \"a\": type 11 (Q3_K) is not supported, only F32, F16, BF16, Q8_0, "
+            "Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K and Q6_K");
   parts.tensors[0].type = 4000000000;
   EXPECT_THAT(FaultOf(parts.Bytes()), HasSubstr("type 4000000000 is not supported"));
 }

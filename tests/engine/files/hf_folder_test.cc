@@ -1,5 +1,6 @@
 #include "engine/model/files/hf_folder.h"
 
+#include <fmt/format.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -150,16 +151,71 @@ TEST(HfFolder, ReadsRotaryScalingInAllItsSpellings) {
             "config.json: key \"rope_scaling\": expected an object, got \"yarn\"");
 }
 
-TEST(HfFolder, RefusesWhatItWouldComputeWrongly) {
+void AddVector(HfParts& parts, int layer, std::string_view name, int size) {
+  parts.tensors.push_back({fmt::format("model.layers.{}.self_attn.{}", layer, name),
+                           {static_cast<uint64_t>(size)},
+                           "F32",
+                           std::string(size * sizeof(float), '\0')});
+}
+
+void MakeQwen2(HfParts& parts) {
+  parts.config["model_type"] = "qwen2";
+  for (int layer = 0; layer < 2; ++layer) {
+    AddVector(parts, layer, "q_proj.bias", 16);
+    AddVector(parts, layer, "k_proj.bias", 8);
+    AddVector(parts, layer, "v_proj.bias", 8);
+  }
+}
+
+void MakeQwen3(HfParts& parts) {
+  parts.config["model_type"] = "qwen3";
+  parts.config["head_dim"] = 8;
+  for (int layer = 0; layer < 2; ++layer) {
+    for (const char* name : {"q_norm.weight", "k_norm.weight"}) AddVector(parts, layer, name, 8);
+  }
+}
+
+TEST(HfFolder, ReadsQwen2AndQwen3) {
+  EXPECT_EQ(FaultAfter(MakeQwen2), "");
+  EXPECT_EQ(FaultAfter(MakeQwen3), "");
   EXPECT_EQ(FaultAfter([](HfParts& p) { p.config["model_type"] = "qwen2"; }),
-            "config.json: key \"model_type\": architecture \"qwen2\" is not supported, only llama");
+            "tensor \"blk.0.attn_q.bias\" is missing");
+  EXPECT_EQ(FaultAfter([](HfParts& p) {
+              MakeQwen3(p);
+              p.config.erase("head_dim");
+            }),
+            "config.json: key \"head_dim\": expected a value, got none");
+  EXPECT_EQ(FaultAfter([](HfParts& p) {
+              MakeQwen2(p);
+              p.config["use_sliding_window"] = true;
+            }),
+            "config.json: key \"use_sliding_window\": true is not supported, only false");
+  EXPECT_EQ(FaultAfter([](HfParts& p) {
+              MakeQwen3(p);
+              p.config["layer_types"] = {"full_attention", "sliding_attention"};
+            }),
+            "config.json: key \"layer_types\": [\"full_attention\",\"sliding_attention\"] is not "
+            "supported, only full_attention");
+  EXPECT_EQ(FaultAfter([](HfParts& p) {
+              MakeQwen3(p);
+              p.config["attention_bias"] = true;
+              AddVector(p, 0, "q_proj.bias", 16);
+            }),
+            "tensor \"blk.0.attn_q.bias\": a tensor of this name is not supported, only those of a "
+            "plain qwen3");
+}
+
+TEST(HfFolder, RefusesWhatItWouldComputeWrongly) {
+  EXPECT_EQ(FaultAfter([](HfParts& p) { p.config["model_type"] = "gemma"; }),
+            "config.json: key \"model_type\": architecture \"gemma\" is not supported, only llama, "
+            "qwen2, qwen3");
   EXPECT_EQ(FaultAfter([](HfParts& p) { p.config["hidden_act"] = "gelu"; }),
             "config.json: key \"hidden_act\": \"gelu\" is not supported, only silu");
   EXPECT_EQ(FaultAfter([](HfParts& p) {
               p.tensors.push_back({"model.layers.0.self_attn.q_proj.bias", {1}, "F32", "1234"});
             }),
-            "tensor \"model.layers.0.self_attn.q_proj.bias\": a tensor of this name is not "
-            "supported, only those of a plain llama");
+            "tensor \"blk.0.attn_q.bias\": a tensor of this name is not supported, only those of a "
+            "plain llama");
   EXPECT_EQ(FaultAfter([](HfParts& p) { p.config["tie_word_embeddings"] = false; }),
             "tensor \"output.weight\" is missing");
   EXPECT_EQ(

@@ -68,7 +68,8 @@ TEST(F32, IsCopied) {
 
 INSTANTIATE_TEST_SUITE_P(All, QuantBlocks,
                          testing::Values(BlockType::kF16, BlockType::kBF16, BlockType::kQ8_0,
-                                         BlockType::kQ4_0, BlockType::kQ4_1, BlockType::kQ4_K,
+                                         BlockType::kQ4_0, BlockType::kQ4_1, BlockType::kQ5_0,
+                                         BlockType::kQ5_1, BlockType::kQ4_K, BlockType::kQ5_K,
                                          BlockType::kQ6_K),
                          [](const auto& info) { return std::string(BlockTypeName(info.param)); });
 

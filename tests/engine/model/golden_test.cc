@@ -61,8 +61,10 @@ TEST_P(GoldenTest, TinyModelsInFp32MatchInEveryFileType) {
   REQUIRE_PATH(golden, "ESPALIER_GOLDEN");
   const std::string tiny = golden + "/tiny/";
   const auto ids = ReadJson(tiny + "manifest.json")["seq"].get<std::vector<int32_t>>();
-  for (const std::string name : {"llama", "llama3rope", "llama-F32.gguf", "llama-Q8_0.gguf",
-                                 "llama-Q4_0.gguf", "llama-Q4_1.gguf", "llamawide-Q4_K_M.gguf"}) {
+  for (const std::string name :
+       {"llama", "llama3rope", "llama-F32.gguf", "llama-Q8_0.gguf", "llama-Q4_0.gguf",
+        "llama-Q4_1.gguf", "llamawide-Q4_K_M.gguf", "qwen2", "qwen2-BF16.gguf", "qwen2-Q8_0.gguf",
+        "qwen2-Q4_1.gguf", "qwen3", "qwen3-F16.gguf", "qwen3-Q4_0.gguf"}) {
     ForwardHarness model(tiny + name, {.isa = GetParam(), .weights = WeightType::kF32});
     const bool gguf = name.ends_with(".gguf");
     const std::vector<float> expected =
@@ -78,7 +80,8 @@ TEST_P(GoldenTest, TinyModelsInInt8StayWithinTwiceLlamaCppsDistance) {
   const std::string tiny = golden + "/tiny/";
   const json manifest = ReadJson(tiny + "manifest.json");
   const auto ids = manifest["seq"].get<std::vector<int32_t>>();
-  for (const std::string name : {"llama-Q8_0", "llama-Q4_0", "llama-Q4_1", "llamawide-Q4_K_M"}) {
+  for (const std::string name : {"llama-Q8_0", "llama-Q4_0", "llama-Q4_1", "llamawide-Q4_K_M",
+                                 "qwen2-Q8_0", "qwen2-Q4_1", "qwen3-Q4_0"}) {
     ForwardHarness model(tiny + name + ".gguf", {.isa = GetParam(), .weights = WeightType::kInt8});
     const std::vector<float> expected = ReadNpy(tiny + name + ".logits_f32.npy");
     const std::vector<float> logits = model.Logits(ids);

@@ -11,13 +11,16 @@
 #include "engine/engine.h"
 #include "engine/model/model_executor.h"
 #include "engine/model/sampler.h"
+#include "fmt/format.h"
 #include "gtest/gtest.h"
 #include "tests/engine/model/forward_harness.h"
 
 namespace espalier {
 namespace {
 
-const char* const kTinyModel = ESPALIER_SOURCE_DIR "/tests/golden/data/tiny-llama.gguf";
+// One of each architecture.
+constexpr const char* kTinyModels[] = {"tiny-llama", "tiny-qwen2-quantized",
+                                       "tiny-qwen3-quantized"};
 
 std::vector<int32_t> RandomIds(int count, int vocabulary, uint64_t seed) {
   std::vector<int32_t> ids(count);
@@ -32,21 +35,30 @@ bool BitEqual(std::span<const float> a, std::span<const float> b) {
 }
 
 struct Path {
+  const char* model;
   Isa isa;
   WeightType weights;
+
+  std::string file() const {
+    return fmt::format("{}/tests/golden/data/{}.gguf", ESPALIER_SOURCE_DIR, model);
+  }
 };
 
 std::vector<Path> AllPaths() {
   std::vector<Path> paths;
-  for (Isa isa : SupportedIsas()) {
-    for (WeightType weights : {WeightType::kF32, WeightType::kInt8})
-      paths.push_back({isa, weights});
+  for (const char* model : kTinyModels) {
+    for (Isa isa : SupportedIsas()) {
+      for (WeightType weights : {WeightType::kF32, WeightType::kInt8})
+        paths.push_back({model, isa, weights});
+    }
   }
   return paths;
 }
 
 std::string PathName(const Path& path) {
-  return std::string(IsaName(path.isa)) + (path.weights == WeightType::kF32 ? "_fp32" : "_int8");
+  const std::string_view architecture = std::string_view(path.model).substr(5, 5);
+  return fmt::format("{}_{}_{}", architecture, IsaName(path.isa),
+                     path.weights == WeightType::kF32 ? "fp32" : "int8");
 }
 
 KvType KvOf(const Path& path) {
@@ -55,11 +67,14 @@ KvType KvOf(const Path& path) {
 
 class IndependenceTest : public ::testing::TestWithParam<Path> {
  protected:
-  // The real model if it is at hand, for its widths; the tiny one always.
+  // The real model if it is at hand, for its widths; a tiny one always.
   static std::vector<std::string> Models() {
-    std::vector<std::string> models = {kTinyModel};
+    std::vector<std::string> models = {GetParam().file()};
     const std::string real = PathFromEnvironment("ESPALIER_MODEL");
-    if (!real.empty() && GetParam().isa == SupportedIsas().back()) models.push_back(real);
+    if (!real.empty() && GetParam().model == kTinyModels[0] &&
+        GetParam().isa == SupportedIsas().back()) {
+      models.push_back(real);
+    }
     return models;
   }
 };
@@ -116,7 +131,7 @@ TEST_P(IndependenceTest, LogitsAreBitEqualOnOneThreadAndTwo) {
                                         .threads = 1};
   ForwardHarness::Options two = options;
   two.threads = 2;
-  ForwardHarness one_thread(kTinyModel, options), two_threads(kTinyModel, two);
+  ForwardHarness one_thread(GetParam().file(), options), two_threads(GetParam().file(), two);
   const std::vector<int32_t> ids = RandomIds(40, one_thread.file().config().vocabulary, 2);
   EXPECT_TRUE(BitEqual(one_thread.Logits(ids), two_threads.Logits(ids)));
 }
@@ -126,7 +141,7 @@ class Served {
  public:
   explicit Served(const Path& path, int kv_pages_tokens = 0) {
     backend_ = CreateCpuBackend({.isa = path.isa}).value();
-    const auto file = ModelFile::Open(kTinyModel).value();
+    const auto file = ModelFile::Open(path.file()).value();
     const ModelConfig& config = file->config();
     ModelOptions options{.weights = path.weights, .kv = KvOf(path), .max_batch_tokens = 48};
     if (kv_pages_tokens > 0) {
@@ -217,10 +232,10 @@ TEST_P(IndependenceTest, ServedTokensAreTheSameAloneInACrowdAndAfterPreemption) 
 }
 
 TEST_P(IndependenceTest, AKeepProfileDependsOnTheKeptRowsOnly) {
-  ForwardHarness model(kTinyModel, {.isa = GetParam().isa,
-                                    .weights = GetParam().weights,
-                                    .kv = KvOf(GetParam()),
-                                    .max_rows = 64});
+  ForwardHarness model(GetParam().file(), {.isa = GetParam().isa,
+                                           .weights = GetParam().weights,
+                                           .kv = KvOf(GetParam()),
+                                           .max_rows = 64});
   const ModelConfig& config = model.file().config();
   const std::vector<int32_t> ids = RandomIds(20, config.vocabulary, 3);
   const std::vector<float> dense = model.Logits(ids);
@@ -246,6 +261,10 @@ TEST_P(IndependenceTest, AKeepProfileDependsOnTheKeptRowsOnly) {
 
   std::reverse(ranking.begin(), ranking.begin() + kept);  // among the kept: another summing order
   rank_channels(ranking);
+  for (int layer = 0; layer < config.layers; ++layer) {
+    ASSERT_TRUE(
+        model.selector().SetRanking(layer, SiteKind::kHeads, std::vector<int32_t>{2, 0, 1, 3}));
+  }
   const std::vector<float> reordered = model.Logits(ids);
   double moved = 0, pruning = 0;
   for (size_t i = 0; i < pruned.size(); ++i) {
@@ -256,7 +275,7 @@ TEST_P(IndependenceTest, AKeepProfileDependsOnTheKeptRowsOnly) {
 }
 
 TEST_P(IndependenceTest, WithoutBlocksARowIsItsTokenAndNothingElse) {
-  ForwardHarness model(kTinyModel, {.isa = GetParam().isa, .weights = GetParam().weights});
+  ForwardHarness model(GetParam().file(), {.isa = GetParam().isa, .weights = GetParam().weights});
   const ModelConfig& config = model.file().config();
   for (int layer = 0; layer < config.layers; ++layer) {
     model.keep().Keep(layer, SiteKind::kChannels, 0);

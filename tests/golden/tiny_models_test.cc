@@ -1,4 +1,4 @@
-// The forward pass against make_tiny_model.py's, over all three forms of the project's own model.
+// The forward pass against make_tiny_model.py's, over all forms of the project's own models.
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -42,14 +42,14 @@ struct Form {
   const char* weights;  // by which expected values are named
 };
 
-class TinyLlama : public testing::TestWithParam<Form> {
+class TinyModels : public testing::TestWithParam<Form> {
  protected:
-  TinyLlama() : harness_(kData + GetParam().model, {.max_rows = 64, .threads = 1}) {}
+  TinyModels() : harness_(kData + GetParam().model, {.max_rows = 64, .threads = 1}) {}
 
   ForwardHarness harness_;
 };
 
-TEST_P(TinyLlama, HasTheLogitsOfTheIndependentForwardPass) {
+TEST_P(TinyModels, HasTheLogitsOfTheIndependentForwardPass) {
   const auto ids = Expected()["ids"].get<std::vector<int32_t>>();
   const std::vector<float> expected =
       ReadFloats(kData + GetParam().weights + std::string(".logits.f32"));
@@ -64,7 +64,7 @@ TEST_P(TinyLlama, HasTheLogitsOfTheIndependentForwardPass) {
   EXPECT_LT(worst, kTolerance);
 }
 
-TEST_P(TinyLlama, ContinuesGreedilyAsExpected) {
+TEST_P(TinyModels, ContinuesGreedilyAsExpected) {
   const nlohmann::json expected = Expected();
   auto ids = expected["ids"].get<std::vector<int32_t>>();
   const nlohmann::json& answer = expected[GetParam().weights];
@@ -78,12 +78,14 @@ TEST_P(TinyLlama, ContinuesGreedilyAsExpected) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, TinyLlama,
-                         testing::Values(Form{"GgufF32", "tiny-llama.gguf", "tiny-llama"},
-                                         Form{"FolderBF16", "tiny-llama", "tiny-llama"},
-                                         Form{"GgufQuantized", "tiny-llama-quantized.gguf",
-                                              "tiny-llama-quantized"}),
-                         [](const auto& info) { return std::string(info.param.name); });
+INSTANTIATE_TEST_SUITE_P(
+    Forms, TinyModels,
+    testing::Values(Form{"GgufF32", "tiny-llama.gguf", "tiny-llama"},
+                    Form{"FolderBF16", "tiny-llama", "tiny-llama"},
+                    Form{"GgufQuantized", "tiny-llama-quantized.gguf", "tiny-llama-quantized"},
+                    Form{"Qwen2", "tiny-qwen2-quantized.gguf", "tiny-qwen2-quantized"},
+                    Form{"Qwen3", "tiny-qwen3-quantized.gguf", "tiny-qwen3-quantized"}),
+    [](const auto& info) { return std::string(info.param.name); });
 
 }  // namespace
 }  // namespace espalier
