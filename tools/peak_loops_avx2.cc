@@ -10,6 +10,7 @@ constexpr int kSums = 10;
 
 double F32Peak(int64_t iterations) {
   __m256 sum[kSums] = {};
+  for (__m256& s : sum) asm volatile("" : "+x"(s));  // else all are one
   __m256 a = _mm256_set1_ps(0.999f);
   __m256 b = _mm256_set1_ps(1e-3f);
   for (int64_t i = 0; i < iterations; ++i) {
