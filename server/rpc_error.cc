@@ -99,8 +99,8 @@ RpcError NeverFits(FieldViolation violation, int max_sequence_tokens) {
 
 RpcError UnknownModel(std::string_view asked, std::string_view served) {
   return StatusBuilder(grpc::StatusCode::NOT_FOUND,
-                       // Cut: what a caller sends is not echoed without bound.
-                       fmt::format("model: expected \"{}\" or empty, got \"{}\"", served,
+                       // Cut and escaped: what a caller sends is echoed in one bounded line.
+                       fmt::format("model: expected \"{}\" or empty, got {:?}", served,
                                    asked.substr(0, ValidUtf8Prefix(asked.substr(0, 64)))))
       .Build("not_found");
 }

@@ -10,7 +10,8 @@
 namespace espalier::jinja {
 
 // Behaves as jinja2 does with trim_blocks, lstrip_blocks, loopcontrols and the sandbox, which is
-// how transformers sets it up; README.md lists what is known.
+// how transformers sets it up; README.md lists what is known. Errors are one line of at most 515
+// bytes of UTF-8, whatever they quote.
 class Template {
  public:
   // InvalidArgument, "line N: ...", for what is malformed or unknown.

@@ -225,6 +225,14 @@ TEST(JinjaTest, RenderErrorsNameTheLineAndTheValue) {
   EXPECT_EQ(Render("{{ (-9223372036854775807 - 1) % -1 }}"), "0");
 }
 
+TEST(JinjaTest, ErrorsAreOneBoundedLineOfUtf8) {
+  EXPECT_EQ(Render("{{ raise_exception('two\\nlines\x80') }}", "{}"), "<two lines\xEF\xBF\xBD>");
+  EXPECT_EQ(CompileError("{{ [] | select('no\n such') }}"), "line 1: unknown test 'no  such'");
+  const std::string name(1000, 'x');
+  EXPECT_THAT(CompileError("{{ [] | select('" + name + "') }}"),
+              testing::AllOf(testing::SizeIs(515), testing::EndsWith("x...")));
+}
+
 TEST(JinjaTest, StrftimeNowIsNotDefinedWithoutAClock) {
   EXPECT_EQ(Render("{{ strftime_now('%Y') if strftime_now is defined else 'fixed' }}"), "fixed");
   EXPECT_THAT(Render("{{ strftime_now('%Y') }}"), HasSubstr("needs a clock"));
