@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <unordered_set>
 #include <vector>
 
@@ -96,6 +97,11 @@ absl::Status CheckConfig(const std::string& path, const ModelConfig& config,
   if (static_cast<int64_t>(config.heads) * config.head_dim > kMaxWidth) {
     return Mismatch(path, "heads x head dimension", fmt::format("at most {}", kMaxWidth),
                     fmt::format("{} x {}", config.heads, config.head_dim));
+  }
+  const std::vector<float> frequencies = InverseFrequencies(config);
+  if (!std::ranges::all_of(frequencies, [](float f) { return std::isfinite(f); })) {
+    return Mismatch(path, "rotary base and scaling", "frequencies that a float can hold",
+                    fmt::format("a base of {}", config.rope_theta));
   }
   if (static_cast<int>(vocabulary.tokens.size()) != config.vocabulary) {
     return Mismatch(path, "tokenizer", fmt::format("{} tokens", config.vocabulary),

@@ -379,7 +379,13 @@ std::string_view GgufKeys::String(std::string_view key, std::optional<std::strin
   return fallback.value_or("");
 }
 
-std::vector<std::string_view> GgufKeys::Strings(std::string_view key) {
+bool GgufKeys::AtMost(std::string_view key, const GgufValue& array, uint64_t most) {
+  if (array.count <= most) return true;
+  Expected(key, fmt::format("at most {} elements", most), fmt::format("{}", array.count));
+  return false;
+}
+
+std::vector<std::string_view> GgufKeys::Strings(std::string_view key, uint64_t most) {
   std::vector<std::string_view> strings;
   const GgufValue* value = Value(key, true);
   if (value == nullptr) return strings;
@@ -387,6 +393,7 @@ std::vector<std::string_view> GgufKeys::Strings(std::string_view key) {
     Expected(key, "an array of strings", FactsOf(value->type).name);
     return strings;
   }
+  if (!AtMost(key, *value, most)) return strings;
   strings.reserve(value->count);
   for (std::string_view left = value->bytes; !left.empty();) {
     uint64_t size;
@@ -397,10 +404,10 @@ std::vector<std::string_view> GgufKeys::Strings(std::string_view key) {
   return strings;
 }
 
-std::vector<int64_t> GgufKeys::Integers(std::string_view key) {
+std::vector<int64_t> GgufKeys::Integers(std::string_view key, uint64_t most) {
   std::vector<int64_t> integers;
   const GgufValue* value = Value(key, true);
-  if (value == nullptr) return integers;
+  if (value == nullptr || !AtMost(key, *value, most)) return integers;
   bool is_integer = value->type == GgufType::kArray;
   const uint64_t step = FactsOf(value->element).bytes;
   for (uint64_t i = 0; is_integer && i < value->count; ++i) {

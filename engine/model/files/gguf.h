@@ -60,8 +60,9 @@ class GgufKeys {
   double Positive(std::string_view key, double high, std::optional<double> fallback = {});
   bool Bool(std::string_view key, bool fallback);
   std::string_view String(std::string_view key, std::optional<std::string_view> fallback = {});
-  std::vector<std::string_view> Strings(std::string_view key);
-  std::vector<int64_t> Integers(std::string_view key);
+  // At most `most` elements, which is checked before there is memory for any.
+  std::vector<std::string_view> Strings(std::string_view key, uint64_t most);
+  std::vector<int64_t> Integers(std::string_view key, uint64_t most);
 
   void Fail(absl::Status status) { status_.Update(status); }
   const absl::Status& status() const { return status_; }
@@ -69,6 +70,8 @@ class GgufKeys {
  private:
   // Null if absent, which is a fault if it is `required`.
   const GgufValue* Value(std::string_view key, bool required);
+  // Whether an array has at most `most` elements; a fault if not.
+  bool AtMost(std::string_view key, const GgufValue& array, uint64_t most);
   void Expected(std::string_view key, std::string_view expected, std::string_view got);
 
   const std::string& path_;

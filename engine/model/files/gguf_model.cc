@@ -33,8 +33,8 @@ std::string KeyNamed(std::string_view key) { return fmt::format("key {}", Quoted
 
 void ReadTokens(const std::string& path, GgufKeys& keys, Vocabulary& vocabulary) {
   const std::string_view kTypes = "tokenizer.ggml.token_type";
-  const std::vector<std::string_view> texts = keys.Strings("tokenizer.ggml.tokens");
-  const std::vector<int64_t> types = keys.Integers(kTypes);
+  const std::vector<std::string_view> texts = keys.Strings("tokenizer.ggml.tokens", kMaxVocabulary);
+  const std::vector<int64_t> types = keys.Integers(kTypes, kMaxVocabulary);
   if (!keys.status().ok()) return;
   if (types.size() != texts.size()) {
     keys.Fail(Mismatch(path, KeyNamed(kTypes),
@@ -70,7 +70,7 @@ void ReadTokens(const std::string& path, GgufKeys& keys, Vocabulary& vocabulary)
 
 void ReadMerges(const std::string& path, GgufKeys& keys, Vocabulary& vocabulary) {
   const std::string_view kMerges = "tokenizer.ggml.merges";
-  for (const std::string_view merge : keys.Strings(kMerges)) {
+  for (const std::string_view merge : keys.Strings(kMerges, kMaxVocabulary)) {
     const size_t space = merge.find(' ');
     if (space == std::string_view::npos || merge.find(' ', space + 1) != std::string_view::npos) {
       keys.Fail(Mismatch(path,

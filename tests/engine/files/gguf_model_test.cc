@@ -210,6 +210,16 @@ TEST(GgufModel, RefusesDimensionsThatDoNotFit) {
             "1000000000000, got 1e-60");
 }
 
+TEST(GgufModel, RefusesRotaryFrequenciesThatAFloatCannotHold) {
+  EXPECT_EQ(FaultAfter([](GgufParts& parts) {
+              parts.Remove("llama.rope.dimension_count");
+              parts.Set("llama.attention.key_length", GgufPart::U32(64));
+              parts.Set("llama.rope.freq_base", GgufPart::F32(1e-42f));
+            }),
+            "rotary base and scaling: expected frequencies that a float can hold, got a base of "
+            "1e-42");
+}
+
 TEST(GgufModel, RefusesMergesThatAreNoPair) {
   for (const char* merge : {"th", "t h e", ""}) {
     EXPECT_EQ(FaultAfterSetting("tokenizer.ggml.merges", GgufPart::Texts({"t h", merge})),

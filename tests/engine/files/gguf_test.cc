@@ -44,8 +44,8 @@ TEST(Gguf, ReadsKeysAndTensorsSortedByName) {
   EXPECT_EQ(keys.Positive("rate", 1), 0.5);
   EXPECT_TRUE(keys.Bool("flag", false));
   EXPECT_EQ(keys.String("text"), "hello");
-  EXPECT_THAT(keys.Strings("texts"), ElementsAre("a", "", "ccc"));
-  EXPECT_THAT(keys.Integers("numbers"), ElementsAre(-1, 2));
+  EXPECT_THAT(keys.Strings("texts", 3), ElementsAre("a", "", "ccc"));
+  EXPECT_THAT(keys.Integers("numbers", 2), ElementsAre(-1, 2));
   EXPECT_EQ(keys.Integer("missing", 0, 9, 5), 5);
   EXPECT_TRUE(keys.status().ok()) << keys.status();
 
@@ -67,7 +67,8 @@ TEST(GgufKeys, NameTheKeyAndKeepTheFirstFault) {
                 {"minus", {11, std::string(8, '\xff')}},
                 {"not a number", GgufPart::F32(__builtin_nanf(""))},
                 {"text", GgufPart::Text("x")},
-                {"numbers", GgufPart::Integers({1})}};
+                {"numbers", GgufPart::Integers({1})},
+                {"texts", GgufPart::Texts({"a", "b"})}};
   const std::string bytes = parts.Bytes();
   const auto gguf = ParseGguf("f", bytes);
   ASSERT_TRUE(gguf.ok()) << gguf.status();
@@ -92,10 +93,14 @@ TEST(GgufKeys, NameTheKeyAndKeepTheFirstFault) {
             "f: key \"not a number\": expected a 32-bit float above 0 and at most 1, got nan");
   EXPECT_EQ(fault([](GgufKeys& k) { k.Bool("count", false); }),
             "f: key \"count\": expected a bool, got uint32");
-  EXPECT_EQ(fault([](GgufKeys& k) { k.Strings("numbers"); }),
+  EXPECT_EQ(fault([](GgufKeys& k) { k.Strings("numbers", 9); }),
             "f: key \"numbers\": expected an array of strings, got array");
-  EXPECT_EQ(fault([](GgufKeys& k) { k.Integers("text"); }),
+  EXPECT_EQ(fault([](GgufKeys& k) { k.Integers("text", 9); }),
             "f: key \"text\": expected an array of integers, got string");
+  EXPECT_EQ(fault([](GgufKeys& k) { k.Integers("numbers", 0); }),
+            "f: key \"numbers\": expected at most 0 elements, got 1");
+  EXPECT_EQ(fault([](GgufKeys& k) { k.Strings("texts", 1); }),
+            "f: key \"texts\": expected at most 1 elements, got 2");
   EXPECT_EQ(fault([](GgufKeys&) {}), "f: key \"missing\": expected a value, got none");
 }
 
