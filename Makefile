@@ -1,6 +1,6 @@
 # The commands of this tree; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve bench build debug asan tsan format format-check tidy layering \
+.PHONY: help demo test serve bench build debug asan tsan fuzz format format-check tidy layering \
   lint-proto packages clean
 
 SCRIPTS := tools/scripts
@@ -9,7 +9,7 @@ SOURCES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h'
 NEED_SOURCES = @[ -n "$(SOURCES)" ] || { echo "format: git lists no sources here" >&2; exit 1; }
 
 help: ## This list
-	@echo "MODEL=path uses a model of yours, ARGS='--flag ...' goes to serve, bench and tidy."
+	@echo "MODEL=path uses a model of yours, ARGS='--flag ...' goes to serve, bench, fuzz and tidy."
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
 demo: ## Fetch a model, serve it, stream an answer, run a burst, drain
@@ -35,6 +35,9 @@ asan: ## Every test under AddressSanitizer, LeakSanitizer and UBSan
 
 tsan: ## Every test that links no gRPC under ThreadSanitizer
 	@$(SCRIPTS)/test.sh tsan
+
+fuzz: ## Every fuzzer for FUZZ_SECONDS=5 each; ARGS='gguf request': those alone
+	@$(SCRIPTS)/fuzz.sh $(ARGS)
 
 format: ## Format the C++ sources in place
 	@$(SCRIPTS)/install_packages.sh clang

@@ -3,8 +3,6 @@
 import json
 import struct
 
-import numpy as np
-
 TYPE_IDS = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "BF16": 30}
 ALIGNMENT = 32
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Configures and builds a preset (release, debug, asan, tsan), installing what that needs.
+# Configures and builds a preset (release, debug, asan, tsan, fuzz), installing what that needs.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 preset=$1
 
 groups=(build)
-case $preset in asan | tsan) groups+=(clang) ;; esac
+case $preset in asan | tsan | fuzz) groups+=(clang) ;; esac
 tools/scripts/install_packages.sh "${groups[@]}"
 mkdir -p build
 if ! cmake --preset "$preset" >"build/$preset.log" 2>&1; then
@@ -16,4 +16,4 @@ fi
 # Another clone of this tree finds what this one compiled.
 export CCACHE_BASEDIR=$PWD CCACHE_NOHASHDIR=1
 # A core's worth of jobs, not ninja's two more: a unit with gRPC in it takes 400 MB.
-cmake --build "build/$preset" -j "$(nproc)"
+cmake --build --preset "$preset" -j "$(nproc)"
