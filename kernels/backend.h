@@ -96,8 +96,9 @@ struct MatMulTarget {
 //   kOutputRows: out [rows, selection.count()]; x [rows, weight.cols].
 //   kInputRows:  out [rows, weight.cols];       x [rows, selection.count()], compact: column i
 //                belongs to weight row selection[i].
-// Int8 weights quantise x per row and group of kQuantGroup (symmetric, round to nearest even) and
-// sum groups in fp32, in order. All targets of one call share type and layout.
+// Integer weights quantise x per row and group of kQuantGroup (symmetric int8, round to nearest
+// even) and sum groups in fp32, in order. All targets of one call share their layout, and are all
+// kF32 or all integers.
 struct MatMulArgs {
   enum class Output : uint8_t { kOverwrite, kAdd };
 
@@ -161,7 +162,7 @@ class Backend {
   // Bytes of scratch held for the ops, which grows with the largest call seen; for the ledger.
   virtual uint64_t workspace_bytes() const = 0;
 
-  // Copies and, for kInt8, quantises a matrix given in fp32 row by row. `read_row(r, dst)` fills
+  // Packs and, for integers, quantises a matrix given in fp32 row by row. `read_row(r, dst)` fills
   // weight.cols values of stored row r; it is called from several threads, each row once.
   virtual absl::StatusOr<Weight> UploadWeight(
       WeightType type, WeightLayout layout, int rows, int cols,

@@ -159,8 +159,14 @@ const std::vector<Setting>& Settings() {
        Text(&O::model, "PATH", "a .gguf file or a Hugging Face folder")},
       {kModel, "model-name", "Name in answers and metrics; empty: as the file says",
        Text(&O::model_name, "NAME", "any text")},
-      {kModel, "weights", "Type of the weights in memory; f32 is the reference",
-       Choice<WeightType>(&O::weights, {{"int8", WeightType::kInt8}, {"f32", WeightType::kF32}})},
+      {kModel, "weights",
+       "Type of the weights in memory; auto: int4 what the file has in 4 bits, else int8; int4: "
+       "the "
+       "layers, with the LM head in int8; f32 is the reference",
+       Choice<WeightPlan>(&O::weights, {{"auto", WeightPlan::kAuto},
+                                        {"int4", WeightPlan::kInt4},
+                                        {"int8", WeightPlan::kInt8},
+                                        {"f32", WeightPlan::kF32}})},
       {kModel, "kv-type", "Type of keys and values; auto: f32 with f32 weights, else f16",
        Choice<std::optional<KvType>>(&O::kv_type,
                                      {{"auto", {}}, {"f16", KvType::kF16}, {"f32", KvType::kF32}})},

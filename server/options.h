@@ -8,9 +8,9 @@
 #include <string_view>
 
 #include "absl/status/statusor.h"
+#include "engine/model/weight_plan.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/cpu_backend.h"
-#include "kernels/weight.h"
 
 namespace espalier {
 
@@ -24,7 +24,7 @@ struct ServerOptions {
   // Name in answers and metrics; empty: as the model's file says.
   std::string model_name;
   // int8 quantised on loading (default), or f32, the reference.
-  WeightType weights = WeightType::kInt8;
+  WeightPlan weights = WeightPlan::kAuto;
   // How keys and values are kept; none (auto): f32 with f32 weights, else f16.
   std::optional<KvType> kv_type;
   // Bytes for KV pages; 0 (auto): ModelOptions::kv_bytes says what is taken.
@@ -71,7 +71,7 @@ struct ServerOptions {
 
   // kv_type, with auto resolved.
   KvType effective_kv_type() const {
-    return kv_type.value_or(weights == WeightType::kF32 ? KvType::kF32 : KvType::kF16);
+    return kv_type.value_or(weights == WeightPlan::kF32 ? KvType::kF32 : KvType::kF16);
   }
 };
 

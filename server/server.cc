@@ -143,7 +143,7 @@ class Server {
     model_.config = executor_->config();
     model_.name = options_.model_name.empty() ? model_.config.name : options_.model_name;
     model_.max_sequence_tokens = engine_->scheduler().max_sequence_tokens();
-    model_.weight_type = options_.weights == WeightType::kF32 ? "f32" : "int8";
+    model_.weight_type = executor_->weight_types();
     model_.kv_type = options_.effective_kv_type() == KvType::kF32 ? "f32" : "f16";
     model_.device = backend_->Describe();
     Log(LogLevel::kInfo, "model loaded",

@@ -155,7 +155,9 @@ absl::Status Run(const Options& options) {
   const ModelConfig& config = model->executor->config();
   const double weight_bytes = static_cast<double>(model->executor->ledger({}).weights);
   const ModelCosts costs =
-      CostsOf(config, weight_bytes, model->weights, model->kv == KvType::kF16 ? 2 : 4);
+      CostsOf(config, weight_bytes,
+              model->executor->weight_types() == "f32" ? WeightType::kF32 : WeightType::kInt8,
+              model->kv == KvType::kF16 ? 2 : 4);
 
   MeasuredCeilings ceilings;
   CpuWatch watch;
@@ -167,7 +169,7 @@ absl::Status Run(const Options& options) {
   const std::string machine =
       fmt::format("{}, {}, {} threads", MachineName(), IsaName(model->isa), model->threads);
   fmt::print("{}, {:.0f} MB of {} weights, {} KV\n{}\n", config.name, weight_bytes / 1e6,
-             options.model.weights, model->kv == KvType::kF16 ? "f16" : "f32", machine);
+             model->executor->weight_types(), model->kv == KvType::kF16 ? "f16" : "f32", machine);
   fmt::print(
       "DRAM read {:.1f} GB/s with 1 thread, {:.1f} GB/s with {} ({} MiB read); int8 {:.0f} GOP/s, "
       "fp32 {:.0f} GFLOP/s\n",
@@ -214,7 +216,7 @@ absl::Status Run(const Options& options) {
   Json figures = {{"machine", machine},
                   {"commit", kCommit},
                   {"model", config.name},
-                  {"weights", options.model.weights},
+                  {"weights", model->executor->weight_types()},
                   {"turns", options.turns},
                   {"threads", model->threads},
                   {"generated_tokens", options.generate},

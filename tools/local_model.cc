@@ -25,8 +25,11 @@ void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options) {
         ->capture_default_str()
         ->group("Model in this process");
   };
-  choice("--weights", options->weights, "How weights are kept; f32 is the reference",
-         {"int8", "f32"});
+  choice(
+      "--weights", options->weights,
+      "How weights are kept; auto: int4 what the file has in 4 bits, else int8; int4: the layers, "
+      "with the LM head in int8; f32 is the reference",
+      {"auto", "int4", "int8", "f32"});
   choice("--kv", options->kv, "How keys and values are kept; auto: f32 with f32 weights, else f16",
          {"auto", "f16", "f32"});
   choice("--isa", options->isa, "Instruction set; auto: the best this machine has",
@@ -50,8 +53,11 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
   if (!file.ok()) return file.status();
   model.file = *std::move(file);
 
-  model.weights = options.weights == "f32" ? WeightType::kF32 : WeightType::kInt8;
-  model.kv = options.kv == "f32" || (options.kv == "auto" && model.weights == WeightType::kF32)
+  const WeightPlan weights = options.weights == "f32"    ? WeightPlan::kF32
+                             : options.weights == "int8" ? WeightPlan::kInt8
+                             : options.weights == "int4" ? WeightPlan::kInt4
+                                                         : WeightPlan::kAuto;
+  model.kv = options.kv == "f32" || (options.kv == "auto" && weights == WeightPlan::kF32)
                  ? KvType::kF32
                  : KvType::kF16;
   model.isa = SupportedIsas().back();
@@ -75,7 +81,7 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
   Progress bar("loading " + config.name);
   absl::StatusOr<std::unique_ptr<ModelExecutor>> executor =
       ModelExecutor::Load(*model.file, model.backend.get(),
-                          {.weights = model.weights,
+                          {.weights = weights,
                            .kv = model.kv,
                            .kv_bytes = pages * page.page_bytes(),
                            .max_batch_tokens = step_rows},

@@ -22,7 +22,7 @@ namespace espalier {
 
 struct LocalModelOptions {
   std::string model;  // path; empty: none
-  std::string weights = "int8";
+  std::string weights = "auto";
   std::string kv = "auto";
   std::string isa = "auto";
   int threads = 0;
@@ -35,7 +35,6 @@ struct LocalModel {
   std::unique_ptr<ModelFile> file;
   std::unique_ptr<Backend> backend;
   std::unique_ptr<ModelExecutor> executor;
-  WeightType weights = WeightType::kInt8;
   KvType kv = KvType::kF16;
   Isa isa = Isa::kPortable;
   int threads = 1;

@@ -16,9 +16,9 @@ namespace {
 // fault, which stays in status(), nothing more is read.
 class Loader {
  public:
-  Loader(const ModelFile& file, Backend* backend, WeightType type, int total,
+  Loader(const ModelFile& file, Backend* backend, WeightPlan plan, int total,
          const std::function<void(int, int)>& progress)
-      : file_(file), backend_(backend), type_(type), total_(total), progress_(progress) {}
+      : file_(file), backend_(backend), plan_(plan), total_(total), progress_(progress) {}
 
   void Vector(const std::string& name, int size, std::vector<float>* out) {
     const StoredTensor* tensor = Find(name, 1, size);
@@ -38,7 +38,7 @@ class Loader {
     const StoredTensor* tensor = Find(name, rows, cols);
     if (tensor == nullptr) return;
     Keep(name,
-         backend_->UploadWeight(type_, WeightLayout::kOutputRows, rows, cols,
+         backend_->UploadWeight(TypeFor(*tensor), WeightLayout::kOutputRows, rows, cols,
                                 [&](int row, float* dst) { tensor->ReadRow(row, dst); }),
          out);
   }
@@ -58,7 +58,7 @@ class Loader {
       }
     });
     Keep(name,
-         backend_->UploadWeight(type_, WeightLayout::kInputRows, inputs, outputs,
+         backend_->UploadWeight(TypeFor(*tensor), WeightLayout::kInputRows, inputs, outputs,
                                 [&](int row, float* dst) {
                                   const float* src =
                                       &transposed_[static_cast<size_t>(row) * outputs];
@@ -71,6 +71,10 @@ class Loader {
   uint64_t bytes() const { return bytes_; }
 
  private:
+  WeightType TypeFor(const StoredTensor& tensor) const {
+    return TypeOf(plan_, tensor.type, tensor.name.starts_with("blk."));
+  }
+
   // Null after a fault.
   const StoredTensor* Find(const std::string& name, int rows, int cols) {
     if (!status_.ok()) return nullptr;
@@ -96,7 +100,7 @@ class Loader {
 
   const ModelFile& file_;
   Backend* backend_;
-  WeightType type_;
+  WeightPlan plan_;
   int done_ = 0;
   int total_;
   const std::function<void(int, int)>& progress_;
@@ -117,13 +121,13 @@ Decoder::Decoder(const ModelConfig& config, Backend* backend)
 }
 
 absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
-    const ModelFile& file, Backend* backend, WeightType type,
+    const ModelFile& file, Backend* backend, WeightPlan plan,
     const std::function<void(int, int)>& progress) {
   const ModelConfig& config = file.config();
   std::unique_ptr<Decoder> model(new Decoder(config, backend));
   const int total = (9 + 3 * config.qkv_bias + 2 * config.qk_norm) * config.layers +
                     (config.tied_embeddings ? 2 : 3);
-  Loader load(file, backend, type, total, progress);
+  Loader load(file, backend, plan, total, progress);
   const int query_width = config.heads * config.head_dim;
   const int kv_width = config.kv_heads * config.head_dim;
 
@@ -160,6 +164,23 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
   if (!load.status().ok()) return load.status();
   model->weight_bytes_ = load.bytes();
   return model;
+}
+
+std::string Decoder::weight_types() const {
+  bool used[3] = {};
+  used[static_cast<int>(head_.type)] = used[static_cast<int>(embedding_.type)] = true;
+  for (const Layer& layer : layers_) {
+    for (const Weight* weight :
+         {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
+      used[static_cast<int>(weight->type)] = true;
+    }
+  }
+  std::string names;
+  for (const WeightType type : {WeightType::kInt4, WeightType::kInt8, WeightType::kF32}) {
+    if (!used[static_cast<int>(type)]) continue;
+    names += fmt::format("{}{}", names.empty() ? "" : "+", WeightTypeName(type));
+  }
+  return names;
 }
 
 ChannelSelection Decoder::HeadRows(const ChannelSelection& heads) {

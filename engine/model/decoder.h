@@ -8,12 +8,14 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/model/activations.h"
 #include "engine/model/files/model_file.h"
+#include "engine/model/weight_plan.h"
 #include "engine/model_config.h"
 #include "engine/pruning/channel_selector.h"
 #include "engine/scheduling/batch.h"
@@ -34,11 +36,13 @@ class Decoder {
   // Uploads every weight of `file`, calling progress(done, total) after each. Errors name file and
   // tensor. `backend` must outlive the model; `file` may be closed afterwards.
   static absl::StatusOr<std::unique_ptr<Decoder>> Load(
-      const ModelFile& file, Backend* backend, WeightType type,
+      const ModelFile& file, Backend* backend, WeightPlan plan,
       const std::function<void(int done, int total)>& progress);
 
   const ModelConfig& config() const { return config_; }
   uint64_t weight_bytes() const { return weight_bytes_; }
+  // The types of its matrices, e.g. "int4+int8".
+  std::string weight_types() const;
 
   // Runs all layers over the plan's rows; afterwards activations->residual holds the last layer's
   // output and the pages hold K and V of every row. Adds its times to `phases`.

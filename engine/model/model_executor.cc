@@ -196,6 +196,8 @@ KvGeometry ModelExecutor::kv_geometry() const {
 
 const Ladder& ModelExecutor::ladder() const { return impl_->ladder; }
 
+std::string ModelExecutor::weight_types() const { return impl_->model->weight_types(); }
+
 Ledger ModelExecutor::ledger(const SchedulerStats& stats) const {
   const uint64_t page = impl_->pool.shape.page_bytes();
   return {

@@ -10,6 +10,7 @@
 #include "engine/executor.h"
 #include "engine/ledger.h"
 #include "engine/model/files/model_file.h"
+#include "engine/model/weight_plan.h"
 #include "engine/scheduling/scheduler.h"
 #include "kernels/backend.h"
 #include "policy/ladder.h"
@@ -17,7 +18,7 @@
 namespace espalier {
 
 struct ModelOptions {
-  WeightType weights = WeightType::kInt8;
+  WeightPlan weights = WeightPlan::kAuto;
   KvType kv = KvType::kF16;
   // Bytes for KV pages, rounded down to whole pages; 0: enough for 32 sequences of 1,024 tokens or
   // one of the model's context, whichever is more, but at most half of the memory available.
@@ -48,6 +49,8 @@ class ModelExecutor final : public Executor {
   // Weights and workspace, and what the pool is worth with `stats` pages used, cached and free.
   // `foreign` is left zero: who serves knows the machine.
   Ledger ledger(const SchedulerStats& stats) const;
+  // The types of the weights in memory, e.g. "int4+int8".
+  std::string weight_types() const;
 
  private:
   struct Impl;

@@ -127,7 +127,7 @@ void Attention(const AttentionTask& t) {
     for (int q = i; q < t.count;) {
       const int tokens = visible(q);
       int run = 1;
-      while (run < kRows && q + run < t.count && visible(q + run) == tokens) ++run;
+      while (run < kFmaRows && q + run < t.count && visible(q + run) == tokens) ++run;
       switch (run) {
         case 1:
           SeePage<1>(t, q, tokens, wide.keys, wide.values);
@@ -139,7 +139,7 @@ void Attention(const AttentionTask& t) {
           SeePage<3>(t, q, tokens, wide.keys, wide.values);
           break;
         default:
-          SeePage<kRows>(t, q, tokens, wide.keys, wide.values);
+          SeePage<kFmaRows>(t, q, tokens, wide.keys, wide.values);
       }
       q += run;
     }

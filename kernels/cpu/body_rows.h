@@ -1,4 +1,4 @@
-// Ops on one row: norm, rotation, activation, dequantisation, statistics of logits. Included once
+// Ops on one row: norm, rotation, activation, statistics of logits. Included once
 // by each kernels_*.cc, after body_matmul.h and body_exp.h.
 #pragma once
 
@@ -48,12 +48,6 @@ void SwiGlu(const float* gate, const float* up, int count, float* out) {
     const int n = Least(16, count - i);
     const F g = LoadFirst(gate + i, n);
     StoreFirst(out + i, g / (Set1(1) + Exp(Set1(0) - g)) * LoadFirst(up + i, n), n);
-  }
-}
-
-void DequantizeRow(const int8_t* values, const float* scales, int count, float* out) {
-  for (int i = 0; i < count; i += 16) {  // a row is padded to whole groups
-    StoreFirst(out + i, LoadInt8(values + i) * Set1(scales[i / kGroup]), Least(16, count - i));
   }
 }
 

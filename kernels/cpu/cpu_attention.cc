@@ -128,10 +128,7 @@ void CpuBackend::Attention(const AttentionArgs& args) {
   GroupHeads(args);
   if (head_groups_.empty()) return;
   if (const int64_t floats = AttentionScratchFloats(dim); floats > attention_scratch_floats_) {
-    for (std::shared_ptr<void>& scratch : attention_scratch_) {
-      scratch = AllocateAligned(floats * sizeof(float));
-      Require(scratch != nullptr, "no memory for {} bytes of scratch", floats * sizeof(float));
-    }
+    GrowScratch(floats * static_cast<int64_t>(sizeof(float)), &attention_scratch_);
     attention_scratch_floats_ = floats;
   }
   // Neighbouring rows share each page that is read: as many as make kMaxQueries queries.

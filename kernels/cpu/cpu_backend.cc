@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -10,6 +9,7 @@
 #include "kernels/cpu/cpu_backend_impl.h"
 #include "kernels/cpu/isa.h"
 #include "kernels/cpu/require.h"
+#include "kernels/cpu/weight_blocks.h"
 
 namespace espalier {
 namespace {
@@ -23,8 +23,9 @@ void RequireShape(const char* what, const ConstMatrix& m, int rows, int cols) {
 void RequireTarget(const MatMulArgs& args, const MatMulTarget& target) {
   const Weight& weight = *target.weight;
   const Weight& first = *args.targets[0].weight;
-  Require(weight.type == first.type && weight.layout == first.layout,
-          "MatMul: targets of one call must share type and layout");
+  Require((weight.type == WeightType::kF32) == (first.type == WeightType::kF32) &&
+              weight.layout == first.layout,
+          "MatMul: targets of one call must share their layout, and be fp32 or integers");
   const bool output_rows = weight.layout == WeightLayout::kOutputRows;
   const int count = target.selection.count();
   Require(count <= weight.rows, "MatMul: {} of {} rows selected", count, weight.rows);
@@ -34,7 +35,19 @@ void RequireTarget(const MatMulArgs& args, const MatMulTarget& target) {
           "MatMul: bias of {} for {} outputs", target.bias.size(), target.out.cols);
 }
 
+// Only a list of kOutputRows is gathered; of kInputRows it is x that goes where the rows lie.
+bool Gathers(const MatMulTarget& target) {
+  return target.weight->layout == WeightLayout::kOutputRows && !target.selection.all();
+}
+
 }  // namespace
+
+void GrowScratch(int64_t bytes, std::vector<std::shared_ptr<void>>* by_worker) {
+  for (std::shared_ptr<void>& scratch : *by_worker) {
+    scratch = AllocateAligned(bytes);
+    Require(scratch != nullptr, "no memory for {} bytes of scratch", bytes);
+  }
+}
 
 absl::StatusOr<std::unique_ptr<Backend>> CreateCpuBackend(const CpuBackendOptions& options) {
   const std::vector<Isa> supported = SupportedIsas();
@@ -58,12 +71,10 @@ CpuBackend::CpuBackend(Isa isa, bool isa_forced, int threads)
       isa_forced_(isa_forced),
       kernels_(KernelsOf(isa)),
       pool_(threads),
-      tile_scratch_(pool_.threads()),
+      matmul_scratch_(pool_.threads()),
+      gather_scratch_(pool_.threads()),
       attention_scratch_(pool_.threads()) {
-  for (std::shared_ptr<void>& scratch : tile_scratch_) {
-    scratch = AllocateAligned(sizeof(TileScratch));
-    Require(scratch != nullptr, "no memory for {} bytes of scratch", sizeof(TileScratch));
-  }
+  GrowScratch(sizeof(MatMulScratch), &matmul_scratch_);
 }
 
 std::string CpuBackend::Describe() const {
@@ -76,9 +87,11 @@ uint64_t CpuBackend::workspace_bytes() const {
   const auto held = [](const auto&... vectors) {
     return ((vectors.capacity() * sizeof(vectors[0])) + ...);
   };
-  return pool_.threads() * (sizeof(TileScratch) + attention_scratch_floats_ * sizeof(float)) +
-         held(quantized_values_, quantized_scales_, quantized_offsets_, angles_.positions,
-              angles_.cosines, angles_.sines, angles_.spans, next_positions_, logit_partials_);
+  return pool_.threads() * (sizeof(MatMulScratch) + gather_scratch_bytes_ +
+                            attention_scratch_floats_ * sizeof(float)) +
+         held(quantized_values_, quantized_scales_, quantized_sums_, quantized_counts_, placed_,
+              groups_kept_, places_, angles_.positions, angles_.cosines, angles_.sines,
+              angles_.spans, next_positions_, logit_partials_);
 }
 
 void CpuBackend::ParallelFor(int count, const std::function<void(int)>& fn) {
@@ -92,14 +105,8 @@ void CpuBackend::Embed(const EmbedArgs& args) {
   ForRows(args.out.rows, table.cols, [&](int i) {
     const int64_t token = args.tokens[i];
     Require(token >= 0 && token < table.rows, "Embed: token {} of {}", token, table.rows);
-    const int64_t at = token * table.row_stride;
-    if (table.type == WeightType::kF32) {
-      std::memcpy(args.out.row(i), static_cast<const float*>(table.values) + at,
-                  table.cols * sizeof(float));
-    } else {
-      kernels_.dequantize_row(static_cast<const int8_t*>(table.values) + at,
-                              table.scales + at / kQuantGroup, table.cols, args.out.row(i));
-    }
+    UnpackOutput(BitsOf(table.type), table.blocks + token / kStripOutputs * StripBytes(table),
+                 static_cast<int>(token % kStripOutputs), table.cols, args.out.row(i));
   });
 }
 
@@ -125,65 +132,94 @@ void CpuBackend::MatMul(const MatMulArgs& args) {
   if (args.targets.empty() || args.x.rows == 0) return;
   for (const MatMulTarget& target : args.targets) RequireTarget(args, target);
   const Weight& first = *args.targets[0].weight;
-  if (first.type == WeightType::kF32) {
-    RunTiles(args, args.targets, {});
-    return;
-  }
-  const QuantizedRows quantized = Quantize(args.x);
   if (first.layout == WeightLayout::kOutputRows) {
-    RunTiles(args, args.targets, quantized);
+    RunTasks(args, args.targets, {.x = args.x, .groups = GroupsOf(args.x.cols)});
     return;
   }
-  for (MatMulTarget target : args.targets) {
-    Weight panel;
-    if (!target.selection.all()) {
-      absl::StatusOr<Weight> gathered = GatherRows(*target.weight, target.selection);
-      Require(gathered.ok(), "MatMul: {}", gathered.status().ToString());
-      panel = *std::move(gathered);
-      target.weight = &panel;
-      target.selection = ChannelSelection::All(panel.rows);
-    }
-    RunTiles(args, {&target, 1}, quantized);
-  }
+  for (const MatMulTarget& target : args.targets) RunTasks(args, {&target, 1}, Place(args, target));
 }
 
-QuantizedRows CpuBackend::Quantize(const ConstMatrix& x) {
-  const int groups = (x.cols + kTileDepth - 1) / kTileDepth * kTileGroups;
-  const size_t all = static_cast<size_t>(x.rows) * groups;
-  GrowTo(&quantized_values_, all * kQuantGroup);
+// Where columns of x meet rows that do not lie one after the other, x is spread out: its columns go
+// to their rows' places among the groups that any of them lies in, and zeros between them.
+CpuBackend::PlacedInput CpuBackend::Place(const MatMulArgs& args, const MatMulTarget& target) {
+  const Weight& weight = *target.weight;
+  if (target.selection.all() && weight.places == nullptr) {
+    return {.x = args.x, .groups = weight.groups};
+  }
+  PlaceRows(weight, target.selection, &groups_kept_, &places_);
+  const int groups = static_cast<int>(groups_kept_.size());
+  const int64_t cols = int64_t{groups} * kGroup;
+  GrowTo(&placed_, args.x.rows * cols);
+  ForRows(args.x.rows, static_cast<int>(cols), [&](int r) {
+    float* to = placed_.data() + r * cols;
+    std::fill_n(to, cols, 0.0f);
+    for (int i = 0; i < args.x.cols; ++i) to[places_[i]] = args.x.row(r)[i];
+  });
+  return {.x = ConstMatrix(placed_.data(), args.x.rows, static_cast<int>(cols)),
+          .groups = groups,
+          .groups_kept = groups_kept_.data()};
+}
+
+QuantizedRows CpuBackend::Quantize(const PlacedInput& input) {
+  const int groups = input.groups;
+  const size_t all = static_cast<size_t>(input.x.rows) * groups;
+  // An odd number of cache lines: rows that start 1,536 bytes apart share half the sets of an L1.
+  constexpr int64_t kLine = 64;
+  const int64_t stride = ((int64_t{groups} * kGroup + kLine - 1) / kLine | 1) * kLine;
+  GrowTo(&quantized_values_, input.x.rows * stride);
   GrowTo(&quantized_scales_, all);
-  GrowTo(&quantized_offsets_, all);
+  GrowTo(&quantized_sums_, all);
+  GrowTo(&quantized_counts_, all);
   const QuantizedRows q{.values = quantized_values_.data(),
+                        .stride = stride,
                         .scales = quantized_scales_.data(),
-                        .offsets = quantized_offsets_.data(),
+                        .sums = quantized_sums_.data(),
+                        .counts = quantized_counts_.data(),
                         .groups = groups};
-  ForRows(x.rows, x.cols, [&](int r) {
+  ForRows(input.x.rows, input.x.cols, [&](int r) {
     const int64_t at = static_cast<int64_t>(r) * groups;
-    kernels_.quantize_row(x.row(r), x.cols, q.values + at * kQuantGroup, q.scales + at,
-                          q.offsets + at);
+    kernels_.quantize_row(input.x.row(r), input.x.cols, q.values + r * stride, q.scales + at,
+                          q.sums + at, q.counts + at);
   });
   return q;
 }
 
-void CpuBackend::RunTiles(const MatMulArgs& args, std::span<const MatMulTarget> targets,
-                          const QuantizedRows& quantized) {
-  const auto tiles_of = [](const MatMulTarget& target) {
-    return (target.out.cols + kTileOutputs - 1) / kTileOutputs;
+void CpuBackend::RunTasks(const MatMulArgs& args, std::span<const MatMulTarget> targets,
+                          const PlacedInput& input) {
+  const bool integers = targets[0].weight->type != WeightType::kF32;
+  const QuantizedRows quantized = integers ? Quantize(input) : QuantizedRows{};
+  // Few strips: narrower tasks, then with fewer rows, so that every worker has some of them and the
+  // last to end is not much later than the rest.
+  const int wanted = 4 * pool_.threads();
+  const auto tasks_of = [](const MatMulTarget& target, int outputs) {
+    return (target.out.cols + outputs - 1) / outputs;
   };
-  int tiles = 0;
-  for (const MatMulTarget& target : targets) tiles += tiles_of(target);
-  // Few tiles and many rows: shorter tasks, so that every worker has some.
-  const int rows = args.x.rows;
+  int task_outputs = kTaskOutputs, tasks_wide = 0;
+  for (;; task_outputs /= 2) {
+    tasks_wide = 0;
+    for (const MatMulTarget& target : targets) tasks_wide += tasks_of(target, task_outputs);
+    if (tasks_wide >= wanted || task_outputs == kStripOutputs * 2) break;
+  }
+  constexpr int kLeastRows = 32;
+  const int rows = input.x.rows;
   int task_rows = std::min(rows, kMaxTaskRows);
   const auto splits = [&] { return (rows + task_rows - 1) / task_rows; };
-  while (task_rows > kRowBlock && tiles * splits() < 4 * pool_.threads()) {
-    task_rows = std::max(kRowBlock, task_rows / 2);
+  while (task_rows > kLeastRows && tasks_wide * splits() < wanted) {
+    task_rows = std::max(kLeastRows, task_rows / 2);
   }
-  const int splits_per_tile = splits();
+  const int splits_per_task = splits();
   GrowTo(&task_ends_, targets.size());
   int tasks = 0;
+  int64_t gathered_bytes = 0;
   for (size_t i = 0; i < targets.size(); ++i) {
-    task_ends_[i] = tasks += tiles_of(targets[i]) * splits_per_tile;
+    task_ends_[i] = tasks += tasks_of(targets[i], task_outputs) * splits_per_task;
+    if (Gathers(targets[i])) {
+      gathered_bytes = std::max(gathered_bytes, kTaskStrips * StripBytes(*targets[i].weight));
+    }
+  }
+  if (gathered_bytes > gather_scratch_bytes_) {
+    GrowScratch(gathered_bytes, &gather_scratch_);
+    gather_scratch_bytes_ = gathered_bytes;
   }
   pool_.Run(tasks, [&](int worker, int task) {
     size_t which = 0;
@@ -191,36 +227,43 @@ void CpuBackend::RunTiles(const MatMulArgs& args, std::span<const MatMulTarget> 
     const MatMulTarget& target = targets[which];
     const Weight& weight = *target.weight;
     if (which > 0) task -= task_ends_[which - 1];
-    const int output = task / splits_per_tile * kTileOutputs;
-    const int row = task % splits_per_tile * task_rows;
-    TileTask tile{
-        .int8 = weight.type == WeightType::kInt8,
-        .output_rows = weight.layout == WeightLayout::kOutputRows,
-        .values = weight.values,
-        .scales = weight.scales,
-        .row_stride = weight.row_stride,
-        .scale_stride = weight.layout == WeightLayout::kOutputRows ? weight.row_stride / kGroup
-                                                                   : weight.row_stride,
-        .list = target.selection.list(),
-        .depth = args.x.cols,
-        .first_output = output,
-        .outputs = std::min(kTileOutputs, target.out.cols - output),
+    const int output = task / splits_per_task * task_outputs;
+    const int row = task % splits_per_task * task_rows;
+    const int outputs = std::min(task_outputs, target.out.cols - output);
+    const uint8_t* strips = weight.blocks + output / kStripOutputs * StripBytes(weight);
+    if (Gathers(target)) {
+      auto* gathered = static_cast<uint8_t*>(gather_scratch_[worker].get());
+      for (int n = 0; n < outputs; n += kStripOutputs) {
+        GatherStrip(weight, target.selection, output + n,
+                    gathered + n / kStripOutputs * StripBytes(weight));
+      }
+      strips = gathered;
+    }
+    MatMulTask part{
+        .bits = BitsOf(weight.type),
+        .strips = strips,
+        .strip_bytes = StripBytes(weight),
+        .groups_kept = input.groups_kept,
+        .groups = input.groups,
+        .depth = input.x.cols,
+        .outputs = outputs,
         .rows = std::min(task_rows, rows - row),
-        .x = args.x.row(row),
-        .x_stride = args.x.stride,
+        .x = input.x.row(row),
+        .x_stride = input.x.stride,
         .q = quantized,
         .out = target.out.row(row) + output,
         .out_stride = target.out.stride,
         .bias = target.bias.empty() ? nullptr : target.bias.data() + output,
         .add = args.output == MatMulArgs::Output::kAdd,
     };
-    if (tile.int8) {
+    if (integers) {
       const int64_t at = static_cast<int64_t>(row) * quantized.groups;
-      tile.q.values += at * kQuantGroup;
-      tile.q.scales += at;
-      tile.q.offsets += at;
+      part.q.values += row * quantized.stride;
+      part.q.scales += at;
+      part.q.sums += at;
+      part.q.counts += at;
     }
-    kernels_.matmul_tile(tile, static_cast<TileScratch*>(tile_scratch_[worker].get()));
+    kernels_.matmul(part, static_cast<MatMulScratch*>(matmul_scratch_[worker].get()));
   });
 }
 

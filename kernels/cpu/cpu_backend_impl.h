@@ -18,6 +18,9 @@ namespace espalier {
 // it; null if there is none.
 std::shared_ptr<void> AllocateAligned(size_t bytes);
 
+// Gives each worker fresh scratch of so many bytes; crashes if there is no memory.
+void GrowScratch(int64_t bytes, std::vector<std::shared_ptr<void>>* by_worker);
+
 // One thread at a time may call. Workspace grows to the largest call seen and is then kept.
 class CpuBackend final : public Backend {
  public:
@@ -65,19 +68,39 @@ class CpuBackend final : public Backend {
   };
   void GroupHeads(const AttentionArgs& args);
 
-  QuantizedRows Quantize(const ConstMatrix& x);
-  void RunTiles(const MatMulArgs& args, std::span<const MatMulTarget> targets,
-                const QuantizedRows& quantized);
+  // x as a product's kernels read it.
+  struct PlacedInput {
+    ConstMatrix x;                         // [rows, summed values]
+    int groups = 0;                        // of them
+    const int32_t* groups_kept = nullptr;  // [groups]: the weight's; null: all
+  };
+  PlacedInput Place(const MatMulArgs& args, const MatMulTarget& target);
+  QuantizedRows Quantize(const PlacedInput& input);
+  void RunTasks(const MatMulArgs& args, std::span<const MatMulTarget> targets,
+                const PlacedInput& input);
+  // Up to kStripOutputs selected rows, from `first` on, as a strip.
+  void GatherStrip(const Weight& weight, const ChannelSelection& selection, int first,
+                   uint8_t* strip) const;
+  // The groups of a kInputRows weight that selected rows lie in, ascending, and where in them each
+  // row lies.
+  void PlaceRows(const Weight& weight, const ChannelSelection& selection,
+                 std::vector<int32_t>* groups, std::vector<int32_t>* places) const;
 
   const Isa isa_;
   const bool isa_forced_;
   const KernelTable& kernels_;
   WorkerPool pool_;
 
-  std::vector<std::shared_ptr<void>> tile_scratch_;  // a TileScratch for each worker
+  std::vector<std::shared_ptr<void>> matmul_scratch_;  // a MatMulScratch for each worker
+  std::vector<std::shared_ptr<void>> gather_scratch_;  // strips for each worker
+  int64_t gather_scratch_bytes_ = 0;
+  std::vector<float> placed_;
+  std::vector<int32_t> groups_kept_;
+  std::vector<int32_t> places_;
   std::vector<int8_t> quantized_values_;
   std::vector<float> quantized_scales_;
-  std::vector<int32_t> quantized_offsets_;
+  std::vector<float> quantized_sums_;
+  std::vector<int32_t> quantized_counts_;
   std::vector<int> task_ends_;  // running count of tasks by target or span
   Angles angles_;
   std::vector<int32_t> next_positions_;

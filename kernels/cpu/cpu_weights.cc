@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cfloat>
 #include <climits>
@@ -12,49 +13,26 @@
 #include "fmt/format.h"
 #include "kernels/cpu/cpu_backend_impl.h"
 #include "kernels/cpu/require.h"
+#include "kernels/cpu/weight_blocks.h"
 
 namespace espalier {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
-// Kernels read the scales of kPanelTiles tiles at a time, and so past the last.
-constexpr size_t kScaleSlack = kPanelTiles * kTileGroups * sizeof(float);
 
 static_assert(kGroup == kQuantGroup);
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-int64_t GroupsOf(int rows) { return (int64_t{rows} + kGroup - 1) / kGroup; }
-
-// Bytes of values and of scales, or false if they cannot be told in 63 bits.
-bool SizesOf(const Weight& weight, size_t* values, size_t* scales) {
-  const int64_t size = weight.type == WeightType::kInt8 ? 1 : sizeof(float);
-  const int64_t scale_count = weight.layout == WeightLayout::kOutputRows
-                                  ? weight.rows * (weight.row_stride / kGroup)
-                                  : GroupsOf(weight.rows) * weight.row_stride;
-  int64_t value_bytes, scale_bytes, total;
-  if (__builtin_mul_overflow(weight.rows * size, weight.row_stride, &value_bytes) ||
-      __builtin_mul_overflow(scale_count, sizeof(float), &scale_bytes) ||
-      __builtin_add_overflow(value_bytes, scale_bytes + kScaleSlack, &total)) {
-    return false;
-  }
-  *values = value_bytes;
-  *scales = weight.type == WeightType::kInt8 ? scale_bytes + kScaleSlack : 0;
-  return true;
-}
-
-absl::StatusOr<Weight> NewWeight(WeightType type, WeightLayout layout, int rows, int cols) {
-  if (rows < 0 || cols < 0) {
-    return absl::InvalidArgumentError(fmt::format("weight of {} rows by {} columns", rows, cols));
-  }
-  Weight weight{.type = type,
-                .layout = layout,
-                .rows = rows,
-                .cols = cols,
-                .row_stride = RoundUp(cols, kTileDepth)};
-  size_t values = 0, scales = 0;
-  const bool sized = SizesOf(weight, &values, &scales);
-  weight.bytes = values + scales;
+// With room for `groups` groups of the summed dimension, and for `places` of rows behind them.
+absl::StatusOr<Weight> NewWeight(WeightType type, WeightLayout layout, int rows, int cols,
+                                 int groups, int places = 0) {
+  Weight weight{.type = type, .layout = layout, .rows = rows, .cols = cols, .groups = groups};
+  int64_t block_bytes, total;
+  const bool sized =
+      !__builtin_mul_overflow(StripsOf(weight), StripBytes(weight), &block_bytes) &&
+      !__builtin_add_overflow(block_bytes, places * int64_t{sizeof(int32_t)}, &total);
+  weight.bytes = sized ? total : 0;
   weight.storage = sized ? AllocateAligned(weight.bytes) : nullptr;
   if (weight.storage == nullptr) {
     return absl::ResourceExhaustedError(
@@ -62,14 +40,12 @@ absl::StatusOr<Weight> NewWeight(WeightType type, WeightLayout layout, int rows,
                             weight.bytes, rows, cols)
               : fmt::format("a weight of {} rows by {} columns has too many bytes", rows, cols));
   }
-  weight.values = weight.storage.get();
-  if (type == WeightType::kInt8) {
-    weight.scales =
-        reinterpret_cast<const float*>(static_cast<const std::byte*>(weight.values) + values);
-    std::memset(const_cast<float*>(weight.scales), 0, scales);
-  }
+  weight.blocks = static_cast<const uint8_t*>(weight.storage.get());
+  if (places > 0) weight.places = reinterpret_cast<const int32_t*>(weight.blocks + block_bytes);
   return weight;
 }
+
+uint8_t* MutableBlocks(const Weight& weight) { return static_cast<uint8_t*>(weight.storage.get()); }
 
 bool AllFinite(const float* values, int count) {
   bool finite = true;
@@ -77,19 +53,9 @@ bool AllFinite(const float* values, int count) {
   return finite;
 }
 
-// Quantises up to kGroup rows [count, stride], one scale per column; same rounding as
-// KernelTable::quantize_row.
-void QuantizeColumns(const float* rows, int count, int64_t stride, int8_t* values, float* scales) {
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: no room is left for a fraction
-  for (int64_t c = 0; c < stride; ++c) {
-    float max = 0;
-    for (int r = 0; r < count; ++r) max = std::max(max, std::fabs(rows[r * stride + c]));
-    const float inverse = max > kTinyGroup ? 127.0f / max : 0.0f;
-    for (int r = 0; r < count; ++r) {
-      values[r * stride + c] =
-          static_cast<int8_t>(rows[r * stride + c] * inverse + kRounder - kRounder);
-    }
-    scales[c] = max / 127.0f;
+// Remembers the lowest row of which any thread told something.
+void Note(int row, std::atomic<int>* first) {
+  for (int seen = *first; row < seen && !first->compare_exchange_weak(seen, row);) {
   }
 }
 
@@ -111,84 +77,118 @@ std::shared_ptr<void> AllocateAligned(size_t bytes) {
 absl::StatusOr<Weight> CpuBackend::UploadWeight(
     WeightType type, WeightLayout layout, int rows, int cols,
     const std::function<void(int row, float* dst)>& read_row) {
-  absl::StatusOr<Weight> weight = NewWeight(type, layout, rows, cols);
+  if (rows < 0 || cols < 0) {
+    return absl::InvalidArgumentError(fmt::format("weight of {} rows by {} columns", rows, cols));
+  }
+  const bool output_rows = layout == WeightLayout::kOutputRows;
+  const int depth = output_rows ? cols : rows;
+  absl::StatusOr<Weight> weight = NewWeight(type, layout, rows, cols, GroupsOf(depth));
   if (!weight.ok()) return weight;
-  const int64_t stride = weight->row_stride;
-  const int64_t groups = stride / kGroup;
-  auto* values = static_cast<std::byte*>(weight->storage.get());
-  auto* scales = const_cast<float*>(weight->scales);
-  std::atomic<int> first_bad = INT_MAX;
-  // A chunk is a group of rows: what kInputRows needs to choose a scale.
-  pool_.Run(static_cast<int>(GroupsOf(rows)), [&](int, int chunk) {
-    const int begin = chunk * kGroup;
-    const int count = std::min(kGroup, rows - begin);
-    std::vector<float> buffer(type == WeightType::kInt8 ? count * stride : 0);
-    float* const floats = type == WeightType::kInt8
-                              ? buffer.data()
-                              : reinterpret_cast<float*>(values) + begin * stride;
+  const int bits = BitsOf(type);
+  const int64_t strip_bytes = StripBytes(*weight), block_bytes = BlockBytes(bits);
+  uint8_t* const blocks = MutableBlocks(*weight);
+  // The rows of a chunk fill whole blocks: a strip's outputs, or a group's summed values.
+  const int chunk_rows = output_rows ? kStripOutputs : kGroup;
+  const int64_t stride = RoundUp(cols, output_rows ? kGroup : kStripOutputs);
+  const int chunks = static_cast<int>(RoundUp(rows, chunk_rows) / chunk_rows);
+  std::atomic<int> first_bad = INT_MAX, first_large = INT_MAX;
+  pool_.Run(chunks, [&](int, int chunk) {
+    const int begin = chunk * chunk_rows;
+    const int count = std::min(chunk_rows, rows - begin);
+    std::vector<float> buffer(chunk_rows * stride);
     for (int r = 0; r < count; ++r) {
-      float* row = floats + r * stride;
-      std::fill(row + cols, row + stride, 0.0f);
+      float* row = buffer.data() + r * stride;
       read_row(begin + r, row);
-      if (!AllFinite(row, cols)) {
-        const int bad = begin + r;
-        for (int seen = first_bad; bad < seen && !first_bad.compare_exchange_weak(seen, bad);) {
+      if (!AllFinite(row, cols)) return Note(begin + r, &first_bad);
+    }
+    bool fits = true;
+    if (output_rows) {
+      uint8_t* strip = blocks + chunk * strip_bytes;
+      for (int g = 0; g < weight->groups; ++g) {
+        float block[kGroup][kStripOutputs];
+        for (int k = 0; k < kGroup; ++k) {
+          for (int r = 0; r < kStripOutputs; ++r) block[k][r] = buffer[r * stride + g * kGroup + k];
         }
-        return;
+        fits &= PackBlock(bits, block[0], kStripOutputs, std::min(kGroup, cols - g * kGroup),
+                          strip + g * block_bytes);
+      }
+    } else {
+      for (int64_t strip = 0; strip < StripsOf(*weight); ++strip) {
+        fits &= PackBlock(bits, buffer.data() + strip * kStripOutputs, stride, count,
+                          blocks + strip * strip_bytes + chunk * block_bytes);
       }
     }
-    if (type == WeightType::kF32) return;
-    int8_t* to = reinterpret_cast<int8_t*>(values) + begin * stride;
-    if (layout == WeightLayout::kInputRows) {
-      QuantizeColumns(floats, count, stride, to, scales + chunk * stride);
-      return;
-    }
-    std::vector<int32_t> offsets(groups);
-    for (int r = 0; r < count; ++r) {
-      kernels_.quantize_row(floats + r * stride, cols, to + r * stride,
-                            scales + (begin + r) * groups, offsets.data());
-    }
+    if (!fits) Note(begin, &first_large);
   });
   if (first_bad != INT_MAX) {
     return absl::InvalidArgumentError(
         fmt::format("row {}: expected finite values, got an infinity or NaN", first_bad.load()));
   }
+  if (first_large != INT_MAX) {
+    return absl::InvalidArgumentError(
+        fmt::format("rows from {} on: expected values within 65504 for {} bits, got larger ones",
+                    first_large.load(), bits));
+  }
   return weight;
+}
+
+void CpuBackend::GatherStrip(const Weight& weight, const ChannelSelection& selection, int first,
+                             uint8_t* strip) const {
+  const int count = std::min(kStripOutputs, selection.count() - first);
+  for (int lane = 0; lane < kStripOutputs; ++lane) {
+    const int row = selection[first + std::min(lane, count - 1)];  // past the end: the last again
+    Require(row >= 0 && row < weight.rows, "selection: row {} of {}", row, weight.rows);
+    CopyOutput(BitsOf(weight.type), weight.blocks + row / kStripOutputs * StripBytes(weight),
+               row % kStripOutputs, weight.groups, strip, lane);
+  }
+}
+
+void CpuBackend::PlaceRows(const Weight& weight, const ChannelSelection& selection,
+                           std::vector<int32_t>* groups, std::vector<int32_t>* places) const {
+  const auto at = [&](int i) {
+    const int row = selection[i];
+    Require(row >= 0 && row < weight.rows, "selection: row {} of {}", row, weight.rows);
+    return weight.places != nullptr ? weight.places[row] : row;
+  };
+  GrowTo(places, selection.count());
+  groups->clear();
+  for (int i = 0; i < selection.count(); ++i) groups->push_back(at(i) / kGroup);
+  std::sort(groups->begin(), groups->end());
+  groups->erase(std::unique(groups->begin(), groups->end()), groups->end());
+  for (int i = 0; i < selection.count(); ++i) {
+    const auto group = std::lower_bound(groups->begin(), groups->end(), at(i) / kGroup);
+    (*places)[i] = static_cast<int32_t>((group - groups->begin()) * kGroup + at(i) % kGroup);
+  }
 }
 
 absl::StatusOr<Weight> CpuBackend::GatherRows(const Weight& weight,
                                               const ChannelSelection& selection) {
-  for (int i = 0; i < selection.count(); ++i) {
-    Require(selection[i] >= 0 && selection[i] < weight.rows, "GatherRows: row {} of {}",
-            selection[i], weight.rows);
+  const int count = selection.count();
+  if (weight.layout == WeightLayout::kOutputRows) {
+    absl::StatusOr<Weight> panel =
+        NewWeight(weight.type, weight.layout, count, weight.cols, weight.groups);
+    if (!panel.ok()) return panel;
+    pool_.Run(static_cast<int>(StripsOf(*panel)), [&](int, int strip) {
+      GatherStrip(weight, selection, strip * kStripOutputs,
+                  MutableBlocks(*panel) + strip * StripBytes(*panel));
+    });
+    return panel;
   }
-  if (weight.type == WeightType::kInt8 && weight.layout == WeightLayout::kInputRows) {
-    // Other rows share a scale than did before: quantised anew.
-    const auto* values = static_cast<const int8_t*>(weight.values);
-    return UploadWeight(weight.type, weight.layout, selection.count(), weight.cols,
-                        [&](int i, float* dst) {
-                          const int64_t row = selection[i];
-                          const int8_t* from = values + row * weight.row_stride;
-                          const float* scales = weight.scales + row / kGroup * weight.row_stride;
-                          for (int c = 0; c < weight.cols; ++c) dst[c] = from[c] * scales[c];
-                        });
-  }
-  absl::StatusOr<Weight> panel =
-      NewWeight(weight.type, weight.layout, selection.count(), weight.cols);
+  std::vector<int32_t> groups, places;
+  PlaceRows(weight, selection, &groups, &places);
+  absl::StatusOr<Weight> panel = NewWeight(weight.type, weight.layout, count, weight.cols,
+                                           static_cast<int>(groups.size()), count);
   if (!panel.ok()) return panel;
-  const bool int8 = weight.type == WeightType::kInt8;
-  const int64_t row_bytes = weight.row_stride * (int8 ? 1 : sizeof(float));
-  const int64_t groups = weight.row_stride / kGroup;
-  const auto* from = static_cast<const std::byte*>(weight.values);
-  auto* to = static_cast<std::byte*>(panel->storage.get());
-  ForRows(selection.count(), weight.cols, [&](int i) {
-    const int64_t row = selection[i];
-    std::memcpy(to + i * row_bytes, from + row * row_bytes, row_bytes);
-    if (int8) {
-      std::memcpy(const_cast<float*>(panel->scales) + i * groups, weight.scales + row * groups,
-                  groups * sizeof(float));
+  std::copy_n(places.begin(), count, const_cast<int32_t*>(panel->places));
+  const int64_t block_bytes = BlockBytes(BitsOf(weight.type));
+  for (int64_t strip = 0; strip < StripsOf(weight); ++strip) {
+    uint8_t* to = MutableBlocks(*panel) + strip * StripBytes(*panel);
+    for (const int32_t group : groups) {
+      std::memcpy(to, weight.blocks + strip * StripBytes(weight) + group * block_bytes,
+                  block_bytes);
+      to += block_bytes;
     }
-  });
+  }
   return panel;
 }
 

@@ -9,59 +9,62 @@
 
 namespace espalier {
 
-// A tile of a product: kTileOutputs outputs by kTileDepth summed values, of which each kGroup share
-// their int8 scales.
-// See README.md for how the numbers follow from registers and caches.
-inline constexpr int kTileOutputs = 64;
-inline constexpr int kTileDepth = 64;
-inline constexpr int kGroup = 32;  // kQuantGroup
-inline constexpr int kTileGroups = kTileDepth / kGroup;
-inline constexpr int kPanelTiles = 16;    // tiles along the summed dimension packed at a time
-inline constexpr int kRowBlock = 32;      // rows that pass over a tile while it is in L1
-inline constexpr int kMaxTaskRows = 128;  // rows of one TileTask
+// A block of a weight: kStripOutputs outputs by kGroup summed values, of which those of one output
+// share their scale. weight_blocks.h has the layouts, README.md how the numbers follow from
+// registers and caches.
+inline constexpr int kStripOutputs = 16;
+inline constexpr int kGroup = 32;        // kQuantGroup
+inline constexpr int kBlockHeader = 64;  // bytes: fp16 scales and minimums
+inline constexpr int kTaskStrips = 4;    // strips of one MatMulTask
+inline constexpr int kTaskOutputs = kTaskStrips * kStripOutputs;
+inline constexpr int kChunkGroups = 8;    // groups that rows pass over while they are in L1
+inline constexpr int kMaxTaskRows = 128;  // rows of one MatMulTask
+
+constexpr int64_t BlockBytes(int bits) {
+  return kStripOutputs * kGroup * bits / 8 + (bits == 32 ? 0 : kBlockHeader);
+}
 
 // A group whose largest value is not above this is quantised to zeros: 127 / max would overflow.
 inline constexpr float kTinyGroup = 1e-30f;
 
 // Rows of activations quantised by quantize_row.
 struct QuantizedRows {
-  int8_t* values = nullptr;    // [rows, groups * kGroup], padding zero
-  float* scales = nullptr;     // [rows, groups]
-  int32_t* offsets = nullptr;  // [rows, groups]: -128 * sum of the group's values
-  int groups = 0;              // of a row, padded to whole tiles
+  int8_t* values = nullptr;   // [rows, stride]; padding of a group zero
+  int64_t stride = 0;         // >= groups * kGroup
+  float* scales = nullptr;    // [rows, groups]
+  float* sums = nullptr;      // [rows, groups]: scale * sum of the group's values
+  int32_t* counts = nullptr;  // [rows, groups]: sum of the group's values
+  int groups = 0;             // of a row
 };
 
-// One tile column of one MatMulTarget for some rows of x.
-struct TileTask {
-  bool int8 = false;
-  bool output_rows = true;
-
-  const void* values = nullptr;  // of the weight
-  const float* scales = nullptr;
-  int64_t row_stride = 0;    // values
-  int64_t scale_stride = 0;  // int8: scales from one row (kInputRows: group of rows) to the next
-  const int32_t* list = nullptr;  // selected rows; null: all
-  int depth = 0;                  // summed values
-  int first_output = 0;
-  int outputs = 0;  // 1 .. kTileOutputs
+// Some strips of one MatMulTarget for some rows of x.
+struct MatMulTask {
+  int bits = 32;                         // 32, 8 or 4
+  const uint8_t* strips = nullptr;       // blocks of the first strip
+  int64_t strip_bytes = 0;               // from a strip to the next
+  const int32_t* groups_kept = nullptr;  // [groups], ascending: the weight's; null: all
+  int groups = 0;                        // of x
+  int depth = 0;                         // values of a row of x
+  int outputs = 0;                       // 1 .. kTaskOutputs
 
   int rows = 0;              // 1 .. kMaxTaskRows
   const float* x = nullptr;  // fp32: first row
   int64_t x_stride = 0;
-  QuantizedRows q;  // int8: pointers to the first row
+  QuantizedRows q;  // integers: pointers to the first row
 
-  float* out = nullptr;  // first row, first output of the tile
+  float* out = nullptr;  // first row, first output of the task
   int64_t out_stride = 0;
-  const float* bias = nullptr;  // of the tile's first output, or null
+  const float* bias = nullptr;  // of the task's first output, or null
   bool add = false;
 };
 
-// Working memory of one worker for tiles; nothing in it outlives a call.
-struct alignas(64) TileScratch {
-  uint8_t panel[kPanelTiles * kTileDepth * kTileOutputs * sizeof(float)];
-  float sums[kMaxTaskRows * kTileOutputs];
-  float scales[kPanelTiles * kTileGroups * kTileOutputs];
-  const uint8_t* weight_rows[kTileOutputs];
+// Working memory of one worker for products; nothing in it outlives a call.
+struct alignas(64) MatMulScratch {
+  float sums[kMaxTaskRows * kTaskOutputs];
+  uint8_t values[kChunkGroups * kTaskStrips * kStripOutputs * kGroup];
+  float scales[kChunkGroups * kTaskOutputs];
+  float minimums[kChunkGroups * kTaskOutputs];
+  const uint8_t* blocks[kChunkGroups * kTaskStrips];
 };
 
 // One query head of one row.
@@ -107,10 +110,11 @@ struct LogitPartial {
 
 struct KernelTable {
   // Quantises `depth` values per group of kGroup: scale = max|x| / 127, round to nearest even.
-  // Writes whole tiles. Infinite or NaN input gives a scale that is not finite, so the fault is
+  // Writes whole groups. Infinite or NaN input gives a scale that is not finite, so the fault is
   // seen in the product.
-  void (*quantize_row)(const float* x, int depth, int8_t* values, float* scales, int32_t* offsets);
-  void (*matmul_tile)(const TileTask& task, TileScratch* scratch);
+  void (*quantize_row)(const float* x, int depth, int8_t* values, float* scales, float* sums,
+                       int32_t* counts);
+  void (*matmul)(const MatMulTask& task, MatMulScratch* scratch);
   void (*attention)(const AttentionTask& task);
   void (*store_kv)(const StoreTask& task);
   // x[i] <- x[i] * cosines[i] + partner(x[i]) * sines[i], for each of `heads` heads. Tables are
@@ -119,8 +123,6 @@ struct KernelTable {
                  const float* sines);
   void (*rms_norm_row)(const float* x, const float* weight, float eps, int cols, float* out);
   void (*swiglu)(const float* gate, const float* up, int count, float* out);
-  // out[i] = values[i] * scales[i / kGroup].
-  void (*dequantize_row)(const int8_t* values, const float* scales, int count, float* out);
   LogitPartial (*logit_block)(const float* logits, int count);
 };
 

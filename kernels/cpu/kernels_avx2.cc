@@ -17,13 +17,12 @@ namespace {
 
 constexpr KernelTable kTable = {
     .quantize_row = QuantizeRow,
-    .matmul_tile = MatMulTile,
+    .matmul = MatMul,
     .attention = Attention,
     .store_kv = StoreKv,
     .rotate = Rotate,
     .rms_norm_row = RmsNormRow,
     .swiglu = SwiGlu,
-    .dequantize_row = DequantizeRow,
     .logit_block = LogitBlock,
 };
 

@@ -6,6 +6,7 @@ namespace espalier {
 namespace {
 
 // clang-format off: the order matters
+#include "kernels/cpu/half.h"
 #include "kernels/cpu/lanes_portable.h"
 #include "kernels/cpu/body_exp.h"
 #include "kernels/cpu/body_matmul.h"
@@ -15,13 +16,12 @@ namespace {
 
 constexpr KernelTable kTable = {
     .quantize_row = QuantizeRow,
-    .matmul_tile = MatMulTile,
+    .matmul = MatMul,
     .attention = Attention,
     .store_kv = StoreKv,
     .rotate = Rotate,
     .rms_norm_row = RmsNormRow,
     .swiglu = SwiGlu,
-    .dequantize_row = DequantizeRow,
     .logit_block = LogitBlock,
 };
 

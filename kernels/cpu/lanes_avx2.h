@@ -15,10 +15,14 @@ struct X {  // 4 activations, eight times
   __m256i value, magnitude;
 };
 
-// 4 rows by one pair of registers: 8 sums, 2 weights and what a product needs of 16 registers.
-constexpr int kRows = 4;
+// Values summed in fp32: 4 rows by one pair of registers. 8 sums, 2 weights and what a product
+// needs of 16 registers.
+constexpr int kFmaRows = 4;
 constexpr int kVecs = 1;
-constexpr int kDotUnroll = 1;
+// Integers: 2 rows by a pair. 4 integer and 4 fp32 sums, 2 weights, an activation twice.
+constexpr int kDotRows = 2;
+constexpr int kDotStrips = 1;
+constexpr int kDotUnroll = 8;
 
 F operator+(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 F operator-(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
@@ -108,12 +112,33 @@ void StoreInt8(int8_t* p, I v) {
       _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
-F LoadInt8(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return ToFloat(I{_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
-}
 
-Sum StartSum(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+// Bytes are made signed: two products of |activation| <= 127 and weight in -120 .. 120 fit 16 bits.
+// Nibbles stay as they are, and all 8 quads of a group fit: 8 * 2 * 15 * 127 < 2^15.
+constexpr bool kBytesInPlace = false;
+constexpr int kByteOffset = 120;
+void OpenBytes(const uint8_t* from, uint8_t* to) {
+  for (int at = 0; at < 64; at += 32) {
+    const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + at));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to + at),
+                       _mm256_sub_epi8(bytes, _mm256_set1_epi8(kByteOffset)));
+  }
+}
+void OpenNibbles(const uint8_t* from, uint8_t* low, uint8_t* high) {
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int at = 0; at < 64; at += 32) {
+    const __m256i both = _mm256_load_si256(reinterpret_cast<const __m256i*>(from + at));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(low + at), _mm256_and_si256(both, mask));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(high + at),
+                       _mm256_and_si256(_mm256_srli_epi16(both, 4), mask));
+  }
+}
+// A group of bytes starts at what their offset takes from it: `count` is the activations' sum.
+template <bool kNibbles>
+Sum StartSum(int32_t count) {
+  const __m256i start = _mm256_set1_epi32(kNibbles ? 0 : kByteOffset * count);
+  return {start, start};
+}
 W LoadWeights(const uint8_t* p) {
   const __m256i* from = reinterpret_cast<const __m256i*>(p);
   return {_mm256_load_si256(from), _mm256_load_si256(from + 1)};
@@ -124,64 +149,19 @@ X LoadActivations(const int8_t* p) {
   const __m256i value = _mm256_set1_epi32(four);
   return {value, _mm256_abs_epi8(value)};
 }
-// |a| times w with a's sign: two products of at most 128 * 127 fit 16 bits, nothing saturates.
+// Bytes: |a| times w with a's sign. Nibbles: sums of pairs in 16 bits until the group ends.
+template <bool kNibbles>
 Sum Dot4(Sum sum, W w, X x) {
   const auto dot = [&](__m256i s, __m256i weights) {
+    if (kNibbles) return _mm256_add_epi16(s, _mm256_maddubs_epi16(weights, x.value));
     const __m256i pairs = _mm256_maddubs_epi16(x.magnitude, _mm256_sign_epi8(weights, x.value));
     return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
   };
   return {dot(sum.lo, w.lo), dot(sum.hi, w.hi)};
 }
-
-// Transposes 16 rows of 16 dwords at rows[r] + offset into dst[i * dst_stride].
-template <bool kWeights>
-void Transpose16(const uint8_t* const* rows, int64_t offset, uint8_t* dst, int64_t dst_stride) {
-  for (int half = 0; half < 2; ++half) {       // of the 16 rows
-    for (int piece = 0; piece < 4; ++piece) {  // 4 dwords of each row
-      __m256 a[4];
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) {
-        const auto part = [&](int lane) {
-          return _mm_loadu_ps(
-              reinterpret_cast<const float*>(rows[8 * half + 4 * lane + j] + offset + 16 * piece));
-        };
-        a[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(part(0)), part(1), 1);
-      }
-      const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(a[0], a[1]));
-      const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(a[2], a[3]));
-      const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(a[0], a[1]));
-      const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(a[2], a[3]));
-      uint8_t* to = dst + 4 * piece * dst_stride + 32 * half;
-      const auto put = [&](int i, __m256d v) {
-        _mm256_store_pd(reinterpret_cast<double*>(to + i * dst_stride), v);
-      };
-      put(0, _mm256_unpacklo_pd(low01, low23));
-      put(1, _mm256_unpackhi_pd(low01, low23));
-      put(2, _mm256_unpacklo_pd(high01, high23));
-      put(3, _mm256_unpackhi_pd(high01, high23));
-    }
-  }
+template <bool kNibbles>
+F FinishSum(Sum sum) {
+  if (!kNibbles) return ToFloat(sum);
+  const __m256i ones = _mm256_set1_epi16(1);
+  return ToFloat(I{_mm256_madd_epi16(sum.lo, ones), _mm256_madd_epi16(sum.hi, ones)});
 }
-
-// Puts 4 rows of 64 weights side by side: 64 outputs by 4, in order.
-void Interleave4(const uint8_t* const* rows, int64_t offset, uint8_t* dst) {
-  for (int half = 0; half < 2; ++half) {  // 32 outputs
-    const auto row = [&](int r) {
-      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + offset + 32 * half));
-    };
-    const __m256i r0 = row(0), r1 = row(1), r2 = row(2), r3 = row(3);
-    const __m256i low01 = _mm256_unpacklo_epi8(r0, r1), high01 = _mm256_unpackhi_epi8(r0, r1);
-    const __m256i low23 = _mm256_unpacklo_epi8(r2, r3), high23 = _mm256_unpackhi_epi8(r2, r3);
-    const __m256i a = _mm256_unpacklo_epi16(low01, low23);    // outputs 0..3, 16..19
-    const __m256i b = _mm256_unpackhi_epi16(low01, low23);    // 4..7, 20..23
-    const __m256i c = _mm256_unpacklo_epi16(high01, high23);  // 8..11, 24..27
-    const __m256i d = _mm256_unpackhi_epi16(high01, high23);  // 12..15, 28..31
-    __m256i* to = reinterpret_cast<__m256i*>(dst + 128 * half);
-    _mm256_store_si256(to, _mm256_permute2x128_si256(a, b, 0x20));
-    _mm256_store_si256(to + 1, _mm256_permute2x128_si256(c, d, 0x20));
-    _mm256_store_si256(to + 2, _mm256_permute2x128_si256(a, b, 0x31));
-    _mm256_store_si256(to + 3, _mm256_permute2x128_si256(c, d, 0x31));
-  }
-}
-
-void RestoreOrder(float*) {}

@@ -21,8 +21,10 @@ struct X {  // 4 activations
   float value[4];
 };
 
-constexpr int kRows = 2;
+constexpr int kFmaRows = 2;  // rows of a product in fp32, by kVecs registers
 constexpr int kVecs = 1;
+constexpr int kDotRows = 2;  // rows of a product of integers, by kDotStrips strips
+constexpr int kDotStrips = 1;
 constexpr int kDotUnroll = 1;
 
 template <typename Fn>
@@ -101,36 +103,6 @@ float ReduceAdd(const F& v) {
   return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
-float FromBits(uint32_t bits) {
-  float v;
-  __builtin_memcpy(&v, &bits, sizeof v);
-  return v;
-}
-uint32_t ToBits(float v) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &v, sizeof v);
-  return bits;
-}
-float FromHalf(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const uint32_t rest = half & 0x7fff;
-  if (rest >= 0x7c00) return FromBits(sign | 0x7f800000 | (rest & 0x3ff) << 13);
-  // The product by 2^112 moves the exponent's bias and makes subnormals normal, exactly.
-  const float magnitude = FromBits(rest << 13) * 0x1p112f;
-  return FromBits(sign | ToBits(magnitude));
-}
-// Rounds to nearest even, as F16C does.
-uint16_t ToHalf(float v) {
-  const uint32_t sign = ToBits(v) >> 16 & 0x8000;
-  const uint32_t bits = ToBits(v) & 0x7fffffff;
-  if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);   // NaN
-  if (bits >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);  // rounds to 2^16 or more
-  if (bits < 0x38800000) {  // subnormal: the unit of 2^-24 is the last bit of a number near 0.5
-    return static_cast<uint16_t>(sign | (ToBits(FromBits(bits) + 0.5f) - 0x3f000000));
-  }
-  const uint32_t even = bits >> 13 & 1;
-  return static_cast<uint16_t>(sign | ((bits + 0xfff + even - 0x38000000) >> 13));
-}
 F LoadHalf(const uint16_t* p) {
   return Each([&](int i) {
     return Float4{FromHalf(p[4 * i]), FromHalf(p[4 * i + 1]), FromHalf(p[4 * i + 2]),
@@ -158,23 +130,28 @@ int32_t ReduceAdd(const I& v) {
 void StoreInt8(int8_t* p, const I& v) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(v.part[i / 4][i % 4]);
 }
-F LoadInt8(const int8_t* p) {
-  return Each([&](int i) {
-    return __builtin_convertvector(Int4{p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]},
-                                   Float4);
-  });
-}
 
-Sum StartSum(int32_t) { return Set1(0); }
-F ToFloat(const Sum& v) { return v; }
+// What bytes and nibbles must be before they are multiplied: here, nothing but apart.
+constexpr bool kBytesInPlace = true;
+void OpenBytes(const uint8_t*, uint8_t*) {}
+void OpenNibbles(const uint8_t* from, uint8_t* low, uint8_t* high) {
+  for (int i = 0; i < 64; ++i) {
+    low[i] = from[i] & 15;
+    high[i] = from[i] >> 4;
+  }
+}
+// `count`: sum of the group's activations, for who offsets the weights.
+template <bool kNibbles>
+Sum StartSum(int32_t /*count*/) {
+  return Set1(0);
+}
 W LoadWeights(const uint8_t* p) {
   I packed;
   __builtin_memcpy(&packed, p, sizeof packed);
   W w;
   for (int j = 0; j < 4; ++j) {
-    w.plane[j] = Each([&](int i) {
-      return __builtin_convertvector(packed.part[i] << (24 - 8 * j) >> 24, Float4);
-    });
+    w.plane[j] = Each(
+        [&](int i) { return __builtin_convertvector(packed.part[i] >> (8 * j) & 255, Float4); });
   }
   return w;
 }
@@ -182,27 +159,12 @@ X LoadActivations(const int8_t* p) {
   return {static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
           static_cast<float>(p[3])};
 }
+template <bool kNibbles>
 Sum Dot4(Sum sum, const W& w, const X& x) {
   for (int j = 0; j < 4; ++j) sum = sum + w.plane[j] * Set1(x.value[j]);
   return sum;
 }
-
-// Transposes 16 rows of 16 dwords at rows[r] + offset into dst[i * dst_stride].
-template <bool kWeights>
-void Transpose16(const uint8_t* const* rows, int64_t offset, uint8_t* dst, int64_t dst_stride) {
-  for (int r = 0; r < 16; ++r) {
-    for (int i = 0; i < 16; ++i) {
-      __builtin_memcpy(dst + i * dst_stride + 4 * r, rows[r] + offset + 4 * i, 4);
-    }
-  }
+template <bool kNibbles>
+F FinishSum(const Sum& sum) {
+  return sum;
 }
-
-// Puts 4 rows of 64 weights side by side: 64 outputs by 4. An instruction set may leave the
-// outputs in another order, if its RestoreOrder puts a tile's row of sums right.
-void Interleave4(const uint8_t* const* rows, int64_t offset, uint8_t* dst) {
-  for (int i = 0; i < 64; ++i) {
-    for (int r = 0; r < 4; ++r) dst[4 * i + r] = rows[r][offset + i];
-  }
-}
-
-void RestoreOrder(float*) {}

@@ -150,7 +150,9 @@ void Products(Backend* backend, WeightType type) {
       {"head", WeightLayout::kOutputRows, 1, {kVocabulary}, kHidden},
   };
   const std::vector<int> row_counts = {1, 8, 32, 128, 512};
-  const char* type_name = type == WeightType::kInt8 ? "int8" : "fp32";
+  const char* type_name = type == WeightType::kInt4   ? "int4"
+                          : type == WeightType::kInt8 ? "int8"
+                                                      : "fp32";
   fmt::print("{:<13}", std::string(type_name) + " rows");
   for (int rows : row_counts) fmt::print("{:>18}", rows);
   fmt::print("\n");
@@ -299,6 +301,7 @@ int Run(int argc, char** argv) {
   }
   fmt::print("\n");
   ForkJoin(backend->get(), options.threads);
+  Products(backend->get(), WeightType::kInt4);
   Products(backend->get(), WeightType::kInt8);
   Products(backend->get(), WeightType::kF32);
   Attention(backend->get());

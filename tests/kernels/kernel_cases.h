@@ -26,14 +26,15 @@ struct KernelCase {
 inline std::vector<KernelCase> AllKernelCases() {
   std::vector<KernelCase> cases;
   for (Isa isa : SupportedIsas()) {
-    for (WeightType type : {WeightType::kF32, WeightType::kInt8}) cases.push_back({isa, type});
+    for (WeightType type : {WeightType::kF32, WeightType::kInt8, WeightType::kInt4})
+      cases.push_back({isa, type});
   }
   return cases;
 }
 
 inline std::string KernelCaseName(const ::testing::TestParamInfo<KernelCase>& info) {
-  return fmt::format("{}_{}", IsaName(info.param.isa),
-                     info.param.type == WeightType::kF32 ? "fp32" : "int8");
+  constexpr const char* kNames[] = {"fp32", "int8", "int4"};
+  return fmt::format("{}_{}", IsaName(info.param.isa), kNames[static_cast<int>(info.param.type)]);
 }
 
 inline std::string IsaCaseName(const ::testing::TestParamInfo<Isa>& info) {
@@ -54,7 +55,26 @@ inline std::vector<float> RandomValues(int64_t count, uint32_t seed, float scale
 
 inline reference::HostWeight RandomWeight(WeightType type, WeightLayout layout, int rows, int cols,
                                           uint32_t seed) {
-  return {type, layout, rows, cols, RandomValues(int64_t{rows} * cols, seed)};
+  reference::HostWeight weight = {type, layout, rows, cols,
+                                  RandomValues(int64_t{rows} * cols, seed)};
+  if (type != WeightType::kInt4) return weight;
+  // As a 4-bit file has them: a scale and a minimum for each group and output, both ends in use.
+  std::mt19937 random(seed);
+  const bool output_rows = layout == WeightLayout::kOutputRows;
+  const int outputs = output_rows ? rows : cols, depth = output_rows ? cols : rows;
+  for (int n = 0; n < outputs; ++n) {
+    float scale = 0, minimum = 0;
+    for (int k = 0; k < depth; ++k) {
+      const int i = k % kQuantGroup;
+      if (i == 0) {
+        scale = static_cast<float>(1 + random() % 63) / 256;
+        minimum = -static_cast<float>(random() % 32) / 16;
+      }
+      const auto u = static_cast<float>(i == 0 ? 0 : i == 1 ? 15 : random() % 16);
+      weight.values[output_rows ? n * depth + k : k * outputs + n] = scale * u + minimum;
+    }
+  }
+  return weight;
 }
 
 inline Weight Upload(Backend* backend, const reference::HostWeight& host) {

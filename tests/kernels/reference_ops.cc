@@ -2,38 +2,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 namespace espalier::reference {
 namespace {
 
-std::span<const float> RowOf(const HostWeight& weight, int row) {
-  return std::span(weight.values).subspan(static_cast<size_t>(row) * weight.cols, weight.cols);
-}
-
-// The selected rows of an int8 kInputRows matrix, quantised per output and group of rows.
-// [selection][cols]. A list is made a panel first: rows go through int8 in their own groups, then
-// in the list's.
-std::vector<float> QuantizeInputRows(const HostWeight& weight, const ChannelSelection& selection) {
-  std::vector<float> kept;
-  for (int i = 0; i < selection.count(); ++i) {
-    const std::span<const float> row = RowOf(weight, selection[i]);
-    kept.insert(kept.end(), row.begin(), row.end());
-  }
-  const int rows = selection.count();
-  for (int begin = 0; begin < rows; begin += kQuantGroup) {
-    const int count = std::min(kQuantGroup, rows - begin);
-    for (int c = 0; c < weight.cols; ++c) {
-      std::vector<float> column;
-      for (int i = begin; i < begin + count; ++i) column.push_back(kept[i * weight.cols + c]);
-      const Quantized q = Quantize(column);
-      for (int i = 0; i < count; ++i) kept[(begin + i) * weight.cols + c] = q.scale * q.values[i];
-    }
-  }
-  return kept;
-}
-
-// One row of an int8 kOutputRows matrix, quantised group by group and back.
+// Activations, quantised group by group and back.
 std::vector<double> RoundTrip(std::span<const float> values) {
   std::vector<double> kept;
   for (size_t begin = 0; begin < values.size(); begin += kQuantGroup) {
@@ -44,47 +17,36 @@ std::vector<double> RoundTrip(std::span<const float> values) {
   return kept;
 }
 
-std::vector<double> MatMulByOutputRows(const ConstMatrix& x, const HostWeight& weight,
-                                       const ChannelSelection& selection) {
-  const bool int8 = weight.type == WeightType::kInt8;
-  const auto kept = [&](std::span<const float> values) {
-    return int8 ? RoundTrip(values) : std::vector<double>(values.begin(), values.end());
-  };
-  std::vector<double> out;
-  for (int r = 0; r < x.rows; ++r) {
-    const std::vector<double> input = kept({x.row(r), static_cast<size_t>(x.cols)});
-    for (int i = 0; i < selection.count(); ++i) {
-      const std::vector<double> row = kept(RowOf(weight, selection[i]));
-      out.push_back(std::inner_product(row.begin(), row.end(), input.begin(), 0.0));
-    }
+// Weights of one group and output, to the nearest of 240 steps and back.
+void RoundTripInt8(std::vector<float*> group) {
+  const auto [least, most] =
+      std::minmax_element(group.begin(), group.end(), [](float* a, float* b) { return *a < *b; });
+  const float minimum = RoundToHalf(**least);
+  const float scale = RoundToHalf((**most - **least) / 240);
+  const float inverse = scale > 0 ? 1 / scale : 0;
+  for (float* v : group) {
+    const float u = std::clamp(std::nearbyint((*v - minimum) * inverse), 0.0f, 240.0f);
+    *v = static_cast<float>(double{scale} * u + minimum);
   }
-  return out;
 }
 
-std::vector<double> MatMulByInputRows(const ConstMatrix& x, HostWeight weight,
-                                      const ChannelSelection& selection) {
-  const bool int8 = weight.type == WeightType::kInt8;
-  std::vector<int32_t> rows(selection.count());
-  for (int i = 0; i < selection.count(); ++i) rows[i] = selection[i];
-  if (int8) {
-    weight.values = QuantizeInputRows(weight, ChannelSelection::All(weight.rows));
-    if (!selection.all()) {
-      weight.values = QuantizeInputRows(weight, selection);
-      std::iota(rows.begin(), rows.end(), 0);
-    }
-  }
-  std::vector<double> out(static_cast<size_t>(x.rows) * weight.cols);
-  for (int r = 0; r < x.rows; ++r) {
-    const std::span<const float> values(x.row(r), x.cols);
-    const std::vector<double> input =
-        int8 ? RoundTrip(values) : std::vector<double>(values.begin(), values.end());
-    for (int i = 0; i < x.cols; ++i) {
-      for (int n = 0; n < weight.cols; ++n) {
-        out[static_cast<size_t>(r) * weight.cols + n] += input[i] * RowOf(weight, rows[i])[n];
+// What the device keeps of a weight; a kInt4 one is made of what 4 bits can hold.
+std::vector<float> Kept(const HostWeight& weight) {
+  std::vector<float> values = weight.values;
+  if (weight.type != WeightType::kInt8) return values;
+  const bool output_rows = weight.layout == WeightLayout::kOutputRows;
+  const int outputs = output_rows ? weight.rows : weight.cols;
+  const int depth = output_rows ? weight.cols : weight.rows;
+  for (int n = 0; n < outputs; ++n) {
+    for (int begin = 0; begin < depth; begin += kQuantGroup) {
+      std::vector<float*> group;
+      for (int k = begin; k < std::min(depth, begin + kQuantGroup); ++k) {
+        group.push_back(&values[output_rows ? n * depth + k : k * outputs + n]);
       }
+      RoundTripInt8(group);
     }
   }
-  return out;
+  return values;
 }
 
 }  // namespace
@@ -102,13 +64,11 @@ Quantized Quantize(std::span<const float> values) {
 }
 
 std::vector<double> Embed(const HostWeight& table, std::span<const int32_t> tokens) {
+  const std::vector<float> kept = Kept(table);
   std::vector<double> out;
   for (int32_t token : tokens) {
-    const std::span<const float> values = RowOf(table, token);
-    const std::vector<double> row = table.type == WeightType::kInt8
-                                        ? RoundTrip(values)
-                                        : std::vector<double>(values.begin(), values.end());
-    out.insert(out.end(), row.begin(), row.end());
+    const auto row = kept.begin() + static_cast<ptrdiff_t>(token) * table.cols;
+    out.insert(out.end(), row, row + table.cols);
   }
   return out;
 }
@@ -126,10 +86,27 @@ std::vector<double> RmsNorm(const ConstMatrix& x, std::span<const float> weight,
 
 std::vector<double> MatMul(const ConstMatrix& x, const HostWeight& weight,
                            const ChannelSelection& selection, std::span<const float> bias) {
-  std::vector<double> out = weight.layout == WeightLayout::kOutputRows
-                                ? MatMulByOutputRows(x, weight, selection)
-                                : MatMulByInputRows(x, weight, selection);
-  for (size_t i = 0; !bias.empty() && i < out.size(); ++i) out[i] += bias[i % bias.size()];
+  const std::vector<float> kept = Kept(weight);
+  const bool output_rows = weight.layout == WeightLayout::kOutputRows;
+  const int outputs = output_rows ? selection.count() : weight.cols;
+  std::vector<double> out;
+  for (int r = 0; r < x.rows; ++r) {
+    // Columns of x go to the rows that they belong to; the others count nothing.
+    std::vector<float> input(output_rows ? weight.cols : weight.rows);
+    for (int i = 0; i < x.cols; ++i) input[output_rows ? i : selection[i]] = x.row(r)[i];
+    const std::vector<double> exact = weight.type == WeightType::kF32
+                                          ? std::vector<double>(input.begin(), input.end())
+                                          : RoundTrip(input);
+    for (int n = 0; n < outputs; ++n) {
+      double sum = bias.empty() ? 0 : bias[n];
+      for (size_t k = 0; k < exact.size(); ++k) {
+        const size_t at =
+            output_rows ? static_cast<size_t>(selection[n]) * weight.cols + k : k * weight.cols + n;
+        sum += exact[k] * kept[at];
+      }
+      out.push_back(sum);
+    }
+  }
   return out;
 }
 

@@ -16,10 +16,11 @@ struct HostWeight {
   WeightLayout layout = WeightLayout::kOutputRows;
   int rows = 0;
   int cols = 0;
-  std::vector<float> values;  // [rows, cols]
+  std::vector<float> values;  // [rows, cols]; kInt4: of sixteen steps in each group
 };
 
-// Symmetric int8: scale = max|v| / 127, nearest even, both in fp32 as the contract says.
+// Activations in symmetric int8: scale = max|v| / 127, nearest even, both in fp32 as the contract
+// says.
 struct Quantized {
   std::vector<int> values;
   float scale = 0;

@@ -83,7 +83,7 @@ TEST_F(OptionsTest, DefaultsAreTheStructs) {
   EXPECT_EQ(options.host, "127.0.0.1");
   EXPECT_EQ(options.port, 50051);
   EXPECT_EQ(options.metrics_port, 9090);
-  EXPECT_EQ(options.weights, WeightType::kInt8);
+  EXPECT_EQ(options.weights, WeightPlan::kAuto);
   EXPECT_EQ(options.kv_memory, 0u);
   EXPECT_FALSE(options.isa.has_value());
   EXPECT_EQ(options.max_message_bytes, 4u << 20);
@@ -190,7 +190,7 @@ TEST_F(OptionsTest, OddNumbersAreRefused) {
 
 TEST_F(OptionsTest, BadEnvironmentNamesTheVariable) {
   SetEnvironment("ESPALIER_WEIGHTS", "int3");
-  EXPECT_EQ(Refusal({}), "ESPALIER_WEIGHTS: expected one of int8|f32, got \"int3\"");
+  EXPECT_EQ(Refusal({}), "ESPALIER_WEIGHTS: expected one of auto|int4|int8|f32, got \"int3\"");
 }
 
 TEST_F(OptionsTest, KubernetesServiceLinkIsNotAPort) {

@@ -21,7 +21,7 @@ class ForwardHarness {
  public:
   struct Options {
     std::optional<Isa> isa;
-    WeightType weights = WeightType::kF32;
+    WeightPlan weights = WeightPlan::kF32;
     KvType kv = KvType::kF32;
     int max_rows = 1024;  // longest sequence and widest step
     int sequences = 1;    // that may live side by side

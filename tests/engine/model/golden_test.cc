@@ -65,7 +65,7 @@ TEST_P(GoldenTest, TinyModelsInFp32MatchInEveryFileType) {
        {"llama", "llama3rope", "llama-F32.gguf", "llama-Q8_0.gguf", "llama-Q4_0.gguf",
         "llama-Q4_1.gguf", "llamawide-Q4_K_M.gguf", "qwen2", "qwen2-BF16.gguf", "qwen2-Q8_0.gguf",
         "qwen2-Q4_1.gguf", "qwen3", "qwen3-F16.gguf", "qwen3-Q4_0.gguf"}) {
-    ForwardHarness model(tiny + name, {.isa = GetParam(), .weights = WeightType::kF32});
+    ForwardHarness model(tiny + name, {.isa = GetParam(), .weights = WeightPlan::kF32});
     const bool gguf = name.ends_with(".gguf");
     const std::vector<float> expected =
         ReadNpy(tiny + (gguf ? name.substr(0, name.size() - 5) + ".logits_f32.npy"
@@ -82,7 +82,7 @@ TEST_P(GoldenTest, TinyModelsInInt8StayWithinTwiceLlamaCppsDistance) {
   const auto ids = manifest["seq"].get<std::vector<int32_t>>();
   for (const std::string name : {"llama-Q8_0", "llama-Q4_0", "llama-Q4_1", "llamawide-Q4_K_M",
                                  "qwen2-Q8_0", "qwen2-Q4_1", "qwen3-Q4_0"}) {
-    ForwardHarness model(tiny + name + ".gguf", {.isa = GetParam(), .weights = WeightType::kInt8});
+    ForwardHarness model(tiny + name + ".gguf", {.isa = GetParam(), .weights = WeightPlan::kInt8});
     const std::vector<float> expected = ReadNpy(tiny + name + ".logits_f32.npy");
     const std::vector<float> logits = model.Logits(ids);
     const double allowed = 2 * manifest["models"][name]["llama_cpp_max_abs_diff"].get<double>();
@@ -122,7 +122,7 @@ class RealModelTest : public ::testing::Test {
 };
 
 TEST_F(RealModelTest, Fp32LogitsMatchAtEveryGoldenPosition) {
-  ForwardHarness model(path_, {.weights = WeightType::kF32});
+  ForwardHarness model(path_, {.weights = WeightPlan::kF32});
   const int vocabulary = model.file().config().vocabulary;
   double worst = 0;
   for (const json& sequence : ReadJson(golden_ + "/logits/logits.json")) {
@@ -151,7 +151,7 @@ TEST_F(RealModelTest, Fp32LogitsMatchAtEveryGoldenPosition) {
 }
 
 TEST_F(RealModelTest, HiddenStatesMatchLayerByLayer) {
-  ForwardHarness model(path_, {.weights = WeightType::kF32});
+  ForwardHarness model(path_, {.weights = WeightPlan::kF32});
   const json expected = ReadJson(golden_ + "/logits/layers_sixteen.json");
   const auto ids = expected["ids"].get<std::vector<int32_t>>();
   model.decoder().set_layer_observer([&](int layer, ConstMatrix residual) {
@@ -180,7 +180,7 @@ TEST_F(RealModelTest, PerplexityOfTheFirstWindows) {
   const int window = golden["window"].get<int>();
   // The whole text is `espalier score`'s business; two windows catch what the tests can catch.
   constexpr int kFp32Windows = 2, kInt8Windows = 6;
-  const auto measure = [&](WeightType weights, KvType kv, int windows) {
+  const auto measure = [&](WeightPlan weights, KvType kv, int windows) {
     ForwardHarness model(path_, {.weights = weights, .kv = kv, .max_rows = window});
     auto tokenizer = Tokenizer::Create(model.file().vocabulary());
     EXPECT_TRUE(tokenizer.ok()) << tokenizer.status();
@@ -199,8 +199,8 @@ TEST_F(RealModelTest, PerplexityOfTheFirstWindows) {
               << relative << "\n";
     return std::abs(relative);
   };
-  EXPECT_LE(measure(WeightType::kF32, KvType::kF32, kFp32Windows), 1e-4);
-  EXPECT_LE(measure(WeightType::kInt8, KvType::kF16, kInt8Windows), 5e-3);
+  EXPECT_LE(measure(WeightPlan::kF32, KvType::kF32, kFp32Windows), 1e-4);
+  EXPECT_LE(measure(WeightPlan::kInt8, KvType::kF16, kInt8Windows), 5e-3);
 }
 
 }  // namespace

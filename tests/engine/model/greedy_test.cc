@@ -17,7 +17,7 @@ namespace {
 
 using nlohmann::json;
 
-std::vector<std::vector<int32_t>> GenerateGreedily(const std::string& path, WeightType weights,
+std::vector<std::vector<int32_t>> GenerateGreedily(const std::string& path, WeightPlan weights,
                                                    KvType kv, const std::vector<json>& cases) {
   auto backend = CreateCpuBackend({}).value();
   const auto file = ModelFile::Open(path).value();
@@ -77,7 +77,7 @@ class GreedyTest : public ::testing::Test {
 
 TEST_F(GreedyTest, Fp32EqualsTheGoldenContinuations) {
   const int compared =
-      CompareUpTo(5e-3, GenerateGreedily(model_, WeightType::kF32, KvType::kF32, cases_));
+      CompareUpTo(5e-3, GenerateGreedily(model_, WeightPlan::kF32, KvType::kF32, cases_));
   std::cout << "fp32: " << compared << " of 1536 steps compared\n";
   EXPECT_GT(compared, 1200);
 }
@@ -86,7 +86,7 @@ TEST_F(GreedyTest, Int8EqualsThemWhereTheMarginIsBeyondQuantisation) {
   // llama.cpp's q8 activations move logits by some tenths (golden README); its largest first
   // difference lies at a margin of 0.294.
   const int compared =
-      CompareUpTo(0.6, GenerateGreedily(model_, WeightType::kInt8, KvType::kF16, cases_));
+      CompareUpTo(0.6, GenerateGreedily(model_, WeightPlan::kInt8, KvType::kF16, cases_));
   std::cout << "int8: " << compared << " of 1536 steps compared\n";
   EXPECT_GT(compared, 100);
 }

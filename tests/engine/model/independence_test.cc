@@ -37,7 +37,7 @@ bool BitEqual(std::span<const float> a, std::span<const float> b) {
 struct Path {
   const char* model;
   Isa isa;
-  WeightType weights;
+  WeightPlan weights;
 
   std::string file() const {
     return fmt::format("{}/tests/golden/data/{}.gguf", ESPALIER_SOURCE_DIR, model);
@@ -48,7 +48,7 @@ std::vector<Path> AllPaths() {
   std::vector<Path> paths;
   for (const char* model : kTinyModels) {
     for (Isa isa : SupportedIsas()) {
-      for (WeightType weights : {WeightType::kF32, WeightType::kInt8})
+      for (WeightPlan weights : {WeightPlan::kF32, WeightPlan::kInt8, WeightPlan::kInt4})
         paths.push_back({model, isa, weights});
     }
   }
@@ -58,11 +58,13 @@ std::vector<Path> AllPaths() {
 std::string PathName(const Path& path) {
   const std::string_view architecture = std::string_view(path.model).substr(5, 5);
   return fmt::format("{}_{}_{}", architecture, IsaName(path.isa),
-                     path.weights == WeightType::kF32 ? "fp32" : "int8");
+                     path.weights == WeightPlan::kF32    ? "fp32"
+                     : path.weights == WeightPlan::kInt8 ? "int8"
+                                                         : "int4");
 }
 
 KvType KvOf(const Path& path) {
-  return path.weights == WeightType::kF32 ? KvType::kF32 : KvType::kF16;
+  return path.weights == WeightPlan::kF32 ? KvType::kF32 : KvType::kF16;
 }
 
 class IndependenceTest : public ::testing::TestWithParam<Path> {
@@ -271,7 +273,7 @@ TEST_P(IndependenceTest, AKeepProfileDependsOnTheKeptRowsOnly) {
     moved = std::max<double>(moved, std::abs(reordered[i] - pruned[i]));
     pruning = std::max<double>(pruning, std::abs(dense[i] - pruned[i]));
   }
-  EXPECT_LT(moved, GetParam().weights == WeightType::kF32 ? 1e-3 : 0.5 * pruning);
+  EXPECT_LT(moved, GetParam().weights == WeightPlan::kF32 ? 1e-3 : 0.5 * pruning);
 }
 
 TEST_P(IndependenceTest, WithoutBlocksARowIsItsTokenAndNothingElse) {

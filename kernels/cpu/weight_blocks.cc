@@ -1,0 +1,192 @@
+#include "kernels/cpu/weight_blocks.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstring>
+
+namespace espalier {
+namespace {
+
+#include "kernels/cpu/half.h"
+
+constexpr int kLanes = kStripOutputs;
+constexpr int kInt8Levels = 240;  // 16 * 15: exact where 15 are, at a scale of a sixteenth
+constexpr int kInt4Levels = 15;
+constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: no room is left for a fraction
+
+// What the integers of one group and output are multiples of, as fp16 holds it.
+struct Steps {
+  float scale = 0;
+  float minimum = 0;
+};
+
+Steps Rounded(float scale, float minimum) {
+  return {FromHalf(ToHalf(scale)), FromHalf(ToHalf(minimum))};
+}
+
+float Nearest(float v, const Steps& steps, int levels) {
+  const float inverse = steps.scale > 0 ? 1 / steps.scale : 0;
+  const float u = (v - steps.minimum) * inverse + kRounder - kRounder;
+  return std::clamp(u, 0.0f, static_cast<float>(levels));
+}
+
+// The largest distance of a value to the nearest step, in steps.
+float Misfit(const float* values, int64_t stride, int depth, const Steps& steps) {
+  float worst = 0;
+  for (int k = 0; k < depth; ++k) {
+    const float v = values[k * stride];
+    const float error = v - steps.minimum - steps.scale * Nearest(v, steps, kInt4Levels);
+    worst = std::max(worst, std::fabs(error));
+  }
+  return steps.scale > 0 ? worst / steps.scale : 0;
+}
+
+float SquaredError(const float* values, int64_t stride, int depth, const Steps& steps) {
+  float sum = 0;
+  for (int k = 0; k < depth; ++k) {
+    const float v = values[k * stride];
+    const float error = v - steps.minimum - steps.scale * Nearest(v, steps, kInt4Levels);
+    sum += error * error;
+  }
+  return sum;
+}
+
+// Scale and minimum for which the integers that `steps` gives fit the values best.
+Steps Refit(const float* values, int64_t stride, int depth, const Steps& steps) {
+  double u1 = 0, u2 = 0, v1 = 0, uv = 0;
+  for (int k = 0; k < depth; ++k) {
+    const double v = values[k * stride];
+    const double u = Nearest(values[k * stride], steps, kInt4Levels);
+    u1 += u;
+    u2 += u * u;
+    v1 += v;
+    uv += u * v;
+  }
+  const double spread = depth * u2 - u1 * u1;
+  if (spread <= 0) return steps;
+  const double scale = (depth * uv - u1 * v1) / spread;
+  if (!(scale > 0)) return steps;
+  return Rounded(static_cast<float>(scale), static_cast<float>((v1 - scale * u1) / depth));
+}
+
+// Steps of 4 bits for values whose range is no fifteen steps of a source.
+Steps FitInt4(const float* values, int64_t stride, int depth, float min, float max) {
+  // A source's fp16 rounding of the minimum may shift all steps by this share of one.
+  constexpr float kOnSteps = 0.02f;
+  for (int levels = kInt4Levels - 1; levels > 0; --levels) {
+    const Steps steps = Rounded((max - min) / static_cast<float>(levels), min);
+    if (Misfit(values, stride, depth, steps) < kOnSteps) return steps;
+  }
+  Steps best = Rounded((max - min) / kInt4Levels, min);
+  float least = SquaredError(values, stride, depth, best);
+  for (const float share : {1.0f, 0.9f, 0.8f}) {
+    const float cut = (1 - share) / 2 * (max - min);
+    Steps steps = Rounded(share * (max - min) / kInt4Levels, min + cut);
+    for (int turn = 0; turn < 3; ++turn) {
+      steps = Refit(values, stride, depth, steps);
+      const float error = SquaredError(values, stride, depth, steps);
+      if (error < least) {
+        least = error;
+        best = steps;
+      }
+    }
+  }
+  return best;
+}
+
+const uint8_t* BlockAt(const uint8_t* strip, int bits, int group) {
+  return strip + int64_t{group} * BlockBytes(bits);
+}
+
+}  // namespace
+
+bool PackBlock(int bits, const float* values, int64_t stride, int depth, uint8_t* block) {
+  std::memset(block, 0, BlockBytes(bits));
+  if (bits == 32) {
+    for (int k = 0; k < depth; ++k) {
+      std::memcpy(block + k * kLanes * sizeof(float), values + k * stride, kLanes * sizeof(float));
+    }
+    return true;
+  }
+  if (depth == 0) return true;
+  const int levels = bits == 8 ? kInt8Levels : kInt4Levels;
+  float min[kLanes], max[kLanes];
+  std::copy_n(values, kLanes, min);
+  std::copy_n(values, kLanes, max);
+  for (int k = 1; k < depth; ++k) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      min[lane] = std::min(min[lane], values[k * stride + lane]);
+      max[lane] = std::max(max[lane], values[k * stride + lane]);
+    }
+  }
+  float minimum[kLanes], inverse[kLanes];
+  uint16_t halves[2][kLanes];
+  bool fits = true;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    // Halves first: the difference of two large values may be infinite.
+    const float range = 2 * (max[lane] / 2 - min[lane] / 2);
+    Steps steps = Rounded(range / static_cast<float>(levels), min[lane]);
+    fits &= std::fabs(steps.minimum) <= FLT_MAX && steps.scale <= FLT_MAX;
+    if (bits == 4 && fits && Misfit(values + lane, stride, depth, steps) > 0.02f) {
+      steps = FitInt4(values + lane, stride, depth, min[lane], max[lane]);
+    }
+    minimum[lane] = steps.minimum;
+    inverse[lane] = steps.scale > 0 ? 1 / steps.scale : 0;
+    halves[0][lane] = ToHalf(steps.scale);
+    halves[1][lane] = ToHalf(steps.minimum);
+  }
+  if (!fits) return false;
+  std::memcpy(block, halves, kBlockHeader);
+  uint8_t* to = block + kBlockHeader;
+  for (int k = 0; k < depth; ++k) {
+    const int quad = k / 4;
+    const int shift = bits == 4 && quad >= 4 ? 4 : 0;
+    uint8_t* bytes = to + (bits == 4 ? quad % 4 : quad) * 4 * kLanes + k % 4;
+    float u[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      u[lane] = (values[k * stride + lane] - minimum[lane]) * inverse[lane] + kRounder - kRounder;
+      u[lane] = std::clamp(u[lane], 0.0f, static_cast<float>(levels));
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      bytes[4 * lane] |= static_cast<uint8_t>(static_cast<int>(u[lane]) << shift);
+    }
+  }
+  return true;
+}
+
+void CopyOutput(int bits, const uint8_t* from, int from_lane, int groups, uint8_t* to, int lane) {
+  for (int group = 0; group < groups; ++group) {
+    const uint8_t* source = BlockAt(from, bits, group);
+    uint8_t* block = to + int64_t{group} * BlockBytes(bits);
+    int64_t at = 0;
+    if (bits != 32) {
+      std::memcpy(block + 2 * lane, source + 2 * from_lane, 2);
+      std::memcpy(block + 2 * (kLanes + lane), source + 2 * (kLanes + from_lane), 2);
+      at = kBlockHeader;
+    }
+    for (; at < BlockBytes(bits); at += 4 * kLanes) {
+      std::memcpy(block + at + 4 * lane, source + at + 4 * from_lane, 4);
+    }
+  }
+}
+
+void UnpackOutput(int bits, const uint8_t* strip, int lane, int depth, float* out) {
+  for (int k = 0; k < depth; ++k) {
+    const uint8_t* block = BlockAt(strip, bits, k / kGroup);
+    const int i = k % kGroup, quad = i / 4;
+    if (bits == 32) {
+      std::memcpy(out + k, block + (i * kLanes + lane) * sizeof(float), sizeof(float));
+      continue;
+    }
+    uint16_t scale, minimum;
+    std::memcpy(&scale, block + 2 * lane, 2);
+    std::memcpy(&minimum, block + 2 * (kLanes + lane), 2);
+    const uint8_t* values = block + kBlockHeader + 4 * lane + i % 4;
+    const int u = bits == 8 ? values[quad * 4 * kLanes]
+                            : values[quad % 4 * 4 * kLanes] >> (quad >= 4 ? 4 : 0) & 15;
+    out[k] = static_cast<float>(double{FromHalf(scale)} * u + FromHalf(minimum));
+  }
+}
+
+}  // namespace espalier

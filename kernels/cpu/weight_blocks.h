@@ -1,0 +1,44 @@
+// Blocks of 16 outputs by 32 summed values, of which the CPU's weights are made.
+//
+// A strip is the blocks of 16 outputs, group after group. A product reads strips from end to end, a
+// block as it lies: no transposition is left to do. Layouts, kGroup = 32 values k in 8 quads:
+//   32 bits: float [32][16].
+//    8 bits: fp16 scale[16], fp16 minimum[16], then uint8 [8 quads][16 outputs][4].
+//    4 bits: the same two, then uint8 [4][16 outputs][4]: quad j in the low nibbles, quad j + 4 in
+//            the high ones.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cpu/kernel_table.h"
+#include "kernels/weight.h"
+
+namespace espalier {
+
+constexpr int BitsOf(WeightType type) {
+  return type == WeightType::kF32 ? 32 : type == WeightType::kInt8 ? 8 : 4;
+}
+
+constexpr int GroupsOf(int depth) { return depth / kGroup + (depth % kGroup != 0); }
+
+constexpr int64_t StripsOf(const Weight& weight) {
+  const int64_t outputs = weight.layout == WeightLayout::kOutputRows ? weight.rows : weight.cols;
+  return (outputs + kStripOutputs - 1) / kStripOutputs;
+}
+constexpr int64_t StripBytes(const Weight& weight) {
+  return weight.groups * BlockBytes(BitsOf(weight.type));
+}
+
+// Packs values[k * stride + output] for k < depth <= kGroup and output < kStripOutputs. Integers:
+// the nearest of steps between the smallest and the largest value; 4 bits look for the steps of a
+// 4-bit source first, and fit them by least squares if there are none. False if a scale or minimum
+// does not fit fp16.
+bool PackBlock(int bits, const float* values, int64_t stride, int depth, uint8_t* block);
+
+// to[lane] = from[from_lane], through the `groups` blocks of two strips.
+void CopyOutput(int bits, const uint8_t* from, int from_lane, int groups, uint8_t* to, int lane);
+
+// The first `depth` values of one output of a strip.
+void UnpackOutput(int bits, const uint8_t* strip, int lane, int depth, float* out);
+
+}  // namespace espalier
