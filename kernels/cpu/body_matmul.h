@@ -152,7 +152,7 @@ Ahead AfterChunk(const MatMulTask& t, int first, int groups, int strips) {
   const int group = !within ? 0 : t.groups_kept != nullptr ? t.groups_kept[next] : next;
   const int64_t bytes = Least(kChunkGroups, within ? t.groups - next : t.groups) * block;
   const int passes = (t.rows + kDotRows - 1) / kDotRows * ((strips + kDotStrips - 1) / kDotStrips);
-  constexpr int kFewPasses = 8;  // they read as fast as memory gives, and the hardware follows
+  constexpr int kFewPasses = 2;  // they read as fast as memory gives, and the hardware follows
   if (passes < kFewPasses) return {.strips = 0};
   return {.strip = t.strips + (within ? 0 : strips) * t.strip_bytes + group * block,
           .strip_bytes = t.strip_bytes,

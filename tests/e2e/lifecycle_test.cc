@@ -253,6 +253,8 @@ TEST(Drain, EndsWithUnavailableWhatTakesTooLong) {
 TEST(Drain, DoesNotWaitForAFinishedStreamThatNobodyReads) {
   LocalServer server;
   const UnreadStream stream(&server, 600);
+  // A call that comes after the drain began is refused.
+  while (server.thread().load().steps == 0) std::this_thread::yield();
   EXPECT_TRUE(server.thread().Drain(seconds(20))) << "the engine is done with it";
   const Instant began = SteadyNow();
   EXPECT_FALSE(server.service().WaitForCalls(began + seconds(20)));
