@@ -17,6 +17,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <string_view>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -26,23 +27,35 @@
 
 namespace espalier {
 
-enum class KvType : uint8_t { kF32, kF16 };
+// kInt8: symmetric, with an fp32 scale for each token and head of K and of V.
+enum class KvType : uint8_t { kF32, kF16, kInt8 };
+
+constexpr std::string_view KvTypeName(KvType type) {
+  constexpr std::string_view kNames[] = {"f32", "f16", "int8"};
+  return kNames[static_cast<int>(type)];
+}
 
 // Tokens of one KV page. 16 = the lanes of one AVX-512 register of scores.
 inline constexpr int kPageTokens = 16;
 
 // Shape of the paged KV pool. One page holds kPageTokens tokens of one layer: K as
 // [kv_heads, head_dim, kPageTokens] (a register of scores needs no horizontal sum), then V as
-// [kv_heads, kPageTokens, head_dim].
+// [kv_heads, kPageTokens, head_dim]. kInt8: a head's K is scales [kPageTokens], then
+// [ceil(head_dim / 4), kPageTokens, 4]; its V is scales, then [kPageTokens, head_dim], padded to
+// the size of K.
 struct KvPoolShape {
   KvType type = KvType::kF16;
   int pages = 0;
   int kv_heads = 0;
   int head_dim = 0;
 
-  size_t page_bytes() const {
-    return size_t{2} * kv_heads * head_dim * kPageTokens * (type == KvType::kF16 ? 2 : 4);
+  // K or V of one head in a page.
+  size_t head_bytes() const {
+    const size_t dim = head_dim;
+    if (type == KvType::kInt8) return kPageTokens * (sizeof(float) + (dim + 3) / 4 * 4);
+    return kPageTokens * dim * (type == KvType::kF16 ? 2 : 4);
   }
+  size_t page_bytes() const { return 2 * kv_heads * head_bytes(); }
 };
 
 // Device memory of the KV pages; made by Backend::CreateKvPool.

@@ -168,8 +168,9 @@ const std::vector<Setting>& Settings() {
                                         {"int8", WeightPlan::kInt8},
                                         {"f32", WeightPlan::kF32}})},
       {kModel, "kv-type", "Type of keys and values; auto: f32 with f32 weights, else f16",
-       Choice<std::optional<KvType>>(&O::kv_type,
-                                     {{"auto", {}}, {"f16", KvType::kF16}, {"f32", KvType::kF32}})},
+       Choice<std::optional<KvType>>(
+           &O::kv_type,
+           {{"auto", {}}, {"int8", KvType::kInt8}, {"f16", KvType::kF16}, {"f32", KvType::kF32}})},
       {kModel, "kv-memory",
        "Memory for keys and values; auto: 32 sequences of 1,024 tokens,\n"
        "or one of the whole context if that is more; at most half of what is free",

@@ -144,7 +144,7 @@ class Server {
     model_.name = options_.model_name.empty() ? model_.config.name : options_.model_name;
     model_.max_sequence_tokens = engine_->scheduler().max_sequence_tokens();
     model_.weight_type = executor_->weight_types();
-    model_.kv_type = options_.effective_kv_type() == KvType::kF32 ? "f32" : "f16";
+    model_.kv_type = KvTypeName(options_.effective_kv_type());
     model_.device = backend_->Describe();
     Log(LogLevel::kInfo, "model loaded",
         {{"model", model_.name},

@@ -154,10 +154,12 @@ absl::Status Run(const Options& options) {
   if (!model.ok()) return model.status();
   const ModelConfig& config = model->executor->config();
   const double weight_bytes = static_cast<double>(model->executor->ledger({}).weights);
+  const KvPoolShape kv_page = {
+      .type = model->kv, .pages = 1, .kv_heads = config.kv_heads, .head_dim = config.head_dim};
   const ModelCosts costs =
       CostsOf(config, weight_bytes,
               model->executor->weight_types() == "f32" ? WeightType::kF32 : WeightType::kInt8,
-              model->kv == KvType::kF16 ? 2 : 4);
+              kv_page.page_bytes() / double{2 * kPageTokens} / (config.kv_heads * config.head_dim));
 
   MeasuredCeilings ceilings;
   CpuWatch watch;
@@ -169,7 +171,7 @@ absl::Status Run(const Options& options) {
   const std::string machine =
       fmt::format("{}, {}, {} threads", MachineName(), IsaName(model->isa), model->threads);
   fmt::print("{}, {:.0f} MB of {} weights, {} KV\n{}\n", config.name, weight_bytes / 1e6,
-             model->executor->weight_types(), model->kv == KvType::kF16 ? "f16" : "f32", machine);
+             model->executor->weight_types(), KvTypeName(model->kv), machine);
   fmt::print(
       "DRAM read {:.1f} GB/s with 1 thread, {:.1f} GB/s with {} ({} MiB read); int8 {:.0f} GOP/s, "
       "fp32 {:.0f} GFLOP/s\n",

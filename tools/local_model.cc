@@ -31,7 +31,7 @@ void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options) {
       "with the LM head in int8; f32 is the reference",
       {"auto", "int4", "int8", "f32"});
   choice("--kv", options->kv, "How keys and values are kept; auto: f32 with f32 weights, else f16",
-         {"auto", "f16", "f32"});
+         {"auto", "int8", "f16", "f32"});
   choice("--isa", options->isa, "Instruction set; auto: the best this machine has",
          {"auto", "portable", "avx2", "avx512"});
   sub.add_option("--threads", options->threads,
@@ -57,9 +57,11 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
                              : options.weights == "int8" ? WeightPlan::kInt8
                              : options.weights == "int4" ? WeightPlan::kInt4
                                                          : WeightPlan::kAuto;
-  model.kv = options.kv == "f32" || (options.kv == "auto" && weights == WeightPlan::kF32)
-                 ? KvType::kF32
-                 : KvType::kF16;
+  model.kv = options.kv == "int8"          ? KvType::kInt8
+             : options.kv == "f16"         ? KvType::kF16
+             : options.kv == "f32"         ? KvType::kF32
+             : weights == WeightPlan::kF32 ? KvType::kF32
+                                           : KvType::kF16;
   model.isa = SupportedIsas().back();
   if (options.isa != "auto") {
     absl::StatusOr<Isa> isa = ParseIsa(options.isa);

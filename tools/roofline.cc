@@ -6,7 +6,7 @@
 namespace espalier {
 
 ModelCosts CostsOf(const ModelConfig& config, double weight_bytes, WeightType type,
-                   int kv_value_bytes) {
+                   double kv_value_bytes) {
   const double hidden = config.hidden;
   const double query = double{1} * config.heads * config.head_dim;
   const double key = double{1} * config.kv_heads * config.head_dim;

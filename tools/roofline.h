@@ -35,7 +35,7 @@ struct ModelCosts {
 
 // `weight_bytes`: of all weights as they lie in memory, the embedding among them.
 ModelCosts CostsOf(const ModelConfig& config, double weight_bytes, WeightType type,
-                   int kv_value_bytes);
+                   double kv_value_bytes);
 
 // Rows of one step.
 struct StepShape {

@@ -1,4 +1,4 @@
-// Attention of some queries over the pages of one KV head, and the writing of those pages.
+// Attention of some queries over the pages of their sequence, and the writing of those pages.
 // Included once by each kernels_*.cc, after body_matmul.h and body_exp.h.
 //
 // A query meets its pages in order and each page does to it what it would do were it alone, so
@@ -40,8 +40,8 @@ void Scores(const AttentionTask& t, int first, const float* keys, F* scores) {
 
 // Lets R neighbouring queries see the first `visible` tokens of a page.
 template <int R>
-void SeePage(const AttentionTask& t, int first, int visible, const float* keys,
-             const float* values) {
+void SeeTokens(const AttentionTask& t, int first, int visible, const float* keys,
+               const float* values) {
   const int64_t padded = PaddedHeadDim(t.head_dim);
   F scores[R];
   Scores<R>(t, first, keys, scores);
@@ -73,39 +73,100 @@ struct WidePage {
   const float* values;
 };
 
-WidePage Widen(const AttentionTask& t, int page, int tokens) {
-  const int64_t padded = PaddedHeadDim(t.head_dim);
-  const int64_t head_values = static_cast<int64_t>(t.head_dim) * kPage;
-  const int64_t size = t.half ? sizeof(uint16_t) : sizeof(float);
+// Bytes: where the tokens' scales end and the values begin.
+constexpr int64_t kScalesBytes = kPage * sizeof(float);
+
+void WidenKeys(const AttentionTask& t, const uint8_t* page, float* to) {
+  if (t.bits == 16) {
+    const uint16_t* k = reinterpret_cast<const uint16_t*>(page);
+    for (int d = 0; d < t.head_dim; ++d) Store(to + d * kPage, LoadHalf(k + d * kPage));
+    return;
+  }
+  const F scales = Load(reinterpret_cast<const float*>(page));
+  for (int d = 0; d < t.head_dim; ++d) {
+    const uint8_t* quad = page + kScalesBytes + d / 4 * 4 * kPage;
+    Store(to + d * kPage, LoadByteOfEach(quad, d % 4) * scales);
+  }
+}
+
+// `n` <= 16 values of a token, from the d-th on.
+F LoadValues(const AttentionTask& t, const uint8_t* page, int token, int d, int n) {
+  const int64_t at = static_cast<int64_t>(token) * t.head_dim + d;
+  if (t.bits == 32) return LoadFirst(reinterpret_cast<const float*>(page) + at, n);
+  float few[16] = {};
+  if (t.bits == 16) {
+    const uint16_t* v = reinterpret_cast<const uint16_t*>(page) + at;
+    if (n == 16) return LoadHalf(v);
+    for (int i = 0; i < n; ++i) few[i] = FromHalf(v[i]);
+    return Load(few);
+  }
+  const F scale = Set1(reinterpret_cast<const float*>(page)[token]);
+  const int8_t* v = reinterpret_cast<const int8_t*>(page + kScalesBytes) + at;
+  if (n == 16) return LoadInt8(v) * scale;
+  for (int i = 0; i < n; ++i) few[i] = v[i];
+  return Load(few) * scale;
+}
+
+// Pages lie anywhere, in runs too short for the hardware to foresee: fetched while the one before
+// is seen.
+void FetchPage(const AttentionTask& t, int page, int kv_head) {
   const uint8_t* base = t.pool + t.pages[page] * t.page_bytes;
-  const uint8_t* keys = base + t.kv_head * head_values * size;
-  const uint8_t* values = base + (t.kv_heads + t.kv_head) * head_values * size;
-  float* wide_keys = t.scratch;
-  float* wide_values = t.scratch + kPage * padded;
-  if (t.half) {
-    const uint16_t* k = reinterpret_cast<const uint16_t*>(keys);
-    for (int64_t i = 0; i < head_values; i += 16) Store(wide_keys + i, LoadHalf(k + i));
-  } else {
-    wide_keys = const_cast<float*>(reinterpret_cast<const float*>(keys));
+  const uint8_t* keys = base + kv_head * t.head_bytes;
+  const uint8_t* values = base + (t.kv_heads + kv_head) * t.head_bytes;
+  for (int64_t at = 0; at < t.head_bytes; at += 64) __builtin_prefetch(keys + at);
+  for (int64_t at = 0; at < t.head_bytes; at += 64) __builtin_prefetch(values + at);
+}
+
+WidePage Widen(const AttentionTask& t, int page, int kv_head, int tokens) {
+  const int64_t padded = PaddedHeadDim(t.head_dim);
+  const uint8_t* base = t.pool + t.pages[page] * t.page_bytes;
+  const uint8_t* keys = base + kv_head * t.head_bytes;
+  const uint8_t* values = base + (t.kv_heads + kv_head) * t.head_bytes;
+  WidePage wide = {reinterpret_cast<const float*>(keys), reinterpret_cast<const float*>(values)};
+  if (t.bits != 32) {
+    WidenKeys(t, keys, t.scratch);
+    wide.keys = t.scratch;
   }
-  if (!t.half && padded == t.head_dim) {
-    return {wide_keys, reinterpret_cast<const float*>(values)};
-  }
-  for (int token = 0; token < tokens; ++token) {
-    float* to = wide_values + token * padded;
-    int d = 0;
-    if (t.half) {
-      const uint16_t* v = reinterpret_cast<const uint16_t*>(values) + token * t.head_dim;
-      for (; d + 16 <= t.head_dim; d += 16) Store(to + d, LoadHalf(v + d));
-      for (; d < t.head_dim; ++d) to[d] = FromHalf(v[d]);
-    } else {
-      const float* v = reinterpret_cast<const float*>(values) + token * t.head_dim;
-      for (; d + 16 <= t.head_dim; d += 16) Store(to + d, Load(v + d));
-      for (; d < t.head_dim; ++d) to[d] = v[d];
+  if (t.bits == 32 && padded == t.head_dim) return wide;
+  float* to = t.scratch + kPage * padded;
+  wide.values = to;
+  for (int token = 0; token < tokens; ++token, to += padded) {
+    for (int d = 0; d < padded; d += 16) {
+      Store(to + d, LoadValues(t, values, token, d, Least(16, t.head_dim - d)));
     }
-    for (; d < padded; ++d) to[d] = 0;
   }
-  return {wide_keys, wide_values};
+  return wide;
+}
+
+// Lets queries [q, end), which share their KV head, see what they may of a page.
+void SeePage(const AttentionTask& t, int q, int end, int page, int pages) {
+  const int kv_head = t.queries[q].kv_head;
+  const auto visible = [&](int query) {
+    return Least(kPage, t.queries[query].position + 1 - page * kPage);
+  };
+  while (q < end && visible(q) <= 0) ++q;
+  if (q == end) return;
+  if (page + 1 < pages) FetchPage(t, page + 1, kv_head);
+  const WidePage wide = Widen(t, page, kv_head, visible(end - 1));
+  while (q < end) {
+    const int tokens = visible(q);
+    int run = 1;
+    while (run < kFmaRows && q + run < end && visible(q + run) == tokens) ++run;
+    switch (run) {
+      case 1:
+        SeeTokens<1>(t, q, tokens, wide.keys, wide.values);
+        break;
+      case 2:
+        SeeTokens<2>(t, q, tokens, wide.keys, wide.values);
+        break;
+      case 3:
+        SeeTokens<3>(t, q, tokens, wide.keys, wide.values);
+        break;
+      default:
+        SeeTokens<kFmaRows>(t, q, tokens, wide.keys, wide.values);
+    }
+    q += run;
+  }
 }
 
 void Attention(const AttentionTask& t) {
@@ -116,32 +177,13 @@ void Attention(const AttentionTask& t) {
     Store(state.sum, Set1(0));
     *state.max = -__FLT_MAX__;
   }
-  const int last = t.queries[t.count - 1].position;
-  int i = 0;  // the first query that sees the page
-  for (int page = 0; page * kPage <= last; ++page) {
-    const auto visible = [&](int query) {
-      return Least(kPage, t.queries[query].position + 1 - page * kPage);
-    };
-    while (visible(i) <= 0) ++i;
-    const WidePage wide = Widen(t, page, visible(t.count - 1));
-    for (int q = i; q < t.count;) {
-      const int tokens = visible(q);
-      int run = 1;
-      while (run < kFmaRows && q + run < t.count && visible(q + run) == tokens) ++run;
-      switch (run) {
-        case 1:
-          SeePage<1>(t, q, tokens, wide.keys, wide.values);
-          break;
-        case 2:
-          SeePage<2>(t, q, tokens, wide.keys, wide.values);
-          break;
-        case 3:
-          SeePage<3>(t, q, tokens, wide.keys, wide.values);
-          break;
-        default:
-          SeePage<kFmaRows>(t, q, tokens, wide.keys, wide.values);
-      }
-      q += run;
+  const int pages = t.queries[t.count - 1].position / kPage + 1;
+  for (int page = 0; page < pages; ++page) {
+    for (int q = 0; q < t.count;) {
+      int end = q + 1;
+      while (end < t.count && t.queries[end].kv_head == t.queries[q].kv_head) ++end;
+      SeePage(t, q, end, page, pages);
+      q = end;
     }
   }
   for (int q = 0; q < t.count; ++q) {
@@ -159,16 +201,47 @@ uint16_t ToBoundedHalf(float v) {
   return ToHalf(v > kMost ? kMost : v < -kMost ? -kMost : v);
 }
 
+// Calls put(d, value) with a token's values as int8, and returns their scale. It is not finite if a
+// value is not, so the fault is seen in what attends to it.
+template <typename Put>
+float QuantizeToken(const float* x, int dim, const Put& put) {
+  F most = Set1(0), fault = Set1(0);
+  for (int d = 0; d < dim; d += 16) {
+    const F v = LoadUpTo(x + d, dim - d);
+    most = Max(most, Abs(v));
+    fault = fault + (v - v);
+  }
+  const float max = ReduceMax(most);
+  const float bad = ReduceAdd(fault);
+  const F inverse = Set1(max > kTinyGroup ? 127.0f / max : 0.0f);
+  for (int d = 0; d < dim; d += 16) {
+    int8_t values[16];
+    StoreInt8(values, ToInt(bad == 0 ? LoadUpTo(x + d, dim - d) * inverse : Set1(0)));
+    for (int i = 0; i < Least(16, dim - d); ++i) put(d + i, values[i]);
+  }
+  return max / 127.0f + bad;
+}
+
 void StoreKv(const StoreTask& t) {
-  if (t.half) {
+  const int64_t row = static_cast<int64_t>(t.slot) * t.head_dim;
+  if (t.bits == 8) {
+    int8_t* keys = reinterpret_cast<int8_t*>(t.key_page + kScalesBytes) + 4 * t.slot;
+    int8_t* values = reinterpret_cast<int8_t*>(t.value_page + kScalesBytes) + row;
+    reinterpret_cast<float*>(t.key_page)[t.slot] = QuantizeToken(
+        t.key, t.head_dim, [&](int d, int8_t v) { keys[d / 4 * 4 * kPage + d % 4] = v; });
+    reinterpret_cast<float*>(t.value_page)[t.slot] =
+        QuantizeToken(t.value, t.head_dim, [&](int d, int8_t v) { values[d] = v; });
+    return;
+  }
+  if (t.bits == 16) {
     uint16_t* keys = reinterpret_cast<uint16_t*>(t.key_page) + t.slot;
-    uint16_t* values = reinterpret_cast<uint16_t*>(t.value_page) + t.slot * t.head_dim;
+    uint16_t* values = reinterpret_cast<uint16_t*>(t.value_page) + row;
     for (int d = 0; d < t.head_dim; ++d) keys[d * kPage] = ToBoundedHalf(t.key[d]);
     for (int d = 0; d < t.head_dim; ++d) values[d] = ToBoundedHalf(t.value[d]);
     return;
   }
   float* keys = reinterpret_cast<float*>(t.key_page) + t.slot;
-  float* values = reinterpret_cast<float*>(t.value_page) + t.slot * t.head_dim;
+  float* values = reinterpret_cast<float*>(t.value_page) + row;
   for (int d = 0; d < t.head_dim; ++d) keys[d * kPage] = t.key[d];
   for (int d = 0; d < t.head_dim; ++d) values[d] = t.value[d];
 }

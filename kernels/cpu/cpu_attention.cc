@@ -10,6 +10,12 @@ namespace espalier {
 
 static_assert(kPageTokens == kAttentionLanes);
 
+namespace {
+
+int BitsOf(KvType type) { return type == KvType::kF32 ? 32 : type == KvType::kF16 ? 16 : 8; }
+
+}  // namespace
+
 void CpuBackend::PrepareAngles(const RopeAndStoreArgs& args) {
   const int rows = args.k.rows;
   const int half = static_cast<int>(args.inverse_frequency.size());
@@ -65,8 +71,8 @@ void CpuBackend::RopeAndStore(const RopeAndStoreArgs& args) {
   Require(args.page_tables.size() == args.spans.size(), "RopeAndStore: {} page tables, {} spans",
           args.page_tables.size(), args.spans.size());
   PrepareAngles(args);
-  const bool half = shape.type == KvType::kF16;
-  const int64_t head_bytes = int64_t{kPageTokens} * dim * (half ? 2 : 4);
+  const int bits = BitsOf(shape.type);
+  const auto head_bytes = static_cast<int64_t>(shape.head_bytes());
   const bool interleaved = args.pairing == RopePairing::kInterleaved;
   ForRows(rows, args.q.cols + 8 * args.k.cols, [&](int r) {
     const int position = angles_.positions[r];
@@ -81,7 +87,7 @@ void CpuBackend::RopeAndStore(const RopeAndStoreArgs& args) {
             "RopeAndStore: no page for position {}", position);
     uint8_t* keys = reinterpret_cast<uint8_t*>(args.pool->data) + table[page] * shape.page_bytes();
     for (int h = 0; h < shape.kv_heads; ++h) {
-      kernels_.store_kv({.half = half,
+      kernels_.store_kv({.bits = bits,
                          .key_page = keys + h * head_bytes,
                          .value_page = keys + (shape.kv_heads + h) * head_bytes,
                          .slot = position % kPageTokens,
@@ -136,6 +142,14 @@ void CpuBackend::Attention(const AttentionArgs& args) {
   for (const HeadGroup& group : head_groups_) largest = std::max(largest, group.end - group.begin);
   const int block_rows = std::max(1, kMaxQueries / largest);
   const int groups = static_cast<int>(head_groups_.size());
+  // A page is 12 KiB in one piece, each head's part of it 2 KiB in two places. In decode, where
+  // reading is the cost, one task sees all heads, if that leaves every worker some.
+  int alone = 0;
+  for (const AttentionSpan& span : args.spans) alone += span.rows == 1;
+  const bool together = alone >= 2 * pool_.threads() && args.heads_kept.count() <= kMaxQueries;
+  const auto groups_of_task = [&](const AttentionSpan& span) {
+    return together && span.rows == 1 ? groups : 1;
+  };
   GrowTo(&task_ends_, args.spans.size());
   int tasks = 0;
   for (size_t s = 0; s < args.spans.size(); ++s) {
@@ -145,7 +159,8 @@ void CpuBackend::Attention(const AttentionArgs& args) {
                     static_cast<size_t>(span.rows == 0 ? 0 : span.start + span.rows),
             "Attention: span of rows {} + {} at position {} with {} pages", span.first_row,
             span.rows, span.start, args.page_tables[s].size());
-    task_ends_[s] = tasks += (span.rows + block_rows - 1) / block_rows * groups;
+    const int blocks = (span.rows + block_rows - 1) / block_rows;
+    task_ends_[s] = tasks += blocks * (groups / groups_of_task(span));
   }
   pool_.Run(tasks, [&](int worker, int task) {
     const size_t s =
@@ -154,25 +169,29 @@ void CpuBackend::Attention(const AttentionArgs& args) {
     const AttentionSpan& span = args.spans[s];
     // From the end of the span: the rows that see most come first, so the last tasks are short.
     const int left = task_ends_[s] - 1 - task;
-    const HeadGroup& group = head_groups_[left % groups];
-    const int first = left / groups * block_rows;
+    const int bundle = groups_of_task(span), per_block = groups / bundle;
+    const int first = left / per_block * block_rows;
     const int end = std::min(span.rows, first + block_rows);
     AttentionQuery queries[kMaxQueries];
     int count = 0;
-    for (int row = first; row < end; ++row) {
-      for (int i = group.begin; i < group.end; ++i) {
-        const int64_t at = int64_t{head_slots_[i]} * dim;
-        queries[count++] = {.q = args.q.row(span.first_row + row) + at,
-                            .out = args.out.row(span.first_row + row) + at,
-                            .position = span.start + row};
+    for (int g = left % per_block * bundle; g < (left % per_block + 1) * bundle; ++g) {
+      const HeadGroup& group = head_groups_[g];
+      for (int row = first; row < end; ++row) {
+        for (int i = group.begin; i < group.end; ++i) {
+          const int64_t at = int64_t{head_slots_[i]} * dim;
+          queries[count++] = {.q = args.q.row(span.first_row + row) + at,
+                              .out = args.out.row(span.first_row + row) + at,
+                              .position = span.start + row,
+                              .kv_head = group.kv_head};
+        }
       }
     }
-    kernels_.attention({.half = shape.type == KvType::kF16,
+    kernels_.attention({.bits = BitsOf(shape.type),
                         .pool = reinterpret_cast<const uint8_t*>(args.pool->data),
                         .page_bytes = static_cast<int64_t>(shape.page_bytes()),
+                        .head_bytes = static_cast<int64_t>(shape.head_bytes()),
                         .pages = args.page_tables[s].data(),
                         .kv_heads = shape.kv_heads,
-                        .kv_head = group.kv_head,
                         .head_dim = dim,
                         .scale = args.scale,
                         .count = count,

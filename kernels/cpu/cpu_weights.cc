@@ -193,16 +193,15 @@ absl::StatusOr<Weight> CpuBackend::GatherRows(const Weight& weight,
 }
 
 absl::StatusOr<KvPool> CpuBackend::CreateKvPool(const KvPoolShape& shape) {
-  const int64_t size = shape.type == KvType::kF16 ? 2 : 4;
-  int64_t head_bytes, page_bytes, bytes;
+  int64_t page_bytes, bytes;
   if (shape.pages < 0 || shape.kv_heads <= 0 || shape.head_dim <= 0 || shape.head_dim % 2 != 0) {
     return absl::InvalidArgumentError(
         fmt::format("KV pool of {} pages, {} KV heads of dimension {}: expected positive numbers "
                     "and an even dimension",
                     shape.pages, shape.kv_heads, shape.head_dim));
   }
-  if (__builtin_mul_overflow(2 * kPageTokens * size, shape.head_dim, &head_bytes) ||
-      __builtin_mul_overflow(head_bytes, shape.kv_heads, &page_bytes) ||
+  const auto head_bytes = static_cast<int64_t>(shape.head_bytes());  // < 2^38
+  if (__builtin_mul_overflow(2 * head_bytes, shape.kv_heads, &page_bytes) ||
       __builtin_mul_overflow(page_bytes, shape.pages, &bytes)) {
     return absl::ResourceExhaustedError(
         fmt::format("a KV pool of {} pages has too many bytes", shape.pages));

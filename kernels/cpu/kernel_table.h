@@ -72,29 +72,30 @@ struct AttentionQuery {
   const float* q = nullptr;  // [head_dim]
   float* out = nullptr;      // [head_dim]
   int position = 0;          // sees tokens 0 .. position
+  int kv_head = 0;
 };
 
-// Queries that read the same KV head of the same sequence.
+// Queries that read the same sequence.
 inline constexpr int kMaxQueries = 32;
 struct AttentionTask {
-  bool half = false;  // pages hold fp16
+  int bits = 32;  // of the pages' values: 32, 16 or 8
   const uint8_t* pool = nullptr;
   int64_t page_bytes = 0;
+  int64_t head_bytes = 0;  // K or V of a head in a page
   const int32_t* pages = nullptr;
   int kv_heads = 0;
-  int kv_head = 0;
   int head_dim = 0;
   float scale = 0;
   int count = 0;                            // 1 .. kMaxQueries
-  const AttentionQuery* queries = nullptr;  // by ascending position
+  const AttentionQuery* queries = nullptr;  // by KV head, then by position, ascending
   float* scratch = nullptr;                 // AttentionScratchFloats(head_dim) values, 64-aligned
 };
 
 // Where the rotated key and the value of one token and KV head go.
 struct StoreTask {
-  bool half = false;
-  uint8_t* key_page = nullptr;    // [head_dim, kPageTokens] of the head
-  uint8_t* value_page = nullptr;  // [kPageTokens, head_dim] of the head
+  int bits = 32;
+  uint8_t* key_page = nullptr;    // of the head, as KvPoolShape says
+  uint8_t* value_page = nullptr;  // of the head
   int slot = 0;                   // token in page
   int head_dim = 0;
   const float* key = nullptr;

@@ -113,6 +113,19 @@ void StoreInt8(int8_t* p, I v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
+F LoadInt8(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return ToFloat(I{_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
+}
+// The i-th of each four bytes.
+F LoadByteOfEach(const uint8_t* p, int i) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(p);
+  const auto byte = [i](__m256i v) {
+    return _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24);
+  };
+  return ToFloat(I{byte(_mm256_loadu_si256(from)), byte(_mm256_loadu_si256(from + 1))});
+}
+
 // Bytes are made signed: two products of |activation| <= 127 and weight in -120 .. 120 fit 16 bits.
 // Nibbles stay as they are, and all 8 quads of a group fit: 8 * 2 * 15 * 127 < 2^15.
 constexpr bool kBytesInPlace = false;

@@ -52,6 +52,15 @@ void StoreInt8(int8_t* p, I v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v));
 }
 
+F LoadInt8(const int8_t* p) {
+  return ToFloat(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+// The i-th of each four bytes.
+F LoadByteOfEach(const uint8_t* p, int i) {
+  const __m512i up = _mm512_slli_epi32(_mm512_loadu_si512(p), static_cast<unsigned>(24 - 8 * i));
+  return ToFloat(_mm512_srai_epi32(up, 24));
+}
+
 // Bytes and nibbles are unsigned here, as VNNI wants the one of its factors.
 constexpr bool kBytesInPlace = true;
 void OpenBytes(const uint8_t*, uint8_t*) {}

@@ -131,6 +131,21 @@ void StoreInt8(int8_t* p, const I& v) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(v.part[i / 4][i % 4]);
 }
 
+F LoadInt8(const int8_t* p) {
+  return Each([&](int i) {
+    return __builtin_convertvector(Int4{p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]},
+                                   Float4);
+  });
+}
+// The i-th of each four bytes.
+F LoadByteOfEach(const uint8_t* p, int i) {
+  I fours;
+  __builtin_memcpy(&fours, p, sizeof fours);
+  return Each([&](int part) {
+    return __builtin_convertvector(fours.part[part] << (24 - 8 * i) >> 24, Float4);
+  });
+}
+
 // What bytes and nibbles must be before they are multiplied: here, nothing but apart.
 constexpr bool kBytesInPlace = true;
 void OpenBytes(const uint8_t*, uint8_t*) {}

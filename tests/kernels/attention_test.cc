@@ -106,6 +106,14 @@ class Sequences {
       for (float& each : k) each = reference::RoundToHalf(each);
       for (float& each : v) each = reference::RoundToHalf(each);
     }
+    if (pool_.shape.type == KvType::kInt8) {
+      for (std::vector<float>* values : {&k, &v}) {
+        for (size_t at = 0; at < values->size(); at += heads_.dim) {
+          const auto q8 = reference::Quantize(std::span(*values).subspan(at, heads_.dim));
+          for (int d = 0; d < heads_.dim; ++d) (*values)[at + d] = q8.scale * q8.values[d];
+        }
+      }
+    }
     std::vector<double> want;
     for (int t = chunk.start; t < end; ++t) {
       std::vector<float> row;
@@ -141,7 +149,7 @@ struct AttentionCase {
 std::vector<AttentionCase> AllCases() {
   std::vector<AttentionCase> cases;
   for (Isa isa : SupportedIsas()) {
-    for (KvType type : {KvType::kF32, KvType::kF16}) cases.push_back({isa, type});
+    for (KvType type : {KvType::kF32, KvType::kF16, KvType::kInt8}) cases.push_back({isa, type});
   }
   return cases;
 }
@@ -154,7 +162,7 @@ class AttentionTest : public ::testing::TestWithParam<AttentionCase> {
 INSTANTIATE_TEST_SUITE_P(Isa, AttentionTest, ::testing::ValuesIn(AllCases()),
                          [](const ::testing::TestParamInfo<AttentionCase>& info) {
                            return fmt::format("{}_{}", IsaName(info.param.isa),
-                                              info.param.type == KvType::kF16 ? "f16" : "f32");
+                                              KvTypeName(info.param.type));
                          });
 
 TEST_P(AttentionTest, MatchesReference) {
@@ -179,7 +187,7 @@ TEST_P(AttentionTest, MatchesReference) {
             const size_t size = size_t{1} * chunk.rows * kept.count() * heads.dim;
             ExpectNear(
                 std::span(out).subspan(at, size), sequences.Expected(chunk, kept, pairing),
-                GetParam().type == KvType::kF16 ? 2e-3 : 3e-6, kept.count() * heads.dim,
+                GetParam().type == KvType::kF32 ? 3e-6 : 2e-3, kept.count() * heads.dim,
                 fmt::format("{} heads over {} of {}, kept {}, sequence {} from {}", heads.heads,
                             heads.kv_heads, heads.dim, name, chunk.sequence, chunk.start));
             at += size;
@@ -263,6 +271,21 @@ TEST_P(AttentionTest, StoresValuesRoundedAndBounded) {
                           .inverse_frequency = frequency,
                           .pool = &pool});
   const std::byte* values = pool.data + pool.shape.page_bytes() / 2;
+  if (GetParam().type == KvType::kInt8) {
+    for (int h = 0; h < 4; ++h) {
+      const std::byte* head = values + h * pool.shape.head_bytes();
+      const float scale = reinterpret_cast<const float*>(head)[5];
+      const std::span<const float> wanted = std::span(v).subspan(h * kDim, kDim);
+      const bool finite =
+          std::all_of(wanted.begin(), wanted.end(), [](float each) { return std::isfinite(each); });
+      EXPECT_EQ(std::isfinite(scale), finite) << "a fault must be seen";
+      const auto* stored = reinterpret_cast<const int8_t*>(head + kPageTokens * sizeof(float));
+      for (int d = 0; finite && d < kDim; ++d) {
+        EXPECT_NEAR(scale * stored[5 * kDim + d], wanted[d], 0.5001f * scale);
+      }
+    }
+    return;
+  }
   for (int i = 0; i < 4 * kDim; ++i) {
     const int at = (i / kDim * kPageTokens + 5) * kDim + i % kDim;
     if (GetParam().type == KvType::kF32) {
