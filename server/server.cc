@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "engine/engine.h"
+#include "engine/machine_memory.h"
 #include "engine/model/files/model_file.h"
 #include "engine/model/model_executor.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -24,7 +25,6 @@
 #include "server/engine_thread.h"
 #include "server/front.h"
 #include "server/logging.h"
-#include "server/machine_memory.h"
 #include "server/metrics.h"
 #include "server/ready_queue.h"
 #include "server/steady_clock.h"
@@ -65,7 +65,7 @@ class Server {
         service_({.stream_buffer_tokens = static_cast<size_t>(options.stream_buffer_tokens),
                   .log_prompts = options.log_prompts,
                   .on_finished = [this](const RequestSummary& summary) { Tell(summary); }},
-                 std::string(ServerVersion()), ForeignMemoryBytes) {}
+                 std::string(ServerVersion()), [] { return ForeignMemoryBytes(); }) {}
 
   int Run() {
     stop_->set_nothing_to_finish(true);
@@ -166,7 +166,7 @@ class Server {
                                                    .device = model_.device,
                                                    .page_tokens = kv.page_tokens,
                                                    .kv_blocks = kv.pages / kv.layers},
-                                         ForeignMemoryBytes);
+                                         [] { return ForeignMemoryBytes(); });
     metrics_for_calls_.store(metrics_.get(), std::memory_order_release);
     if (options_.metrics_port < 0) return absl::OkStatus();
     const absl::StatusOr<int> port = metrics_->Serve(options_.host, options_.metrics_port);

@@ -1,13 +1,11 @@
 #include "engine/model/model_executor.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <fstream>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "engine/machine_memory.h"
 #include "engine/model/activations.h"
 #include "engine/model/decoder.h"
 #include "engine/model/phase_timer.h"
@@ -24,17 +22,6 @@ constexpr int kDefaultKvTokens = 32 * 1024;
 // Rows sampled at the same time; each lane has its own scratch.
 constexpr int kSamplerLanes = 8;
 
-// Bytes to be had without swapping. Free pages alone would leave out the page cache, where the
-// model's own file lies.
-uint64_t AvailableMemory() {
-  std::ifstream facts("/proc/meminfo");
-  for (std::string word; facts >> word;) {
-    uint64_t kib = 0;
-    if (word == "MemAvailable:" && facts >> kib) return kib * 1024;
-  }
-  return static_cast<uint64_t>(sysconf(_SC_AVPHYS_PAGES)) * sysconf(_SC_PAGESIZE);
-}
-
 absl::StatusOr<KvPoolShape> ChoosePool(const ModelConfig& config, const ModelOptions& options) {
   KvPoolShape shape{
       .type = options.kv, .pages = 0, .kv_heads = config.kv_heads, .head_dim = config.head_dim};
@@ -44,7 +31,7 @@ absl::StatusOr<KvPoolShape> ChoosePool(const ModelConfig& config, const ModelOpt
   if (bytes == 0) {
     const uint64_t tokens = std::max(kDefaultKvTokens, config.context);
     bytes = (tokens + kPageTokens - 1) / kPageTokens * layer_pages_bytes;
-    bytes = std::min(bytes, AvailableMemory() / 2);
+    bytes = std::min(bytes, ReadMachineMemory().available / 2);
   }
   const uint64_t pages = bytes / page_bytes;
   if (pages < static_cast<uint64_t>(config.layers)) {
@@ -67,7 +54,7 @@ uint64_t WorkspaceBytes(const ModelConfig& config, const ModelOptions& options) 
 // found.
 absl::Status CheckWorkspace(const ModelConfig& config, const ModelOptions& options) {
   const uint64_t bytes = WorkspaceBytes(config, options);
-  const uint64_t available = AvailableMemory();
+  const uint64_t available = ReadMachineMemory().available;
   if (bytes <= available) return absl::OkStatus();
   return absl::ResourceExhaustedError(
       fmt::format("a workspace for steps of {} rows takes {} bytes, {} are available",

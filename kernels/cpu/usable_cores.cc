@@ -6,77 +6,23 @@
 #include <cmath>
 #include <fstream>
 #include <sstream>
-#include <string_view>
 #include <thread>
-#include <vector>
 
+#include "kernels/cgroup.h"
 #include "kernels/cpu/cpu_backend.h"
 
 namespace espalier {
 namespace {
 
-// Where a hierarchy that limits CPU time is mounted and where in it this process lives.
-struct Hierarchy {
-  bool v2 = false;
-  std::string mount_point;
-  std::string mounted_root;  // the part of the hierarchy seen at mount_point
-  std::string path;
-};
-
-bool Lists(const std::string& comma_separated, std::string_view word) {
-  std::istringstream words(comma_separated);
-  for (std::string each; std::getline(words, each, ',');) {
-    if (each == word) return true;
-  }
-  return false;
-}
-
-// /proc/self/cgroup: "4:cpu,cpuacct:/path", or "0::/path" for v2.
-std::vector<Hierarchy> Memberships(const std::string& root) {
-  std::vector<Hierarchy> found;
-  std::ifstream file(root + "/proc/self/cgroup");
-  for (std::string line; std::getline(file, line);) {
-    const size_t first = line.find(':');
-    const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
-    if (second == std::string::npos) continue;
-    const std::string controllers = line.substr(first + 1, second - first - 1);
-    const bool v2 = line.substr(0, first) == "0" && controllers.empty();
-    if (v2 || Lists(controllers, "cpu")) {
-      found.push_back({.v2 = v2, .path = line.substr(second + 1)});
-    }
-  }
-  return found;
-}
-
-// /proc/self/mountinfo: "id parent dev ROOT MOUNT_POINT options [tags] - TYPE source
-// SUPER_OPTIONS".
-bool FindMount(const std::string& root, Hierarchy* hierarchy) {
-  std::ifstream file(root + "/proc/self/mountinfo");
-  for (std::string line; std::getline(file, line);) {
-    std::istringstream words(line);
-    std::string skip, mounted_root, mount_point, type, super_options;
-    words >> skip >> skip >> skip >> mounted_root >> mount_point;
-    while (words >> skip && skip != "-") {
-    }
-    words >> type >> skip >> super_options;
-    if (hierarchy->v2 ? type == "cgroup2" : type == "cgroup" && Lists(super_options, "cpu")) {
-      hierarchy->mounted_root = mounted_root == "/" ? "" : mounted_root;
-      hierarchy->mount_point = root + mount_point;
-      return true;
-    }
-  }
-  return false;
-}
-
-std::optional<double> ReadQuota(const Hierarchy& hierarchy, const std::string& folder) {
+std::optional<double> ReadQuota(const CgroupFolder& cgroup) {
   std::string quota;  // microseconds, "max" or -1
   double period = 0;
-  if (hierarchy.v2) {
-    std::ifstream file(folder + "/cpu.max");
+  if (cgroup.v2) {
+    std::ifstream file(cgroup.path + "/cpu.max");
     if (!(file >> quota >> period)) return std::nullopt;
   } else {
-    std::ifstream quota_file(folder + "/cpu.cfs_quota_us");
-    std::ifstream period_file(folder + "/cpu.cfs_period_us");
+    std::ifstream quota_file(cgroup.path + "/cpu.cfs_quota_us");
+    std::ifstream period_file(cgroup.path + "/cpu.cfs_period_us");
     if (!(quota_file >> quota) || !(period_file >> period)) return std::nullopt;
   }
   double limit = 0;
@@ -102,18 +48,9 @@ int CoresOfAffinity() {
 
 std::optional<double> CgroupCpuQuota(const std::string& root) {
   std::optional<double> least;
-  for (Hierarchy& hierarchy : Memberships(root)) {
-    if (!FindMount(root, &hierarchy)) continue;
-    // In a container only a part of the hierarchy may be mounted.
-    std::string path = hierarchy.path;
-    if (path.starts_with(hierarchy.mounted_root)) path.erase(0, hierarchy.mounted_root.size());
-    while (true) {
-      const std::optional<double> quota = ReadQuota(hierarchy, hierarchy.mount_point + path);
-      if (quota && (!least || *quota < *least)) least = quota;
-      const size_t slash = path.rfind('/');
-      if (slash == std::string::npos) break;
-      path.erase(slash);
-    }
+  for (const CgroupFolder& cgroup : CgroupFolders(root, "cpu")) {
+    const std::optional<double> quota = ReadQuota(cgroup);
+    if (quota && (!least || *quota < *least)) least = quota;
   }
   return least;
 }
