@@ -3,14 +3,13 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cstdlib>
-#include <filesystem>
 #include <fstream>
 #include <string>
 
 #include <nlohmann/json.hpp>
 
 #include "engine/model/files/model_file.h"
+#include "tests/support/test_data.h"
 
 namespace espalier {
 namespace {
@@ -93,16 +92,11 @@ TEST(PromptEncoder, TextHasSpecialTokensOnlyIfAsked) {
 }
 
 TEST(PromptEncoder, ChatIdsAreThoseOfTheReference) {
-  const char* golden = std::getenv("ESPALIER_GOLDEN");
-  const char* model = std::getenv("ESPALIER_MODEL");
-  if (golden == nullptr || model == nullptr) {
-    GTEST_SKIP() << "needs ESPALIER_GOLDEN and ESPALIER_MODEL";
-  }
-  const std::string path = std::string(golden) + "/chat/smollm_chat.jsonl";
-  if (!std::filesystem::exists(path)) GTEST_SKIP() << path << " is not there";
-  const Encoding encoding{std::string(model)};
+  ESPALIER_PATH_OR_SKIP(golden, "ESPALIER_GOLDEN");
+  ESPALIER_PATH_OR_SKIP(model, "ESPALIER_MODEL");
+  const Encoding encoding{model};
   const PromptEncoder encoder = encoding.encoder();
-  std::ifstream lines(path);
+  std::ifstream lines(golden + "/chat/smollm_chat.jsonl");
   int equal = 0, attacked = 0;
   for (std::string line; std::getline(lines, line);) {
     const auto record = nlohmann::json::parse(line);

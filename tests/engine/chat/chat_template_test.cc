@@ -3,11 +3,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
-#include <optional>
 #include <string>
 #include <thread>
 
@@ -15,6 +13,7 @@
 
 #include "engine/model/chat/jinja.h"
 #include "tests/engine/chat/json_value.h"
+#include "tests/support/test_data.h"
 
 namespace espalier {
 namespace {
@@ -127,13 +126,6 @@ TEST(ChatTemplateTest, ThreadsShareOne) {
   for (std::thread& thread : threads) thread.join();
 }
 
-std::optional<std::filesystem::path> Golden(const std::string& name) {
-  const char* folder = std::getenv("ESPALIER_GOLDEN");
-  if (folder == nullptr) return std::nullopt;
-  const auto path = std::filesystem::path(folder) / "chat" / name;
-  return std::filesystem::exists(path) ? std::optional(path) : std::nullopt;
-}
-
 std::string ReadAll(const std::filesystem::path& path) {
   std::ifstream file(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(file), {}};
@@ -148,17 +140,16 @@ struct GoldenSet {
 class GoldenTest : public testing::TestWithParam<GoldenSet> {};
 
 TEST_P(GoldenTest, RendersAsTransformers) {
-  const auto vectors = Golden(GetParam().vectors);
-  const auto source = Golden(GetParam().source);
-  if (!vectors || !source) GTEST_SKIP() << "ESPALIER_GOLDEN has no chat/" << GetParam().vectors;
-  const std::string template_text = ReadAll(*source);
+  ESPALIER_PATH_OR_SKIP(golden, "ESPALIER_GOLDEN");
+  const std::filesystem::path folder = std::filesystem::path(golden) / "chat";
+  const std::string template_text = ReadAll(folder / GetParam().source);
   const auto compiled = jinja::Template::Compile(template_text);
   ASSERT_TRUE(compiled.ok()) << compiled.status();
   const auto chat = ChatTemplate::Compile(template_text, "", "");
   ASSERT_TRUE(chat.ok()) << chat.status();
 
   int count = 0;
-  std::ifstream lines(*vectors);
+  std::ifstream lines(folder / GetParam().vectors);
   for (std::string line; std::getline(lines, line); ++count) {
     const Json vector = Json::parse(line);
     Json context;

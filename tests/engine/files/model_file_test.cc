@@ -3,7 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "tests/support/model_writer.h"
+#include "tests/support/test_data.h"
 
 namespace espalier {
 namespace {
@@ -198,8 +198,7 @@ TEST(OwnModels, OpenInAllTheirForms) {
 
 // Files that other programs wrote.
 TEST(GoldenModels, Open) {
-  const char* golden = std::getenv("ESPALIER_GOLDEN");
-  if (golden == nullptr) GTEST_SKIP() << "ESPALIER_GOLDEN is not set";
+  ESPALIER_PATH_OR_SKIP(golden, "ESPALIER_GOLDEN");
   const fs::path tiny = fs::path(golden) / "tiny";
   for (const char* name :
        {"llama-F32.gguf", "llama-Q8_0.gguf", "llama-Q4_0.gguf", "llama-Q4_1.gguf",
@@ -220,8 +219,7 @@ TEST(GoldenModels, Open) {
 }
 
 TEST(RealModel, HasTheDimensionsOfSmolLm2) {
-  const char* path = std::getenv("ESPALIER_MODEL");
-  if (path == nullptr) GTEST_SKIP() << "ESPALIER_MODEL is not set";
+  ESPALIER_PATH_OR_SKIP(path, "ESPALIER_MODEL");
   const auto file = ModelFile::Open(path);
   ASSERT_TRUE(file.ok()) << file.status();
   const ModelConfig& config = (*file)->config();

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -14,6 +13,8 @@
 #include <limits>
 #include <string>
 #include <vector>
+
+#include "tests/support/test_data.h"
 
 namespace espalier {
 namespace {
@@ -54,8 +55,7 @@ TEST_P(QuantBlocks, EqualNumpyBitForBit) {
 
 // Blocks that ggml itself dequantised.
 TEST_P(QuantBlocks, EqualGoldenBitForBit) {
-  const char* golden = std::getenv("ESPALIER_GOLDEN");
-  if (golden == nullptr) GTEST_SKIP() << "ESPALIER_GOLDEN is not set";
+  ESPALIER_PATH_OR_SKIP(golden, "ESPALIER_GOLDEN");
   ExpectBitEqual(GetParam(), std::filesystem::path(golden) / "quant_blocks");
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <utility>
 
 namespace espalier {
@@ -19,11 +20,6 @@ T OrDie(absl::StatusOr<T> value) {
 }
 
 }  // namespace
-
-std::string PathFromEnvironment(const char* variable) {
-  const char* value = std::getenv(variable);
-  return value == nullptr ? "" : value;
-}
 
 ForwardHarness::ForwardHarness(const std::string& path, const Options& options)
     : max_rows_(options.max_rows),

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <span>
@@ -13,9 +12,6 @@
 #include "kernels/cpu/cpu_backend.h"
 
 namespace espalier {
-
-// Value of an environment variable that names a file or folder; empty if unset.
-std::string PathFromEnvironment(const char* variable);
 
 class ForwardHarness {
  public:

@@ -16,6 +16,7 @@
 #include "gtest/gtest.h"
 #include "nlohmann/json.hpp"
 #include "tests/engine/model/forward_harness.h"
+#include "tests/support/test_data.h"
 
 namespace espalier {
 namespace {
@@ -51,14 +52,10 @@ double MaxDifference(const std::vector<float>& a, const std::vector<float>& b) {
   return worst;
 }
 
-#define REQUIRE_PATH(name, variable)                      \
-  const std::string name = PathFromEnvironment(variable); \
-  if (name.empty()) GTEST_SKIP() << variable << " is not set"
-
 class GoldenTest : public ::testing::TestWithParam<Isa> {};
 
 TEST_P(GoldenTest, TinyModelsInFp32MatchInEveryFileType) {
-  REQUIRE_PATH(golden, "ESPALIER_GOLDEN");
+  ESPALIER_PATH_OR_SKIP(golden, "ESPALIER_GOLDEN");
   const std::string tiny = golden + "/tiny/";
   const auto ids = ReadJson(tiny + "manifest.json")["seq"].get<std::vector<int32_t>>();
   for (const std::string name :
@@ -76,7 +73,7 @@ TEST_P(GoldenTest, TinyModelsInFp32MatchInEveryFileType) {
 }
 
 TEST_P(GoldenTest, TinyModelsInInt8StayWithinTwiceLlamaCppsDistance) {
-  REQUIRE_PATH(golden, "ESPALIER_GOLDEN");
+  ESPALIER_PATH_OR_SKIP(golden, "ESPALIER_GOLDEN");
   const std::string tiny = golden + "/tiny/";
   const json manifest = ReadJson(tiny + "manifest.json");
   const auto ids = manifest["seq"].get<std::vector<int32_t>>();
@@ -111,10 +108,10 @@ INSTANTIATE_TEST_SUITE_P(Isas, GoldenTest, ::testing::ValuesIn(SupportedIsas()),
 class RealModelTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    golden_ = PathFromEnvironment("ESPALIER_GOLDEN");
-    path_ = PathFromEnvironment("ESPALIER_MODEL");
-    if (golden_.empty()) GTEST_SKIP() << "ESPALIER_GOLDEN is not set";
-    if (path_.empty()) GTEST_SKIP() << "ESPALIER_MODEL is not set";
+    ESPALIER_PATH_OR_SKIP(golden, "ESPALIER_GOLDEN");
+    ESPALIER_PATH_OR_SKIP(model, "ESPALIER_MODEL");
+    golden_ = golden;
+    path_ = model;
   }
 
   std::string golden_;
@@ -174,8 +171,7 @@ TEST_F(RealModelTest, HiddenStatesMatchLayerByLayer) {
 }
 
 TEST_F(RealModelTest, PerplexityOfTheFirstWindows) {
-  const std::string text_path = PathFromEnvironment("ESPALIER_TEXT");
-  if (text_path.empty()) GTEST_SKIP() << "ESPALIER_TEXT is not set";
+  ESPALIER_PATH_OR_SKIP(text_path, "ESPALIER_TEXT");
   const json golden = ReadJson(golden_ + "/ppl/ppl.json");
   const int window = golden["window"].get<int>();
   // The whole text is `espalier score`'s business; two windows catch what the tests can catch.

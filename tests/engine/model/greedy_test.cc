@@ -11,6 +11,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "nlohmann/json.hpp"
 #include "tests/engine/model/forward_harness.h"
+#include "tests/support/test_data.h"
 
 namespace espalier {
 namespace {
@@ -43,10 +44,9 @@ std::vector<std::vector<int32_t>> GenerateGreedily(const std::string& path, Weig
 class GreedyTest : public ::testing::Test {
  protected:
   void SetUp() override {
-    const std::string golden = PathFromEnvironment("ESPALIER_GOLDEN");
-    model_ = PathFromEnvironment("ESPALIER_MODEL");
-    if (golden.empty()) GTEST_SKIP() << "ESPALIER_GOLDEN is not set";
-    if (model_.empty()) GTEST_SKIP() << "ESPALIER_MODEL is not set";
+    ESPALIER_PATH_OR_SKIP(golden, "ESPALIER_GOLDEN");
+    ESPALIER_PATH_OR_SKIP(model, "ESPALIER_MODEL");
+    model_ = model;
     std::ifstream lines(golden + "/greedy/greedy_fp32.jsonl");
     for (std::string line; std::getline(lines, line);) cases_.push_back(json::parse(line));
     ASSERT_EQ(cases_.size(), 24u);

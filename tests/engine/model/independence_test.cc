@@ -14,6 +14,7 @@
 #include "fmt/format.h"
 #include "gtest/gtest.h"
 #include "tests/engine/model/forward_harness.h"
+#include "tests/support/test_data.h"
 
 namespace espalier {
 namespace {

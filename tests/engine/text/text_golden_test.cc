@@ -3,7 +3,6 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -12,6 +11,7 @@
 #include "engine/model/text/byte_alphabet.h"
 #include "engine/model/text/tokenizer.h"
 #include "tests/engine/text/text_vectors.h"
+#include "tests/support/test_data.h"
 
 namespace espalier {
 namespace {
@@ -24,10 +24,7 @@ constexpr auto kParse = Tokenizer::Special::kParse;
 class TextGolden : public ::testing::Test {
  protected:
   void SetUp() override {
-    const char* golden = std::getenv("ESPALIER_GOLDEN");
-    if (golden == nullptr || *golden == '\0') {
-      GTEST_SKIP() << "ESPALIER_GOLDEN names no folder of golden data";
-    }
+    ESPALIER_PATH_OR_SKIP(golden, "ESPALIER_GOLDEN");
     folder_ = golden;
   }
 
@@ -58,8 +55,7 @@ class SmolLmGolden : public TextGolden {
   void SetUp() override {
     TextGolden::SetUp();
     if (IsSkipped()) return;
-    const char* model = std::getenv("ESPALIER_MODEL");
-    if (model == nullptr || *model == '\0') GTEST_SKIP() << "ESPALIER_MODEL names no model file";
+    ESPALIER_PATH_OR_SKIP(model, "ESPALIER_MODEL");
     const auto file = ModelFile::Open(model);
     ASSERT_TRUE(file.ok()) << file.status();
     tokenizer_ = MakeTokenizer((*file)->vocabulary());
