@@ -222,12 +222,14 @@ TEST_F(EngineThreadTest, CancelWorksQueuedInPrefillAndInDecode) {
 // A cancellation that comes during a step is obeyed before the next one.
 TEST_F(EngineThreadTest, PagesOfTheCancelledAreBackWithinOneStep) {
   Start();
+  paced_->executor.set_step_time(milliseconds(1));  // or all are done before the step to hold
   constexpr RequestId kClients = 32;
   std::vector<std::shared_ptr<Reader>> readers;
   for (RequestId id = 1; id <= kClients; ++id) readers.push_back(Offer(Prompt(id, 500, 40)));
   for (const auto& reader : readers) ASSERT_TRUE(reader->WaitForTokens(3));
   paced_->executor.Hold();
-  while (thread_->seconds_in_step() == 0) std::this_thread::yield();
+  paced_->executor.WaitForHeldStep();
+  paced_->executor.set_step_time(milliseconds(0));
   const LoadSnapshot before = thread_->load();  // the step that is held is one more
   for (RequestId id = 1; id <= kClients; id += 2) thread_->inbox().Cancel(id);
   paced_->executor.Go();

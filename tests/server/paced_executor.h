@@ -20,7 +20,10 @@ class PacedExecutor final : public Executor {
   absl::Status Execute(const Batch& batch, StepResult* result) override {
     {
       std::unique_lock lock(mutex_);
+      in_step_ = true;
+      moved_.notify_all();
       moved_.wait(lock, [this] { return !held_; });
+      in_step_ = false;
       if (!failure_.ok()) return failure_;
     }
     if (const auto pause = step_time_.load(); pause.count() > 0) std::this_thread::sleep_for(pause);
@@ -45,6 +48,11 @@ class PacedExecutor final : public Executor {
     std::lock_guard lock(mutex_);
     held_ = true;
   }
+  // Waits until a step does.
+  void WaitForHeldStep() {
+    std::unique_lock lock(mutex_);
+    moved_.wait(lock, [this] { return held_ && in_step_; });
+  }
   void Go() {
     std::lock_guard lock(mutex_);
     held_ = false;
@@ -62,6 +70,7 @@ class PacedExecutor final : public Executor {
   std::mutex mutex_;
   std::condition_variable moved_;
   bool held_ = false;
+  bool in_step_ = false;  // at its beginning
   absl::Status failure_;
   std::atomic<std::chrono::microseconds> step_time_{std::chrono::microseconds(0)};
   std::atomic<int64_t> rows_{0};
