@@ -8,15 +8,12 @@
 #include <string_view>
 #include <utility>
 
+#include "proto/request_limits.h"
+
 namespace espalier {
 namespace {
 
 constexpr int kDefaultMaxTokens = 256;
-constexpr int kMaxTopLogprobs = 20;
-constexpr int kMaxStopStrings = 16;
-constexpr size_t kMaxStopBytes = 256;
-constexpr int kMaxStopTokens = 64;
-constexpr int kMaxLogitBias = 1024;
 constexpr int kMaxMessages = 1024;
 constexpr size_t kMaxRequestIdBytes = 128;
 constexpr size_t kMaxViolations = 16;  // told at once: trailers are bounded (8 KiB by default)
@@ -104,7 +101,7 @@ void CheckChat(const v1::ChatPrompt& chat, FieldCheck* check) {
 
 void ReadSampling(const v1::SamplingParams& wire, FieldCheck* check, SamplingParams* sampling) {
   if (wire.has_temperature()) {
-    check->InRange("sampling.temperature", wire.temperature(), 0.0f, 100.0f);
+    check->InRange("sampling.temperature", wire.temperature(), 0.0f, kMaxTemperature);
     sampling->temperature = wire.temperature();
   }
   if (wire.has_top_k()) {
@@ -120,22 +117,24 @@ void ReadSampling(const v1::SamplingParams& wire, FieldCheck* check, SamplingPar
     sampling->min_p = wire.min_p();
   }
   if (wire.has_repetition_penalty()) {
-    check->Positive("sampling.repetition_penalty", wire.repetition_penalty(), 100.0f);
+    check->Positive("sampling.repetition_penalty", wire.repetition_penalty(),
+                    kMaxRepetitionPenalty);
     sampling->repetition_penalty = wire.repetition_penalty();
   }
   if (wire.has_presence_penalty()) {
-    check->InRange("sampling.presence_penalty", wire.presence_penalty(), -2.0f, 2.0f);
+    check->InRange("sampling.presence_penalty", wire.presence_penalty(), -kMaxPenalty, kMaxPenalty);
     sampling->presence_penalty = wire.presence_penalty();
   }
   if (wire.has_frequency_penalty()) {
-    check->InRange("sampling.frequency_penalty", wire.frequency_penalty(), -2.0f, 2.0f);
+    check->InRange("sampling.frequency_penalty", wire.frequency_penalty(), -kMaxPenalty,
+                   kMaxPenalty);
     sampling->frequency_penalty = wire.frequency_penalty();
   }
-  check->AtMost("sampling.logit_bias", wire.logit_bias_size(), kMaxLogitBias);
+  check->AtMost("sampling.logit_bias", wire.logit_bias_size(), kMaxLogitBiases);
   for (const auto& [token, bias] : wire.logit_bias()) {
     const std::string field = fmt::format("sampling.logit_bias[{}]", token);
     check->TokenId(field, token);
-    check->InRange(field, bias, -100.0f, 100.0f);
+    check->InRange(field, bias, -kMaxLogitBias, kMaxLogitBias);
     sampling->logit_bias.emplace_back(token, bias);
   }
   // A map has no order; the same request shall be the same request.

@@ -22,6 +22,7 @@
 #include "tools/progress.h"
 #include "tools/roofline.h"
 #include "tools/statistics.h"
+#include "tools/value_checks.h"
 
 namespace espalier {
 namespace {
@@ -262,6 +263,7 @@ void AddBench(CLI::App& root, Action* action) {
   count("--turns", options->turns, 1, 1000, "COUNT", "Runs of each; medians are told");
   sub->add_option("--seed", options->seed, "Seed of the random prompts")
       ->type_name("NUMBER")
+      ->check(Unsigned64())
       ->capture_default_str();
   count("--footprint", options->footprint_mib, 0, 1 << 20, "MIB",
         "Memory read over to measure DRAM; 0: twice the last cache, at least 256");

@@ -10,6 +10,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 
@@ -106,6 +107,33 @@ std::string OneLine(std::string text) {
   return text;
 }
 
+// CLI11 reads a flag's value behind "=" alone. `--json true` becomes `--json=true`; a word that is
+// no truth value stays what it was.
+std::vector<std::string> JoinFlagValues(const CLI::App& root, int argc, const char* const* argv) {
+  std::vector<std::string> words;
+  const CLI::App* sub = nullptr;
+  for (int i = 1; i < argc; ++i) {
+    const std::string word = argv[i];
+    if (word == "--") {
+      words.insert(words.end(), argv + i, argv + argc);
+      break;
+    }
+    const auto named = [&word](const CLI::App* each) { return each->get_name() == word; };
+    if (const auto found = root.get_subcommands(named); sub == nullptr && !found.empty()) {
+      sub = found.front();
+    }
+    const CLI::Option* before =
+        sub == nullptr || words.empty() ? nullptr : sub->get_option_no_throw(words.back());
+    if (before != nullptr && before->get_items_expected_max() == 0 &&
+        (word == "true" || word == "false")) {
+      words.back() += "=" + word;
+    } else {
+      words.push_back(word);
+    }
+  }
+  return words;
+}
+
 bool FromEnvironment(const CLI::Option* option) {
   const char* value = std::getenv(option->get_envname().c_str());
   return value != nullptr && option->count() > 0 && option->results().front() == value;
@@ -146,7 +174,9 @@ int RunCommand(int argc, const char* const* argv) {
   for (CLI::App* sub : root.get_subcommands({})) NameEnvironment(sub);
 
   try {
-    root.parse(argc, argv);
+    std::vector<std::string> words = JoinFlagValues(root, argc, argv);
+    std::reverse(words.begin(), words.end());  // as CLI11 wants them
+    root.parse(std::move(words));
   } catch (const CLI::ParseError& error) {
     if (error.get_exit_code() == 0) return root.exit(error);  // --help, --version
     fmt::print(stderr, "espalier: {}\n", OneLine(error.what()));

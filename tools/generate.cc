@@ -78,7 +78,10 @@ void AddGenerate(CLI::App& root, Action* action) {
   sub->add_flag("--quiet", options->quiet, "No times and no `served` line on stderr");
   AddRemoteOptions(*sub, &options->remote);
   AddGenerationOptions(*sub, &options->generation);
-  sub->final_callback([options, action] { *action = [options] { return Run(*options); }; });
+  sub->final_callback([options, action] {
+    CheckTogether(options->generation);
+    *action = [options] { return Run(*options); };
+  });
 }
 
 }  // namespace espalier

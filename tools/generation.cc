@@ -9,7 +9,9 @@
 
 #include <CLI/CLI.hpp>
 
+#include "proto/request_limits.h"
 #include "tools/interrupt.h"
+#include "tools/value_checks.h"
 
 namespace espalier {
 namespace {
@@ -20,7 +22,8 @@ bool ParseBias(const std::string& text, int32_t* id, float* bias) {
   const auto number = std::from_chars(text.data(), end, *id);
   if (number.ec != std::errc() || number.ptr == end || *number.ptr != '=') return false;
   const auto value = std::from_chars(number.ptr + 1, end, *bias);
-  return value.ec == std::errc() && value.ptr == end && *id >= 0 && *bias >= -100 && *bias <= 100;
+  return value.ec == std::errc() && value.ptr == end && *id >= 0 && *bias >= -kMaxLogitBias &&
+         *bias <= kMaxLogitBias;
 }
 
 std::string CheckBias(std::string& text) {
@@ -28,7 +31,8 @@ std::string CheckBias(std::string& text) {
   float bias = 0;
   return ParseBias(text, &id, &bias)
              ? ""
-             : "'" + text + "' is not ID=BIAS with a token id and a bias from -100 to 100";
+             : fmt::format("'{}' is not ID=BIAS with a token id and a bias from {} to {}", text,
+                           -kMaxLogitBias, kMaxLogitBias);
 }
 
 const char* ReasonName(v1::FinishReason reason) {
@@ -46,46 +50,41 @@ const char* ReasonName(v1::FinishReason reason) {
 
 void AddGenerationOptions(CLI::App& sub, GenerationOptions* o) {
   const auto add = [&](const char* group, const char* name, auto& value, const char* unit,
-                       auto least, auto most, const char* standard, const char* description) {
+                       const CLI::Validator& check, const char* standard, const char* description) {
     sub.add_option(name, value, description)
         ->type_name(unit)
-        ->check(CLI::Range(least, most))
+        ->check(check)
         ->default_str(standard)
         ->group(group);
   };
   constexpr int kMaxInt = std::numeric_limits<int>::max();
   const char* sampling = "Sampling";
-  add(sampling, "--temperature", o->temperature, "NUMBER", 0.0, 100.0, "1",
+  add(sampling, "--temperature", o->temperature, "NUMBER", Within(0, kMaxTemperature), "1",
       "Divides the logits; 0 is greedy");
-  add(sampling, "--top-k", o->top_k, "TOKENS", 0, kMaxInt, "0",
+  add(sampling, "--top-k", o->top_k, "TOKENS", CLI::Range(0, kMaxInt), "0",
       "Draw among the k most likely; 0: all");
-  sub.add_option("--top-p", o->top_p,
-                 "Draw among the smallest set of likeliest tokens with this mass")
-      ->type_name("PROBABILITY")
-      ->check(CLI::Range(1e-9, 1.0, "FLOAT in [above 0 - 1]"))
-      ->default_str("1")
-      ->group(sampling);
-  add(sampling, "--min-p", o->min_p, "SHARE", 0.0, 1.0, "0",
+  add(sampling, "--top-p", o->top_p, "PROBABILITY", AboveZero(1), "1",
+      "Draw among the smallest set of likeliest tokens with this mass");
+  add(sampling, "--min-p", o->min_p, "SHARE", Within(0, 1), "0",
       "Draw among tokens with at least this share of the likeliest one's probability");
-  sub.add_option(
-         "--repetition-penalty", o->repetition_penalty,
-         "Divides positive and multiplies negative logits of tokens seen in prompt or output")
-      ->type_name("NUMBER")
-      ->check(CLI::Range(1e-9, 100.0, "FLOAT in [above 0 - 100]"))
-      ->default_str("1")
-      ->group(sampling);
-  add(sampling, "--presence-penalty", o->presence_penalty, "LOGITS", -2.0, 2.0, "0",
-      "Subtracted once from each token of the output");
-  add(sampling, "--frequency-penalty", o->frequency_penalty, "LOGITS", -2.0, 2.0, "0",
+  add(sampling, "--repetition-penalty", o->repetition_penalty, "NUMBER",
+      AboveZero(kMaxRepetitionPenalty), "1",
+      "Divides positive and multiplies negative logits of tokens seen in prompt or output");
+  add(sampling, "--presence-penalty", o->presence_penalty, "LOGITS",
+      Within(-kMaxPenalty, kMaxPenalty), "0", "Subtracted once from each token of the output");
+  add(sampling, "--frequency-penalty", o->frequency_penalty, "LOGITS",
+      Within(-kMaxPenalty, kMaxPenalty), "0",
       "Subtracted from a token of the output each time it occurred");
   sub.add_option("--logit-bias", o->logit_bias,
                  "Added to a token's logit, -100 to 100; may be given again")
       ->type_name("ID=BIAS")
       ->check(CLI::Validator(CheckBias, ""))
+      ->expected(1, kMaxLogitBiases)
       ->allow_extra_args(false)
       ->group(sampling);
   sub.add_option("--seed", o->seed, "Same seed, same tokens; absent: drawn by the server")
       ->type_name("NUMBER")
+      ->check(Unsigned64())
       ->group(sampling);
 
   const char* stop = "Stopping";
@@ -103,33 +102,43 @@ void AddGenerationOptions(CLI::App& sub, GenerationOptions* o) {
   sub.add_option("--stop", o->stop,
                  "End before this text, 1 to 256 bytes; may be given again, at most 16 times")
       ->type_name("TEXT")
-      ->expected(0, 16)
+      ->check(Bytes(kMaxStopBytes))
+      ->expected(1, kMaxStopStrings)
       ->allow_extra_args(false)
       ->group(stop);
   sub.add_option("--stop-id", o->stop_ids,
                  "End at this token, too; may be given again, at most 64 times")
       ->type_name("ID")
       ->check(CLI::Range(0, kMaxInt, "INT in [at least 0]"))
+      ->expected(1, kMaxStopTokens)
       ->allow_extra_args(false)
       ->group(stop);
   sub.add_flag("--ignore-eos", o->ignore_eos, "The model's own end token does not end the stream")
       ->group(stop);
 
   const char* request = "Request";
-  add(request, "--logprobs", o->logprobs, "COUNT", -1, 20, "-1",
+  add(request, "--logprobs", o->logprobs, "COUNT", CLI::Range(-1, kMaxTopLogprobs), "-1",
       "Log-probability of each token, natural, and of the n most likely; -1: none");
   sub.add_option("--priority", o->priority, "Higher is served first")
       ->type_name("NUMBER")
       ->capture_default_str()
       ->group(request);
   sub.add_flag("--never-prune", o->never_prune, "Be served by the full model only")->group(request);
-  add(request, "--max-prune-ratio", o->max_prune_ratio, "SHARE", 0.0, 1.0, "1",
+  add(request, "--max-prune-ratio", o->max_prune_ratio, "SHARE", Within(0, 1), "1",
       "Share of heads and channels that may be left out");
   sub.add_option("--max-quality-loss", o->max_quality_loss,
                  "Expected loss that may be suffered, nats per token; absent: any")
       ->type_name("NATS")
-      ->check(CLI::NonNegativeNumber)
+      ->check(Within(0, std::numeric_limits<double>::infinity(), "FLOAT in [at least 0]"))
       ->group(request);
+}
+
+void CheckTogether(const GenerationOptions& options) {
+  if (options.max_tokens && options.min_tokens > *options.max_tokens) {
+    throw CLI::ValidationError("--min-tokens",
+                               fmt::format("expected at most --max-tokens = {}, got {}",
+                                           *options.max_tokens, options.min_tokens));
+  }
 }
 
 v1::GenerateRequest ToRequest(const GenerationOptions& o) {

@@ -43,6 +43,10 @@ struct GenerationOptions {
 
 void AddGenerationOptions(CLI::App& sub, GenerationOptions* options);
 
+// Throws CLI11's error for options that are right by themselves but contradict each other; for a
+// final_callback.
+void CheckTogether(const GenerationOptions& options);
+
 // Everything but the prompt and the model's name.
 v1::GenerateRequest ToRequest(const GenerationOptions& options);
 

@@ -15,6 +15,7 @@
 #include "tools/progress.h"
 #include "tools/remote.h"
 #include "tools/statistics.h"
+#include "tools/value_checks.h"
 
 namespace espalier {
 namespace {
@@ -116,20 +117,21 @@ void AddLoad(CLI::App& root, Action* action) {
                   "Open loop: calls begin at random, this many per second on average, however many "
                   "are in flight; 0: closed loop")
       ->type_name("PER_SECOND")
-      ->check(CLI::Range(0.0, 1e5, "FLOAT in [0 - 100000]"))
+      ->check(Within(0, 1e5))
       ->capture_default_str()
       ->excludes(concurrency);
   sub->add_option("--duration", shape.duration,
                   "Begin no call after this time, seconds; with it --requests is without limit "
                   "unless given; 0: no limit")
       ->type_name("SECONDS")
-      ->check(CLI::Range(0.0, 1e6, "FLOAT in [0 - 1000000]"))
+      ->check(Within(0, 1e6))
       ->capture_default_str();
   count("--prompt-tokens", shape.prompt_tokens, "TOKENS", "Length of each prompt, random ids");
   count("--max-tokens", shape.max_tokens, "TOKENS",
         "Tokens drawn by each call, greedy; end tokens do not end it");
   sub->add_option("--seed", shape.seed, "Seed of prompts and arrivals")
       ->type_name("NUMBER")
+      ->check(Unsigned64())
       ->capture_default_str();
   sub->add_flag("--json", options->json, "Print one JSON object; times in seconds");
   AddRemoteOptions(*sub, &options->remote);

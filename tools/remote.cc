@@ -8,6 +8,8 @@
 
 #include <CLI/CLI.hpp>
 
+#include "tools/value_checks.h"
+
 namespace espalier {
 
 void AddRemoteOptions(CLI::App& sub, RemoteOptions* options) {
@@ -22,7 +24,7 @@ void AddRemoteOptions(CLI::App& sub, RemoteOptions* options) {
       ->group("Server");
   sub.add_option("--deadline", options->deadline, "Time for a whole call, seconds; 0: no limit")
       ->type_name("SECONDS")
-      ->check(CLI::Range(0.0, 1e6, "FLOAT in [0 - 1000000]"))
+      ->check(Within(0, 1e6))
       ->capture_default_str()
       ->group("Server");
 }

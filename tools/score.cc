@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <charconv>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -22,6 +23,7 @@
 #include "tools/progress.h"
 #include "tools/remote.h"
 #include "tools/text_input.h"
+#include "tools/value_checks.h"
 
 namespace espalier {
 namespace {
@@ -244,10 +246,10 @@ void AddScore(CLI::App& root, Action* action) {
       sub->add_option("--reference-ppl", options->reference_ppl,
                       "Fail (exit code 1) if the perplexity is further from this than --tolerance")
           ->type_name("PPL")
-          ->check(CLI::PositiveNumber);
+          ->check(AboveZero(std::numeric_limits<float>::max()));
   sub->add_option("--tolerance", options->tolerance, "Relative to --reference-ppl")
       ->type_name("SHARE")
-      ->check(CLI::Range(0.0, 1.0))
+      ->check(Within(0, 1))
       ->capture_default_str()
       ->needs(reference);
   sub->add_flag("--json", options->json, "Print one JSON object");

@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -119,6 +120,28 @@ TEST(Command, BadValuesAreNamedInOneLine) {
       {{"generate", "x", "--logit-bias", "7"}, "--logit-bias"},
       {{"generate", "x", "--logit-bias", "7=101"}, "--logit-bias"},
       {{"generate", "x", "--logprobs", "21"}, "--logprobs"},
+      {{"generate", "x", "--temperature", "nan"}, "--temperature"},
+      {{"generate", "x", "--temperature", "inf"}, "--temperature"},
+      {{"generate", "x", "--top-p", "1.01"}, "--top-p"},
+      {{"generate", "x", "--top-p", "1e-60"}, "--top-p"},
+      {{"generate", "x", "--min-p", "nan"}, "--min-p"},
+      {{"generate", "x", "--repetition-penalty", "0"}, "--repetition-penalty"},
+      {{"generate", "x", "--presence-penalty", "-2.5"}, "--presence-penalty"},
+      {{"generate", "x", "--logit-bias", "7=nan"}, "--logit-bias"},
+      {{"generate", "x", "--seed", "-1"}, "--seed"},
+      {{"generate", "x", "--seed", "18446744073709551616"}, "--seed"},
+      {{"load", "--seed=-1"}, "--seed"},
+      {{"bench", "--model", "m", "--seed", "1.5"}, "--seed"},
+      {{"generate", "x", "--stop", ""}, "--stop"},
+      {{"generate", "x", "--stop="}, "--stop"},
+      {{"generate", "x", "--min-tokens", "6", "--max-tokens", "5"}, "--min-tokens"},
+      {{"chat", "--once", "x", "--min-tokens", "6", "--max-tokens", "5"}, "--min-tokens"},
+      {{"generate", "x", "--max-tokens", "0"}, "--max-tokens"},
+      {{"generate", "x", "--max-quality-loss", "nan"}, "--max-quality-loss"},
+      {{"generate", "x", "--deadline", "nan"}, "--deadline"},
+      {{"load", "--rate", "nan"}, "--rate"},
+      {{"score", "x", "--reference-ppl", "nan"}, "--reference-ppl"},
+      {{"score", "x", "--json", "--json=perhaps"}, "--json"},
       {{"score", "x", "--weights", "int3"}, "--weights"},
       {{"score", "x", "--window", "1"}, "--window"},
       {{"score", "x", "--tolerance", "0.1"}, "--tolerance"},  // of nothing
@@ -134,6 +157,32 @@ TEST(Command, BadValuesAreNamedInOneLine) {
     EXPECT_TRUE(OneLine(outcome.err)) << outcome.err;
     EXPECT_THAT(outcome.err, HasSubstr(name));
   }
+}
+
+TEST(Command, RepeatedOptionsAreBounded) {
+  const std::string long_stop(257, 's');
+  EXPECT_THAT(RunWith({"generate", "x", "--stop", long_stop.c_str()}).err, HasSubstr("--stop"));
+  for (const auto& [name, value, most] : std::vector<std::tuple<const char*, const char*, int>>{
+           {"--stop", "s", 16}, {"--stop-id", "7", 64}, {"--logit-bias", "7=1", 1024}}) {
+    Arguments arguments = {"generate", "x", kNobody};
+    for (int i = 0; i < most; ++i) arguments.insert(arguments.end(), {name, value});
+    EXPECT_EQ(RunWith(arguments).code, 1) << name << ", and nobody to ask";
+    arguments.insert(arguments.end(), {name, value});
+    const Outcome outcome = RunWith(arguments);
+    EXPECT_EQ(outcome.code, 2) << name;
+    EXPECT_TRUE(OneLine(outcome.err)) << outcome.err;
+    EXPECT_THAT(outcome.err, HasSubstr(name));
+  }
+}
+
+TEST(Command, AFlagTakesATruthValueBehindABlank) {
+  // Taken for the text, "true" would be one argument too many.
+  for (const char* value : {"true", "false"}) {
+    EXPECT_EQ(RunWith({"generate", "--quiet", value, "x", kNobody}).code, 1) << value;
+  }
+  EXPECT_EQ(RunWith({"generate", "--quiet", "truth", "x", kNobody}).code, 2);
+  EXPECT_EQ(RunWith({"generate", "--quiet", "truth", kNobody}).code, 1) << "it is the text";
+  EXPECT_EQ(RunWith({"generate", kNobody, "--quiet", "--", "true"}).code, 1);
 }
 
 TEST(Command, AFailureAtRunTimeIsOneLine) {
