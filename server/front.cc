@@ -4,6 +4,7 @@
 #include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/resource_quota.h>
+#include <netdb.h>
 
 #include <algorithm>
 #include <utility>
@@ -63,12 +64,19 @@ absl::StatusOr<std::unique_ptr<Front>> Front::Start(const ServerOptions& options
   const std::string address = options.host.find(':') == std::string::npos
                                   ? fmt::format("{}:{}", options.host, options.port)
                                   : fmt::format("[{}]:{}", options.host, options.port);
+  addrinfo* found = nullptr;
+  if (const int error = getaddrinfo(options.host.c_str(), nullptr, nullptr, &found); error != 0) {
+    return absl::UnavailableError(
+        fmt::format("--host: cannot resolve {}: {}", options.host, gai_strerror(error)));
+  }
+  freeaddrinfo(found);
   builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &front->port_);
   builder.RegisterService(service);
   SetLimits(options, &builder);
   front->server_ = builder.BuildAndStart();
   if (front->server_ == nullptr || front->port_ == 0) {
-    return absl::UnavailableError(fmt::format("cannot listen at {}: in use or not ours", address));
+    return absl::UnavailableError(
+        fmt::format("--host, --port: cannot listen at {}: in use or not ours", address));
   }
   front->SetServing(false);
   return front;

@@ -1,5 +1,6 @@
 #include "server/options.h"
 
+#include <arpa/inet.h>
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -26,6 +27,7 @@ struct Value {
   std::string expected;     // "a whole number from 1 to 4096"
   std::function<bool(std::string_view text, ServerOptions* options)> read;
   std::function<std::string(const ServerOptions& options)> show;
+  const char* alone = nullptr;  // what the flag means without a value, if it may be without
 };
 
 struct Setting {
@@ -149,6 +151,45 @@ Value Choice(T ServerOptions::* field, const std::vector<std::pair<std::string, 
           }};
 }
 
+Value Flag(bool ServerOptions::* field) {
+  Value value = Choice<bool>(field, {{"false", false}, {"true", true}});
+  value.alone = "true";
+  return value;
+}
+
+// An address, or a name by RFC 1123. A name is looked up only when the server listens.
+bool IsHost(std::string_view text) {
+  const std::string host(text.substr(0, text.find('%')));  // behind it, an IPv6 address's zone
+  in6_addr address;
+  if (inet_pton(AF_INET6, host.c_str(), &address) == 1) return true;
+  if (inet_pton(AF_INET, std::string(text).c_str(), &address) == 1) return true;
+  if (text.empty() || text.size() > 253) return false;
+  // All of digits and dots, it is an address that went wrong.
+  if (text.find_first_not_of("0123456789.") == std::string_view::npos) return false;
+  const auto letter = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+  };
+  char before = '.';
+  size_t label = 0;
+  for (const char c : text) {
+    label = c == '.' ? 0 : label + 1;
+    if (label > 63) return false;
+    const bool border = before == '.' || before == '-';
+    if (!(letter(c) || (c == '-' && before != '.') || (c == '.' && !border))) return false;
+    before = c;
+  }
+  return before != '-';
+}
+
+Value Host(std::string ServerOptions::* field) {
+  Value value = Text(field, "ADDRESS", "an IP address or host name");
+  value.read = [field](std::string_view text, ServerOptions* options) {
+    options->*field = text;
+    return IsHost(text);
+  };
+  return value;
+}
+
 // Every setting, in the order of --help.
 const std::vector<Setting>& Settings() {
   using O = ServerOptions;
@@ -183,8 +224,7 @@ const std::vector<Setting>& Settings() {
       {kModel, "threads", "Compute threads; 0: the cores this process may use",
        Whole(&O::threads, 0, 1024)},
 
-      {kNetwork, "host", "Where to listen, for gRPC and metrics",
-       Text(&O::host, "ADDRESS", "an IP address or host name")},
+      {kNetwork, "host", "Where to listen, for gRPC and metrics", Host(&O::host)},
       {kNetwork, "port", "gRPC port; 0: a free one", Whole(&O::port, 0, 65535)},
       {kNetwork, "port-file", "File that the gRPC port is written to once the server listens",
        Text(&O::port_file, "PATH", "a path; empty: none")},
@@ -223,8 +263,7 @@ const std::vector<Setting>& Settings() {
                                         {"error", LogLevel::kError}})},
       {kLogs, "log-format", "Lines of text, or one JSON object a line",
        Choice<LogFormat>(&O::log_format, {{"text", LogFormat::kText}, {"json", LogFormat::kJson}})},
-      {kLogs, "log-prompts", "Write prompts to the request log",
-       Choice<bool>(&O::log_prompts, {{"false", false}, {"true", true}})},
+      {kLogs, "log-prompts", "Write prompts to the request log", Flag(&O::log_prompts)},
   };
   return settings;
 }
@@ -344,9 +383,8 @@ absl::StatusOr<std::optional<ServerOptions>> ParseServerOptions(int argc, const 
     const std::string help = fmt::format("{}\n[{}; default: {}]", setting.meaning,
                                          setting.value.expected, shown.empty() ? "none" : shown);
     const std::string flag = "--" + setting.name;
-    CLI::Option* option = setting.name == "log-prompts"
-                              ? app.add_flag(flag, flags[setting.name], help)
-                              : app.add_option(flag, flags[setting.name], help);
+    CLI::Option* option = app.add_option(flag, flags[setting.name], help);
+    if (setting.value.alone != nullptr) option->expected(0, 1);
     option->type_name(setting.value.placeholder)->group(setting.group);
   }
 
@@ -361,7 +399,9 @@ absl::StatusOr<std::optional<ServerOptions>> ParseServerOptions(int argc, const 
   }
   for (const Setting& setting : Settings()) {
     const std::string flag = "--" + setting.name;
-    if (app.count(flag) > 0) given[setting.name] = {flags[setting.name], flag};
+    if (app.count(flag) == 0) continue;
+    const bool alone = setting.value.alone != nullptr && flags[setting.name].empty();
+    given[setting.name] = {alone ? setting.value.alone : flags[setting.name], flag};
   }
   AddEnvironment(&given);
   if (!config.empty()) {

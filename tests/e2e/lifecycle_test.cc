@@ -306,6 +306,15 @@ TEST(LostDevice, IsInternalAfterTokensUnavailableBeforeAndFlipsHealth) {
   EXPECT_EQ(DetailOf<ErrorInfo>(late)->reason(), "ENGINE_LOST");
 }
 
+TEST(Server, NamesTheOptionOfAHostThatIsNowhere) {
+  ServerOptions options;
+  options.host = std::string(64, 'a');  // no name has such a part: nobody need be asked
+  ApiService service({}, "test", nullptr);
+  const auto front = Front::Start(options, &service);
+  ASSERT_FALSE(front.ok());
+  EXPECT_THAT(front.status().ToString(), HasSubstr("--host: cannot resolve aaaa"));
+}
+
 TEST(Server, RefusesAPortThatIsTaken) {
   LocalServer server;
   ServerOptions options;

@@ -200,6 +200,35 @@ TEST_F(OptionsTest, KubernetesServiceLinkIsNotAPort) {
   EXPECT_THAT(Refusal({}), HasSubstr("ESPALIER_PORT"));
 }
 
+TEST_F(OptionsTest, AFlagMayHaveAValue) {
+  EXPECT_TRUE(Read({"--log-prompts"}).log_prompts);
+  EXPECT_TRUE(Read({"--log-prompts=true"}).log_prompts);
+  EXPECT_TRUE(Read({"--log-prompts", "true"}).log_prompts);
+  EXPECT_FALSE(Read({"--log-prompts", "false"}).log_prompts);
+  EXPECT_FALSE(Read({"--log-prompts=false"}).log_prompts);
+  EXPECT_EQ(Read({"--log-prompts", "--port=7"}).port, 7);
+  EXPECT_THAT(Refusal({"--log-prompts", "perhaps"}), HasSubstr("--log-prompts"));
+}
+
+TEST_F(OptionsTest, AHostIsAnAddressOrAName) {
+  for (const char* host : {"127.0.0.1", "::", "::1", "fe80::1%eth0", "localhost", "a", "x-1.my_pod",
+                           "example.com.", "1.example", "10-0-0-1.pods"}) {
+    EXPECT_EQ(Read({"--host", host}).host, host);
+  }
+  for (const char* host :
+       {"", " ", "a b", "localhost:50051", "[::1]", "127.0.0.1:80", "999.0.0.1", "1.2.3", "a..b",
+        ".a", "-a", "a-", "a-.b", "a.-b", "a/b", "::g", "http://a"}) {
+    EXPECT_THAT(Refusal({"--host", host}),
+                HasSubstr("--host: expected an IP address or host name, got"))
+        << host;
+  }
+  EXPECT_EQ(Read({"--host", std::string(63, 'a')}).host.size(), 63u);
+  EXPECT_THAT(Refusal({"--host", std::string(64, 'a')}), HasSubstr("--host"));
+  EXPECT_THAT(Refusal({"--host="}), HasSubstr("--host"));
+  SetEnvironment("ESPALIER_HOST", "");
+  EXPECT_THAT(Refusal({}), HasSubstr("ESPALIER_HOST: expected"));
+}
+
 TEST_F(OptionsTest, BadFileNamesItsLine) {
   EXPECT_THAT(Refusal({"--config", WriteFile("\nport = x\n")}),
               HasSubstr("options_test.conf:2: port"));
