@@ -182,7 +182,8 @@ class Backend {
       const std::function<void(int row, float* dst)>& read_row) = 0;
 
   // A panel: the selected rows gathered into a weight of their own, to be used with All(count).
-  // Bit-equal to multiplying by the list, and contiguous.
+  // Bit-equal to multiplying by the list, without gathering in every call. Of kInputRows it keeps
+  // whole groups of kQuantGroup rows, so a scattered selection makes it no smaller.
   virtual absl::StatusOr<Weight> GatherRows(const Weight& weight,
                                             const ChannelSelection& selection) = 0;
 

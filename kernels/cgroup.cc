@@ -67,7 +67,11 @@ std::vector<CgroupFolder> CgroupFolders(const std::string& root, std::string_vie
     if (!FindMount(root, controller, &hierarchy)) continue;
     // In a container only a part of the hierarchy may be mounted.
     std::string path = hierarchy.path;
-    if (path.starts_with(hierarchy.mounted_root)) path.erase(0, hierarchy.mounted_root.size());
+    const size_t root_size = hierarchy.mounted_root.size();
+    if (path.starts_with(hierarchy.mounted_root) &&
+        (path.size() == root_size || path[root_size] == '/')) {
+      path.erase(0, root_size);
+    }
     while (true) {
       folders.push_back({.path = hierarchy.mount_point + path, .v2 = hierarchy.v2});
       const size_t slash = path.rfind('/');

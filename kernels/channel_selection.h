@@ -1,6 +1,6 @@
 // Which channels of one prunable dimension take part in a product: all of them, or a list.
 //
-// A prunable channel is a contiguous row in every weight that touches it, so a selection is a list
+// A prunable channel is a row in every weight that touches it, so a selection is a list
 // of weight rows. Dense is `All(n)`: a value, not a special case.
 #pragma once
 

@@ -12,8 +12,8 @@ namespace espalier {
 // each output and group of kQuantGroup summed values.
 enum class WeightType : uint8_t {
   kF32,   // reference: fp32 values
-  kInt8,  // u in 0 .. 240: the steps of a 4-bit file lie on every sixteenth of them
-  kInt4,  // u in 0 .. 15: what a Q4_0 or Q4_1 file holds, bit for bit
+  kInt8,  // u in 0 .. 240: the steps of a Q4_1 file are every sixteenth of them
+  kInt4,  // u in 0 .. 15: what a Q4_1 file holds, bit for bit; Q4_0 to 1/300 of a step
 };
 
 constexpr std::string_view WeightTypeName(WeightType type) {

@@ -201,9 +201,9 @@ const std::vector<Setting>& Settings() {
       {kModel, "model-name", "Name in answers and metrics; empty: as the file says",
        Text(&O::model_name, "NAME", "any text")},
       {kModel, "weights",
-       "Type of the weights in memory; auto: int4 what the file has in 4 bits, else int8; int4: "
-       "the "
-       "layers, with the LM head in int8; f32 is the reference",
+       "Type of the weights in memory; auto: int4 where the file has Q4_0 or Q4_1, else int8; "
+       "int4: "
+       "the layers, embedding and LM head int8; f32 is the reference",
        Choice<WeightPlan>(&O::weights, {{"auto", WeightPlan::kAuto},
                                         {"int4", WeightPlan::kInt4},
                                         {"int8", WeightPlan::kInt8},

@@ -53,7 +53,9 @@ bool Parse(grpc::ByteBuffer bytes, Message* message) {
 std::optional<RpcError> Unpack(const grpc::ByteBuffer& bytes, google::protobuf::Message* message) {
   if (Parse(bytes, message)) return std::nullopt;
   const Descriptor& type = *message->GetDescriptor();
-  if (UnknownFieldSet fields; Parse(bytes, &fields)) {
+  // Fields of a byte or two become objects of fifty: what is larger is not looked into.
+  constexpr size_t kLargest = 256 << 10;
+  if (UnknownFieldSet fields; bytes.Length() <= kLargest && Parse(bytes, &fields)) {
     if (std::string path = BadText(fields, type); !path.empty()) {
       return BadFields({{std::move(path), "is not UTF-8"}});
     }

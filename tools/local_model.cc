@@ -25,11 +25,10 @@ void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options) {
         ->capture_default_str()
         ->group("Model in this process");
   };
-  choice(
-      "--weights", options->weights,
-      "How weights are kept; auto: int4 what the file has in 4 bits, else int8; int4: the layers, "
-      "with the LM head in int8; f32 is the reference",
-      {"auto", "int4", "int8", "f32"});
+  choice("--weights", options->weights,
+         "How weights are kept; auto: int4 where the file has Q4_0 or Q4_1, else int8; int4: the "
+         "layers, embedding and LM head int8; f32 is the reference",
+         {"auto", "int4", "int8", "f32"});
   choice("--kv", options->kv, "How keys and values are kept; auto: f32 with f32 weights, else f16",
          {"auto", "int8", "f16", "f32"});
   choice("--isa", options->isa, "Instruction set; auto: the best this machine has",

@@ -9,8 +9,8 @@
 namespace espalier {
 
 enum class WeightPlan : uint8_t {
-  kAuto,  // int4 what the file has in 4 bits, which loses nothing; the rest int8
-  kInt4,  // int4 in the layers, int8 in the embedding and the LM head
+  kAuto,  // int4 what the file has as Q4_0 or Q4_1, which loses next to nothing; the rest int8
+  kInt4,  // the layers int4, the embedding and the LM head int8
   kInt8,
   kF32,  // the reference
 };

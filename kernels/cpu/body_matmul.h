@@ -149,7 +149,8 @@ Ahead AfterChunk(const MatMulTask& t, int first, int groups, int strips) {
   const int64_t block = BlockBytes(t.bits);
   const int next = first + groups;
   const bool within = next < t.groups;
-  const int group = !within ? 0 : t.groups_kept != nullptr ? t.groups_kept[next] : next;
+  const int at = within ? next : 0;
+  const int group = t.groups_kept != nullptr ? t.groups_kept[at] : at;
   const int64_t bytes = Least(kChunkGroups, within ? t.groups - next : t.groups) * block;
   const int passes = (t.rows + kDotRows - 1) / kDotRows * ((strips + kDotStrips - 1) / kDotStrips);
   constexpr int kFewPasses = 2;  // they read as fast as memory gives, and the hardware follows

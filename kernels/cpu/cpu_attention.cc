@@ -142,8 +142,8 @@ void CpuBackend::Attention(const AttentionArgs& args) {
   for (const HeadGroup& group : head_groups_) largest = std::max(largest, group.end - group.begin);
   const int block_rows = std::max(1, kMaxQueries / largest);
   const int groups = static_cast<int>(head_groups_.size());
-  // A page is 12 KiB in one piece, each head's part of it 2 KiB in two places. In decode, where
-  // reading is the cost, one task sees all heads, if that leaves every worker some.
+  // A page is one piece of memory, a head's part of it two, and each piece costs a walk of the page
+  // tables. In decode one task sees all heads, if that leaves every worker some.
   int alone = 0;
   for (const AttentionSpan& span : args.spans) alone += span.rows == 1;
   const bool together = alone >= 2 * pool_.threads() && args.heads_kept.count() <= kMaxQueries;

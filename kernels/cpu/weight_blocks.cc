@@ -11,7 +11,7 @@ namespace {
 #include "kernels/cpu/half.h"
 
 constexpr int kLanes = kStripOutputs;
-constexpr int kInt8Levels = 240;  // 16 * 15: exact where 15 are, at a scale of a sixteenth
+constexpr int kInt8Levels = 240;  // 16 * 15: a source of 15 steps lies on them
 constexpr int kInt4Levels = 15;
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: no room is left for a fraction
 
@@ -22,7 +22,12 @@ struct Steps {
 };
 
 Steps Rounded(float scale, float minimum) {
-  return {FromHalf(ToHalf(scale)), FromHalf(ToHalf(minimum))};
+  uint16_t half = ToHalf(scale);
+  // A subnormal one has few bits: rounded down, its steps would not reach the largest value.
+  constexpr uint16_t kFirstNormal = 0x0400;
+  constexpr float kNoise = 1 - 1e-6f;  // of a scale that a source had and fp32 arithmetic touched
+  if (half < kFirstNormal && FromHalf(half) < scale * kNoise) ++half;
+  return {FromHalf(half), FromHalf(ToHalf(minimum))};
 }
 
 float Nearest(float v, const Steps& steps, int levels) {
@@ -124,8 +129,7 @@ bool PackBlock(int bits, const float* values, int64_t stride, int depth, uint8_t
   uint16_t halves[2][kLanes];
   bool fits = true;
   for (int lane = 0; lane < kLanes; ++lane) {
-    // Halves first: the difference of two large values may be infinite.
-    const float range = 2 * (max[lane] / 2 - min[lane] / 2);
+    const float range = max[lane] - min[lane];  // may be infinite, and then does not fit
     Steps steps = Rounded(range / static_cast<float>(levels), min[lane]);
     fits &= std::fabs(steps.minimum) <= FLT_MAX && steps.scale <= FLT_MAX;
     if (bits == 4 && fits && Misfit(values + lane, stride, depth, steps) > 0.02f) {

@@ -1,4 +1,5 @@
 // Fuzzes chat templates: the input is the template and, after a zero byte, what the user says.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <string>

@@ -1,0 +1,125 @@
+#include "kernels/cpu/weight_blocks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "fmt/format.h"
+#include "gtest/gtest.h"
+
+namespace espalier {
+namespace {
+
+// One output's values, packed and unpacked; the other lanes hold something else.
+std::vector<float> RoundTrip(int bits, const std::vector<float>& values) {
+  constexpr int kLane = 5;
+  const int depth = static_cast<int>(values.size());
+  std::vector<float> block_values(kGroup * kStripOutputs, 0.25f);
+  for (int k = 0; k < depth; ++k) block_values[k * kStripOutputs + kLane] = values[k];
+  alignas(64) uint8_t block[BlockBytes(32)];
+  EXPECT_TRUE(PackBlock(bits, block_values.data(), kStripOutputs, depth, block));
+  std::vector<float> out(depth);
+  UnpackOutput(bits, block, kLane, depth, out.data());
+  return out;
+}
+
+double WorstError(const std::vector<float>& a, const std::vector<float>& b) {
+  double worst = 0;
+  for (size_t i = 0; i < a.size(); ++i) worst = std::max<double>(worst, std::fabs(a[i] - b[i]));
+  return worst;
+}
+
+double SquaredError(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (size_t i = 0; i < a.size(); ++i) sum += (double{a[i]} - b[i]) * (double{a[i]} - b[i]);
+  return sum;
+}
+
+double Range(const std::vector<float>& v) {
+  const auto [least, most] = std::minmax_element(v.begin(), v.end());
+  return double{*most} - *least;
+}
+
+std::vector<float> Normal(int count, uint32_t seed, float scale) {
+  std::mt19937 random(seed);
+  std::normal_distribution<float> normal(0, scale);
+  std::vector<float> values(count);
+  for (float& v : values) v = normal(random);
+  return values;
+}
+
+TEST(WeightBlocks, KeepWhatA4BitFileHolds) {
+  std::mt19937 random(1);
+  for (int turn = 0; turn < 200; ++turn) {
+    const float scale = static_cast<float>(64 + random() % 1984) / 65536;
+    const float minimum = -static_cast<float>(random() % 2048) / 4096;
+    std::vector<float> values(kGroup);
+    for (float& v : values) v = scale * static_cast<float>(random() % 16) + minimum;
+    values[3] = minimum;
+    values[17] = scale * 15 + minimum;
+    EXPECT_LE(WorstError(RoundTrip(4, values), values), 1e-6 * Range(values)) << turn;
+    EXPECT_LE(WorstError(RoundTrip(8, values), values), 1e-6 * Range(values)) << turn;
+  }
+}
+
+// As in Q4_0: multiples of a scale around zero, whose ends are not all in use.
+TEST(WeightBlocks, FindTheStepsOfASourceThatDoesNotUseItsEnds) {
+  std::mt19937 random(2);
+  for (int turn = 0; turn < 200; ++turn) {
+    const float scale = static_cast<float>(1024 + random() % 1024) / 65536;
+    const float sign = turn % 2 == 0 ? 1.0f : -1.0f;
+    std::vector<float> values(kGroup);
+    for (float& v : values) v = sign * scale * (static_cast<float>(random() % 13) - 8);
+    EXPECT_LE(WorstError(RoundTrip(4, values), values), scale / 100) << turn;
+  }
+}
+
+TEST(WeightBlocks, StayWithinAStepAtEverySizeAndDepth) {
+  for (const float scale : {1e4f, 1.0f, 1e-2f, 1e-4f, 1e-6f}) {
+    for (int depth = 1; depth <= kGroup; ++depth) {
+      const std::vector<float> values = Normal(depth, depth, scale);
+      for (const int bits : {8, 4}) {
+        // Half a step, what fp16 rounds of the minimum, and the smallest scale that fp16 has. The
+        // fit of 4 bits may give up the ends for the rest.
+        const double step = Range(values) / (bits == 8 ? 240 : 15);
+        const double bound = (bits == 8 ? 0.6 : 2.5) * step + 2e-3 * scale + 6e-8;
+        EXPECT_LE(WorstError(RoundTrip(bits, values), values), bound)
+            << fmt::format("{} bits, {} values of {}", bits, depth, scale);
+      }
+    }
+  }
+}
+
+TEST(WeightBlocks, FitFourBitsBetterThanEvenStepsBetweenTheEnds) {
+  double fitted = 0, even = 0;
+  for (uint32_t seed = 1; seed <= 100; ++seed) {
+    const std::vector<float> values = Normal(kGroup, seed, 1);
+    const float least = *std::min_element(values.begin(), values.end());
+    const auto step = static_cast<float>(Range(values) / 15);
+    std::vector<float> plain;
+    for (float v : values) plain.push_back(least + step * std::nearbyint((v - least) / step));
+    fitted += SquaredError(RoundTrip(4, values), values);
+    even += SquaredError(plain, values);
+  }
+  EXPECT_LT(fitted, 0.9 * even);
+}
+
+TEST(WeightBlocks, ConstantsAndLimits) {
+  for (const int bits : {8, 4}) {
+    EXPECT_EQ(RoundTrip(bits, std::vector<float>(kGroup, 0.0f)), std::vector<float>(kGroup, 0.0f));
+    EXPECT_EQ(RoundTrip(bits, std::vector<float>(7, -1.5f)), std::vector<float>(7, -1.5f));
+    EXPECT_EQ(RoundTrip(bits, {-65504.0f}), std::vector<float>{-65504.0f});
+    std::vector<float> values(kGroup * kStripOutputs, 1.0f);
+    alignas(64) uint8_t block[BlockBytes(32)];
+    for (const float large : {1e5f, -1e5f, 3e38f, -3e38f}) {
+      values[3 * kStripOutputs + 9] = large;
+      // A large maximum alone fits as long as its steps do.
+      const bool fits = large == 1e5f;
+      EXPECT_EQ(PackBlock(bits, values.data(), kStripOutputs, kGroup, block), fits) << large;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace espalier
