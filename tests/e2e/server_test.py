@@ -229,11 +229,19 @@ class Lifecycle(unittest.TestCase):
             stub.GetModel(pb.GetModelRequest())
             server.process.send_signal(signal.SIGTERM)
             self.assertIsNotNone(server.wait_for_load(lambda load: load.draining))
+            load = server.load()
             refused = code_of(stub.Generate(text_request("new", 1)))
             self.assertEqual(refused.code(), grpc.StatusCode.UNAVAILABLE)
             self.assertIsNotNone(detail(refused, error_details_pb2.RetryInfo))
+            served = 0
             for call in calls:
-                self.assertEqual(list(call)[-1].finished.usage.completion_tokens, 440)
+                try:
+                    self.assertEqual(list(call)[-1].finished.usage.completion_tokens, 440)
+                    served += 1
+                except grpc.RpcError as error:  # came after the signal, on a slow machine
+                    self.assertEqual(error.code(), grpc.StatusCode.UNAVAILABLE)
+            self.assertGreaterEqual(served, load.running_requests + load.waiting_requests)
+            self.assertGreater(served, 0)
             self.assertEqual(server.process.wait(40), 0, server.log())
 
     def test_second_signal_ends_at_once(self):
