@@ -178,7 +178,7 @@ class Lifecycle(unittest.TestCase):
             holder.start()
             holding.wait(20)
             began = time.monotonic()
-            error = code_of(server.stub.Generate(text_request("late", 400), timeout=0.02))
+            error = code_of(server.stub.Generate(text_request("late", 400), timeout=0.005))
             self.assertEqual(error.code(), grpc.StatusCode.DEADLINE_EXCEEDED)
             self.assertLess(time.monotonic() - began, 5)
             stop.set()
