@@ -36,13 +36,19 @@ float Nearest(float v, const Steps& steps, int levels) {
   return std::clamp(u, 0.0f, static_cast<float>(levels));
 }
 
+float ErrorOf(float v, const Steps& steps) {
+  return v - steps.minimum - steps.scale * Nearest(v, steps, kInt4Levels);
+}
+
+// Values this close to steps, in steps, are a source's: fp16 rounding of the minimum shifts them
+// all.
+constexpr float kOnSteps = 0.02f;
+
 // The largest distance of a value to the nearest step, in steps.
 float Misfit(const float* values, int64_t stride, int depth, const Steps& steps) {
   float worst = 0;
   for (int k = 0; k < depth; ++k) {
-    const float v = values[k * stride];
-    const float error = v - steps.minimum - steps.scale * Nearest(v, steps, kInt4Levels);
-    worst = std::max(worst, std::fabs(error));
+    worst = std::max(worst, std::fabs(ErrorOf(values[k * stride], steps)));
   }
   return steps.scale > 0 ? worst / steps.scale : 0;
 }
@@ -50,8 +56,7 @@ float Misfit(const float* values, int64_t stride, int depth, const Steps& steps)
 float SquaredError(const float* values, int64_t stride, int depth, const Steps& steps) {
   float sum = 0;
   for (int k = 0; k < depth; ++k) {
-    const float v = values[k * stride];
-    const float error = v - steps.minimum - steps.scale * Nearest(v, steps, kInt4Levels);
+    const float error = ErrorOf(values[k * stride], steps);
     sum += error * error;
   }
   return sum;
@@ -77,8 +82,6 @@ Steps Refit(const float* values, int64_t stride, int depth, const Steps& steps) 
 
 // Steps of 4 bits for values whose range is no fifteen steps of a source.
 Steps FitInt4(const float* values, int64_t stride, int depth, float min, float max) {
-  // A source's fp16 rounding of the minimum may shift all steps by this share of one.
-  constexpr float kOnSteps = 0.02f;
   for (int levels = kInt4Levels - 1; levels > 0; --levels) {
     const Steps steps = Rounded((max - min) / static_cast<float>(levels), min);
     if (Misfit(values, stride, depth, steps) < kOnSteps) return steps;
@@ -132,7 +135,7 @@ bool PackBlock(int bits, const float* values, int64_t stride, int depth, uint8_t
     const float range = max[lane] - min[lane];  // may be infinite, and then does not fit
     Steps steps = Rounded(range / static_cast<float>(levels), min[lane]);
     fits &= std::fabs(steps.minimum) <= FLT_MAX && steps.scale <= FLT_MAX;
-    if (bits == 4 && fits && Misfit(values + lane, stride, depth, steps) > 0.02f) {
+    if (bits == 4 && fits && Misfit(values + lane, stride, depth, steps) >= kOnSteps) {
       steps = FitInt4(values + lane, stride, depth, min[lane], max[lane]);
     }
     minimum[lane] = steps.minimum;
