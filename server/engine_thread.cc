@@ -35,9 +35,9 @@ LoadSnapshot EngineThread::load() const {
   return load;
 }
 
-double EngineThread::seconds_in_step() const {
-  const int64_t started = step_started_.load(std::memory_order_acquire);
-  return started == 0 ? 0 : Seconds(SteadyNow() - Instant(started));
+double EngineThread::seconds_without_progress() const {
+  const int64_t last = last_progress_.load(std::memory_order_relaxed);
+  return last == 0 ? 0 : Seconds(SteadyNow() - Instant(last));
 }
 
 absl::Status EngineThread::lost() const {
@@ -71,6 +71,7 @@ void EngineThread::Run() {
       Publish(SteadyNow());
       if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, {});
       wait = closed ? Instant::zero() : kNever;
+      last_progress_.store(0, std::memory_order_relaxed);
     }
     inbox_.Take(next_load_.stats.waiting, wait, &commands);
     for (Command& command : commands) Obey(command);
@@ -86,10 +87,9 @@ void EngineThread::Run() {
     }
 
     const Instant started = SteadyNow();
-    step_started_.store(started.count(), std::memory_order_release);
+    if (idle) last_progress_.store(started.count(), std::memory_order_relaxed);
     const absl::StatusOr<const StepReport*> report = engine_->Step(started);
     const Instant now = SteadyNow();
-    step_started_.store(0, std::memory_order_release);
     if (!report.ok()) {
       Lose(report.status());
       break;
@@ -99,7 +99,9 @@ void EngineThread::Run() {
     ready_->Post(&posts_);
     next_load_.stats = (*report)->stats;
     ++next_load_.steps;
-    wait = (*report)->did_work() ? Instant::zero() : now + kRetry;
+    const bool progress = (*report)->did_work();
+    if (progress) last_progress_.store(now.count(), std::memory_order_relaxed);
+    wait = progress ? Instant::zero() : now + kRetry;
     Publish(now);
     if (hooks_.on_step) {
       hooks_.on_step(**report, next_load_,
@@ -108,6 +110,7 @@ void EngineThread::Run() {
                       .token_gaps = token_gaps_});
     }
   }
+  last_progress_.store(0, std::memory_order_relaxed);
   next_load_.stats = engine_->scheduler().stats();
   Publish(SteadyNow());
   std::lock_guard lock(exit_mutex_);

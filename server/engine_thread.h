@@ -43,8 +43,9 @@ class EngineThread {
   // The state after the last step, with what arrived since. Any thread; no wait for a step.
   LoadSnapshot load() const;
 
-  // How long the step in progress has taken so far, seconds; 0 between steps. Any thread.
-  double seconds_in_step() const;
+  // How long work has waited without a step that did any, seconds; 0 while nothing waits. Any
+  // thread.
+  double seconds_without_progress() const;
 
   // Why the device is lost; OK while it is not. Any thread.
   absl::Status lost() const;
@@ -84,9 +85,10 @@ class EngineThread {
   RateMeter tokens_{5.0};
   RateMeter finishes_{5.0};
 
-  std::atomic<int64_t> step_started_{0};  // steady nanoseconds; 0: not in a step
-  std::atomic<bool> abandon_{false};      // the drain's time is out
-  bool abandoned_ = false;                // engine thread; read after join
+  // Of the last step that did work, or since when there is any: steady nanoseconds; 0: idle.
+  std::atomic<int64_t> last_progress_{0};
+  std::atomic<bool> abandon_{false};  // the drain's time is out
+  bool abandoned_ = false;            // engine thread; read after join
 
   std::mutex exit_mutex_;
   std::condition_variable exit_;

@@ -175,6 +175,10 @@ struct Metrics::Instruments : prometheus::Collectable {
   Gauge& queue_bound = AddGauge(r, "espalier_queue_limit", "Requests that may wait.");
   Gauge& oldest =
       AddGauge(r, "espalier_queue_oldest_seconds", "Age of the oldest waiting request.");
+  Gauge& stalled = AddGauge(r, "espalier_engine_stalled",
+                            "1 while work waits and the engine makes no progress, else 0.");
+  Counter& stalls =
+      AddCounter(r, "espalier_engine_stalls_total", "Times the engine stopped making progress.");
   Gauge& weights = Memory("weights");
   Gauge& kv_used = Memory("kv_used");
   Gauge& kv_reusable = Memory("kv_reusable");
@@ -298,6 +302,11 @@ void Metrics::OnFinished(const RequestSummary& summary) {
   m.prune_ratio.Observe(summary.mean_prune_ratio);
   m.TokensByRung(summary.rung).Increment(summary.output_tokens);
   if (summary.output_tokens > 1) m.per_token.Observe(summary.per_token_s());
+}
+
+void Metrics::OnStall(bool stuck) {
+  instruments_->stalled.Set(stuck ? 1 : 0);
+  if (stuck) instruments_->stalls.Increment();
 }
 
 std::string Metrics::Text() const {

@@ -45,6 +45,9 @@ class Metrics {
   // Once per call of Generate or Score, however it ended; refused ones too. Thread-safe.
   void OnFinished(const RequestSummary& summary);
 
+  // When the engine begins and ceases to be stuck (Watchdog). Thread-safe.
+  void OnStall(bool stuck);
+
   // What a scrape returns, in Prometheus' text format.
   std::string Text() const;
 

@@ -255,6 +255,10 @@ const std::vector<Setting>& Settings() {
        Whole(&O::stream_buffer_tokens, 16, 1 << 20)},
       {kScheduling, "drain-timeout", "What running streams get to finish after SIGTERM",
        Seconds(&O::drain_timeout)},
+      {kScheduling, "stall-timeout",
+       "Time without progress, while work waits, after which health is\n"
+       "NOT_SERVING until there is some; 0: never",
+       Seconds(&O::stall_timeout)},
 
       {kLogs, "log-level", "Least level that is logged",
        Choice<LogLevel>(&O::log_level, {{"debug", LogLevel::kDebug},

@@ -62,6 +62,9 @@ struct ServerOptions {
   int stream_buffer_tokens = 1024;
   // What running streams get to finish after SIGTERM, seconds, 0 to 86400.
   std::chrono::milliseconds drain_timeout{30'000};
+  // Without progress for so long while work waits, health is NOT_SERVING until there is some,
+  // seconds, 0 to 86400; 0: never.
+  std::chrono::milliseconds stall_timeout{30'000};
 
   // --- Logs.
   LogLevel log_level = LogLevel::kInfo;

@@ -29,15 +29,13 @@
 #include "server/ready_queue.h"
 #include "server/steady_clock.h"
 #include "server/stop_signal.h"
+#include "server/watchdog.h"
 
 namespace espalier {
 namespace {
 
 using std::chrono::milliseconds;
-using std::chrono::seconds;
 
-// A step this long is no step any more: health says so until it ends.
-constexpr double kStuckSeconds = 30;
 // Health watchers and idle connections get this to see the end of a drained server.
 constexpr milliseconds kGoodbye{500};
 // One keeps up with some 70 k tokens/s without a backlog, and far more with one (messages then
@@ -203,14 +201,17 @@ class Server {
 
   // Until a signal comes, health follows the engine's progress.
   void Supervise() {
-    bool stuck = false;
-    while (!stop_->WaitFor(seconds(1))) {
-      const bool now_stuck = thread_->seconds_in_step() > kStuckSeconds;
-      if (now_stuck == stuck || lost_) continue;
-      stuck = now_stuck;
-      SetHealth(&Health::stuck, stuck);
-      Log(stuck ? LogLevel::kError : LogLevel::kInfo,
-          stuck ? "the engine does not come back from a step" : "the engine is back");
+    Watchdog watchdog(options_.stall_timeout);
+    while (!stop_->WaitFor(watchdog.interval())) {
+      const double still = thread_->seconds_without_progress();
+      if (lost_ || !watchdog.Look(still)) continue;
+      SetHealth(&Health::stuck, watchdog.stuck());
+      metrics_->OnStall(watchdog.stuck());
+      if (watchdog.stuck()) {
+        Log(LogLevel::kError, "the engine makes no progress", {{"seconds", still}});
+      } else {
+        Log(LogLevel::kInfo, "the engine is back");
+      }
     }
   }
 

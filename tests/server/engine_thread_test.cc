@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "server/steady_clock.h"
+#include "server/watchdog.h"
 #include "tests/server/paced_executor.h"
 
 namespace espalier {
@@ -316,6 +317,54 @@ TEST_F(EngineThreadTest, LostDeviceEndsEveryStreamAndTakesNoMore) {
   }
   EXPECT_TRUE(lost_);
   EXPECT_EQ(Offer(Prompt(3, 1)), nullptr);
+}
+
+TEST_F(EngineThreadTest, StalledExecutorIsNoticedOnceAndSoIsItsReturn) {
+  Start();
+  Watchdog watchdog(milliseconds(60));
+  paced_->executor.Hold();
+  const auto reader = Offer(Prompt(1, 5));
+  paced_->executor.WaitForHeldStep();
+  const Instant until = SteadyNow() + seconds(20);
+  int changes = 0;
+  const auto look = [&] { changes += watchdog.Look(thread_->seconds_without_progress()); };
+  for (; changes == 0 && SteadyNow() < until; std::this_thread::sleep_for(watchdog.interval())) {
+    look();
+  }
+  EXPECT_TRUE(watchdog.stuck());
+  EXPECT_GT(thread_->seconds_without_progress(), 0.06);
+  for (int i = 0; i < 5; ++i) look();
+  EXPECT_EQ(changes, 1);
+
+  paced_->executor.Go();
+  ASSERT_TRUE(reader->WaitForEnd().has_value());
+  while (watchdog.stuck() && SteadyNow() < until) look();
+  EXPECT_EQ(changes, 2);
+}
+
+// Many steps, each shorter than the bound, are no stall however long they take together; nor is
+// having nothing to do.
+TEST_F(EngineThreadTest, WorkThatMovesAndIdlenessAreNoStall) {
+  Start();
+  Watchdog watchdog(milliseconds(500));
+  paced_->executor.set_step_time(milliseconds(10));
+  const auto reader = Offer(Prompt(1, 80));
+  const Instant until = SteadyNow() + milliseconds(1600);
+  while (SteadyNow() < until) {
+    ASSERT_FALSE(watchdog.Look(thread_->seconds_without_progress()));
+    std::this_thread::sleep_for(milliseconds(2));
+  }
+  ASSERT_TRUE(reader->WaitForEnd().has_value());
+  EXPECT_TRUE(PagesComeBack());
+  EXPECT_EQ(thread_->seconds_without_progress(), 0);
+}
+
+TEST(WatchdogTest, ZeroIsNever) {
+  Watchdog never(milliseconds(0)), soon(milliseconds(1));
+  EXPECT_FALSE(never.Look(1e9));
+  EXPECT_TRUE(soon.Look(1e9));
+  EXPECT_TRUE(soon.Look(0));
+  EXPECT_FALSE(soon.stuck());
 }
 
 // Clients of every temper at once, while the server drains: whoever was accepted gets an end unless

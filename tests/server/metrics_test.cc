@@ -209,6 +209,16 @@ TEST(MetricsTest, ACancelledRequestInTheQueueHasNoFirstToken) {
   EXPECT_THAT(text, HasSubstr(fmt::format("vllm:prompt_tokens_total{}}} 0\n", kLabels)));
 }
 
+TEST(MetricsTest, AStallShowsWhileItLastsAndIsCounted) {
+  Metrics metrics = MakeMetrics();
+  EXPECT_THAT(metrics.Text(), HasSubstr("espalier_engine_stalled 0\n"));
+  metrics.OnStall(true);
+  EXPECT_THAT(metrics.Text(), HasSubstr("espalier_engine_stalled 1\n"));
+  metrics.OnStall(false);
+  EXPECT_THAT(metrics.Text(), HasSubstr("espalier_engine_stalled 0\n"));
+  EXPECT_THAT(metrics.Text(), HasSubstr("espalier_engine_stalls_total 1\n"));
+}
+
 TEST(MetricsTest, ServesOverHttpAndNamesAPortThatIsTaken) {
   Metrics metrics = MakeMetrics();
   const absl::StatusOr<int> port = metrics.Serve("127.0.0.1", 0);

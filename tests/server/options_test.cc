@@ -88,6 +88,7 @@ TEST_F(OptionsTest, DefaultsAreTheStructs) {
   EXPECT_FALSE(options.isa.has_value());
   EXPECT_EQ(options.max_message_bytes, 4u << 20);
   EXPECT_EQ(options.drain_timeout, milliseconds(30'000));
+  EXPECT_EQ(options.stall_timeout, milliseconds(30'000));
   EXPECT_FALSE(options.log_prompts);
 }
 
@@ -270,6 +271,7 @@ TEST_F(OptionsTest, HelpSaysRangeAndDefaultOfEveryOption) {
                            "reserve-output",
                            "stream-buffer-tokens",
                            "drain-timeout",
+                           "stall-timeout",
                            "log-level",
                            "log-format",
                            "log-prompts"}) {
