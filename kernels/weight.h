@@ -26,7 +26,7 @@ enum class WeightLayout : uint8_t {
   // A row is an output channel: q, k, v, gate, up, embedding, LM head. [out, in].
   // out[m][i] = sum_k x[m][k] * w[row_i][k].
   kOutputRows,
-  // A row is an input channel: o and down, given transposed, [in, out].
+  // A row is an input channel: o and down, [in, out], transposed in files.
   // out[m][n] = sum_i x[m][i] * w[row_i][n].
   kInputRows,
 };

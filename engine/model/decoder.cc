@@ -35,36 +35,12 @@ class Loader {
 
   // [rows, cols] as stored: a row is an output channel.
   void OutputRows(const std::string& name, int rows, int cols, Weight* out) {
-    const StoredTensor* tensor = Find(name, rows, cols);
-    if (tensor == nullptr) return;
-    Keep(name,
-         backend_->UploadWeight(TypeFor(*tensor), WeightLayout::kOutputRows, rows, cols,
-                                [&](int row, float* dst) { tensor->ReadRow(row, dst); }),
-         out);
+    Upload(name, rows, cols, WeightLayout::kOutputRows, out);
   }
 
-  // Stored [outputs, inputs], uploaded transposed: a row is an input channel.
+  // Stored [outputs, inputs], a matrix of [inputs, outputs]: a row is an input channel.
   void InputRows(const std::string& name, int outputs, int inputs, Weight* out) {
-    const StoredTensor* tensor = Find(name, outputs, inputs);
-    if (tensor == nullptr) return;
-    transposed_.resize(static_cast<size_t>(inputs) * outputs);
-    // Bands of 16 rows: a cache line of each transposed row is filled while it is at hand.
-    constexpr int kBand = 16;
-    backend_->ParallelFor((outputs + kBand - 1) / kBand, [&](int band) {
-      std::vector<float> row(inputs);
-      for (int r = band * kBand; r < std::min(outputs, (band + 1) * kBand); ++r) {
-        tensor->ReadRow(r, row.data());
-        for (int c = 0; c < inputs; ++c) transposed_[static_cast<size_t>(c) * outputs + r] = row[c];
-      }
-    });
-    Keep(name,
-         backend_->UploadWeight(TypeFor(*tensor), WeightLayout::kInputRows, inputs, outputs,
-                                [&](int row, float* dst) {
-                                  const float* src =
-                                      &transposed_[static_cast<size_t>(row) * outputs];
-                                  std::copy(src, src + outputs, dst);
-                                }),
-         out);
+    Upload(name, outputs, inputs, WeightLayout::kInputRows, out);
   }
 
   const absl::Status& status() const { return status_; }
@@ -83,7 +59,13 @@ class Loader {
     return tensor.ok() ? *tensor : nullptr;
   }
 
-  void Keep(const std::string& name, absl::StatusOr<Weight> weight, Weight* out) {
+  void Upload(const std::string& name, int outputs, int depth, WeightLayout layout, Weight* out) {
+    const StoredTensor* tensor = Find(name, outputs, depth);
+    if (tensor == nullptr) return;
+    const bool output_rows = layout == WeightLayout::kOutputRows;
+    absl::StatusOr<Weight> weight = backend_->UploadWeight(
+        TypeFor(*tensor), layout, output_rows ? outputs : depth, output_rows ? depth : outputs,
+        [&](int output, float* dst) { tensor->ReadRow(output, dst); });
     if (!weight.ok()) {
       status_ = absl::Status(weight.status().code(), fmt::format("{}: tensor {}: {}", file_.path(),
                                                                  name, weight.status().ToString()));
@@ -106,7 +88,6 @@ class Loader {
   const std::function<void(int, int)>& progress_;
   absl::Status status_;
   uint64_t bytes_ = 0;
-  std::vector<float> transposed_;
 };
 
 }  // namespace

@@ -1,7 +1,7 @@
 // The decoder of the llama family: weights on a backend, and one forward pass over a step's rows.
 //
 // Dense is the keep profile that keeps everything: the pass always asks the selector, and there is
-// no other path. Heads and channels are rows of q, gate, up and (transposed) o, down.
+// no other path. Heads and channels are rows of q, gate, up and (as files have them, columns) o, down.
 #pragma once
 
 #include <cstdint>
@@ -65,9 +65,9 @@ class Decoder {
     Weight q, k, v;                             // [heads * head_dim | kv_heads * head_dim, hidden]
     std::vector<float> q_bias, k_bias, v_bias;  // one a row, or empty
     std::vector<float> q_norm, k_norm;          // [head_dim] or empty
-    Weight o;                                   // transposed: [heads * head_dim, hidden]
+    Weight o;                                   // [heads * head_dim, hidden]
     Weight gate, up;                            // [channels, hidden]
-    Weight down;                                // transposed: [channels, hidden]
+    Weight down;                                // [channels, hidden]
   };
 
   Decoder(const ModelConfig& config, Backend* backend);

@@ -30,7 +30,7 @@ class CpuBackend final : public Backend {
   uint64_t workspace_bytes() const override;
   absl::StatusOr<Weight> UploadWeight(
       WeightType type, WeightLayout layout, int rows, int cols,
-      const std::function<void(int row, float* dst)>& read_row) override;
+      const std::function<void(int output, float* dst)>& read_output) override;
   absl::StatusOr<Weight> GatherRows(const Weight& weight,
                                     const ChannelSelection& selection) override;
   absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) override;

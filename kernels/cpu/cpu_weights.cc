@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 
 #include "fmt/format.h"
 #include "kernels/cpu/cpu_backend_impl.h"
@@ -76,57 +77,46 @@ std::shared_ptr<void> AllocateAligned(size_t bytes) {
 
 absl::StatusOr<Weight> CpuBackend::UploadWeight(
     WeightType type, WeightLayout layout, int rows, int cols,
-    const std::function<void(int row, float* dst)>& read_row) {
+    const std::function<void(int output, float* dst)>& read_output) {
   if (rows < 0 || cols < 0) {
     return absl::InvalidArgumentError(fmt::format("weight of {} rows by {} columns", rows, cols));
   }
   const bool output_rows = layout == WeightLayout::kOutputRows;
-  const int depth = output_rows ? cols : rows;
+  const int outputs = output_rows ? rows : cols, depth = output_rows ? cols : rows;
   absl::StatusOr<Weight> weight = NewWeight(type, layout, rows, cols, GroupsOf(depth));
   if (!weight.ok()) return weight;
   const int bits = BitsOf(type);
   const int64_t strip_bytes = StripBytes(*weight), block_bytes = BlockBytes(bits);
-  uint8_t* const blocks = MutableBlocks(*weight);
-  // The rows of a chunk fill whole blocks: a strip's outputs, or a group's summed values.
-  const int chunk_rows = output_rows ? kStripOutputs : kGroup;
-  const int64_t stride = RoundUp(cols, output_rows ? kGroup : kStripOutputs);
-  const int chunks = static_cast<int>(RoundUp(rows, chunk_rows) / chunk_rows);
   std::atomic<int> first_bad = INT_MAX, first_large = INT_MAX;
-  pool_.Run(chunks, [&](int, int chunk) {
-    const int begin = chunk * chunk_rows;
-    const int count = std::min(chunk_rows, rows - begin);
-    std::vector<float> buffer(chunk_rows * stride);
-    for (int r = 0; r < count; ++r) {
-      float* row = buffer.data() + r * stride;
-      read_row(begin + r, row);
-      if (!AllFinite(row, cols)) return Note(begin + r, &first_bad);
+  pool_.Run(static_cast<int>(StripsOf(*weight)), [&](int, int strip) {
+    const int begin = strip * kStripOutputs;
+    const int count = std::min(kStripOutputs, outputs - begin);
+    const auto values = std::make_unique_for_overwrite<float[]>(int64_t{count} * depth);
+    for (int lane = 0; lane < count; ++lane) {
+      float* output = values.get() + int64_t{lane} * depth;
+      read_output(begin + lane, output);
+      if (!AllFinite(output, depth)) return Note(begin + lane, &first_bad);
     }
+    uint8_t* block = MutableBlocks(*weight) + strip * strip_bytes;
+    float turned[kGroup][kStripOutputs] = {};
     bool fits = true;
-    if (output_rows) {
-      uint8_t* strip = blocks + chunk * strip_bytes;
-      for (int g = 0; g < weight->groups; ++g) {
-        float block[kGroup][kStripOutputs];
-        for (int k = 0; k < kGroup; ++k) {
-          for (int r = 0; r < kStripOutputs; ++r) block[k][r] = buffer[r * stride + g * kGroup + k];
-        }
-        fits &= PackBlock(bits, block[0], kStripOutputs, std::min(kGroup, cols - g * kGroup),
-                          strip + g * block_bytes);
+    for (int k = 0; k < depth; k += kGroup, block += block_bytes) {
+      const int some = std::min(kGroup, depth - k);
+      for (int lane = 0; lane < count; ++lane) {
+        const float* from = values.get() + int64_t{lane} * depth + k;
+        for (int i = 0; i < some; ++i) turned[i][lane] = from[i];
       }
-    } else {
-      for (int64_t strip = 0; strip < StripsOf(*weight); ++strip) {
-        fits &= PackBlock(bits, buffer.data() + strip * kStripOutputs, stride, count,
-                          blocks + strip * strip_bytes + chunk * block_bytes);
-      }
+      fits &= PackBlock(bits, turned, some, block);
     }
     if (!fits) Note(begin, &first_large);
   });
   if (first_bad != INT_MAX) {
     return absl::InvalidArgumentError(
-        fmt::format("row {}: expected finite values, got an infinity or NaN", first_bad.load()));
+        fmt::format("output {}: expected finite values, got an infinity or NaN", first_bad.load()));
   }
   if (first_large != INT_MAX) {
     return absl::InvalidArgumentError(
-        fmt::format("rows from {} on: expected values within 65504 for {} bits, got larger ones",
+        fmt::format("outputs from {} on: expected values within 65504 for {} bits, got larger ones",
                     first_large.load(), bits));
   }
   return weight;

@@ -220,12 +220,12 @@ TEST_P(BackendTest, UploadSaysWhatIsWrong) {
   const absl::Status large = upload(INT_MAX, INT_MAX, zeros);
   EXPECT_EQ(large.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(large.message()), HasSubstr("2147483647 rows"));
-  const absl::Status bad = upload(50, 20, [](int row, float* to) {
+  const absl::Status bad = upload(50, 20, [](int output, float* to) {
     std::fill_n(to, 20, 1.0f);
-    if (row == 7 || row == 41) to[3] = NAN;
+    if (output == 7 || output == 41) to[3] = NAN;
   });
   EXPECT_EQ(bad.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(std::string(bad.message()), HasSubstr("row 7"));
+  EXPECT_THAT(std::string(bad.message()), HasSubstr("output 7"));
   EXPECT_TRUE(upload(0, 5, zeros).ok());
 }
 

@@ -15,10 +15,11 @@ namespace {
 std::vector<float> RoundTrip(int bits, const std::vector<float>& values) {
   constexpr int kLane = 5;
   const int depth = static_cast<int>(values.size());
-  std::vector<float> block_values(kGroup * kStripOutputs, 0.25f);
-  for (int k = 0; k < depth; ++k) block_values[k * kStripOutputs + kLane] = values[k];
+  float block_values[kGroup][kStripOutputs];
+  std::fill_n(block_values[0], kGroup * kStripOutputs, 0.25f);
+  for (int k = 0; k < depth; ++k) block_values[k][kLane] = values[k];
   alignas(64) uint8_t block[BlockBytes(32)];
-  EXPECT_TRUE(PackBlock(bits, block_values.data(), kStripOutputs, depth, block));
+  EXPECT_TRUE(PackBlock(bits, block_values, depth, block));
   std::vector<float> out(depth);
   UnpackOutput(bits, block, kLane, depth, out.data());
   return out;
@@ -110,13 +111,14 @@ TEST(WeightBlocks, ConstantsAndLimits) {
     EXPECT_EQ(RoundTrip(bits, std::vector<float>(kGroup, 0.0f)), std::vector<float>(kGroup, 0.0f));
     EXPECT_EQ(RoundTrip(bits, std::vector<float>(7, -1.5f)), std::vector<float>(7, -1.5f));
     EXPECT_EQ(RoundTrip(bits, {-65504.0f}), std::vector<float>{-65504.0f});
-    std::vector<float> values(kGroup * kStripOutputs, 1.0f);
+    float values[kGroup][kStripOutputs];
+    std::fill_n(values[0], kGroup * kStripOutputs, 1.0f);
     alignas(64) uint8_t block[BlockBytes(32)];
     for (const float large : {1e5f, -1e5f, 3e38f, -3e38f}) {
-      values[3 * kStripOutputs + 9] = large;
+      values[3][9] = large;
       // A large maximum alone fits as long as its steps do.
       const bool fits = large == 1e5f;
-      EXPECT_EQ(PackBlock(bits, values.data(), kStripOutputs, kGroup, block), fits) << large;
+      EXPECT_EQ(PackBlock(bits, values, kGroup, block), fits) << large;
     }
   }
 }
