@@ -208,7 +208,7 @@ const std::vector<Setting>& Settings() {
                                         {"int4", WeightPlan::kInt4},
                                         {"int8", WeightPlan::kInt8},
                                         {"f32", WeightPlan::kF32}})},
-      {kModel, "kv-type", "Type of keys and values; auto: f32 with f32 weights, else f16",
+      {kModel, "kv-type", "Type of keys and values; auto: f32 with f32 weights, else int8",
        Choice<std::optional<KvType>>(
            &O::kv_type,
            {{"auto", {}}, {"int8", KvType::kInt8}, {"f16", KvType::kF16}, {"f32", KvType::kF32}})},

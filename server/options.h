@@ -74,7 +74,7 @@ struct ServerOptions {
 
   // kv_type, with auto resolved.
   KvType effective_kv_type() const {
-    return kv_type.value_or(weights == WeightPlan::kF32 ? KvType::kF32 : KvType::kF16);
+    return kv_type.value_or(DefaultKvType(weights));
   }
 };
 

@@ -29,7 +29,7 @@ void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options) {
          "How weights are kept; auto: int4 where the file has Q4_0 or Q4_1, else int8; int4: the "
          "layers, embedding and LM head int8; f32 is the reference",
          {"auto", "int4", "int8", "f32"});
-  choice("--kv", options->kv, "How keys and values are kept; auto: f32 with f32 weights, else f16",
+  choice("--kv", options->kv, "How keys and values are kept; auto: f32 with f32 weights, else int8",
          {"auto", "int8", "f16", "f32"});
   choice("--isa", options->isa, "Instruction set; auto: the best this machine has",
          {"auto", "portable", "avx2", "avx512"});
@@ -56,11 +56,10 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
                              : options.weights == "int8" ? WeightPlan::kInt8
                              : options.weights == "int4" ? WeightPlan::kInt4
                                                          : WeightPlan::kAuto;
-  model.kv = options.kv == "int8"          ? KvType::kInt8
-             : options.kv == "f16"         ? KvType::kF16
-             : options.kv == "f32"         ? KvType::kF32
-             : weights == WeightPlan::kF32 ? KvType::kF32
-                                           : KvType::kF16;
+  model.kv = options.kv == "int8"  ? KvType::kInt8
+             : options.kv == "f16" ? KvType::kF16
+             : options.kv == "f32" ? KvType::kF32
+                                   : DefaultKvType(weights);
   model.isa = SupportedIsas().back();
   if (options.isa != "auto") {
     absl::StatusOr<Isa> isa = ParseIsa(options.isa);

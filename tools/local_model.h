@@ -35,7 +35,7 @@ struct LocalModel {
   std::unique_ptr<ModelFile> file;
   std::unique_ptr<Backend> backend;
   std::unique_ptr<ModelExecutor> executor;
-  KvType kv = KvType::kF16;
+  KvType kv = KvType::kInt8;
   Isa isa = Isa::kPortable;
   int threads = 1;
 };

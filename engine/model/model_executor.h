@@ -19,7 +19,7 @@ namespace espalier {
 
 struct ModelOptions {
   WeightPlan weights = WeightPlan::kAuto;
-  KvType kv = KvType::kF16;
+  KvType kv = KvType::kInt8;
   // Bytes for KV pages, rounded down to whole pages; 0: enough for 32 sequences of 1,024 tokens or
   // one of the model's context, whichever is more, but at most half of the memory available.
   uint64_t kv_bytes = 0;

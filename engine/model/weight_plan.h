@@ -1,9 +1,11 @@
-// How a model's matrices are to be kept in memory: asked for by users, decided matrix by matrix.
+// How a model's matrices, and its keys and values, are to be kept in memory: asked for by users,
+// decided matrix by matrix.
 #pragma once
 
 #include <cstdint>
 
 #include "engine/model/files/quant_blocks.h"
+#include "kernels/backend.h"
 #include "kernels/weight.h"
 
 namespace espalier {
@@ -22,6 +24,13 @@ constexpr WeightType TypeOf(WeightPlan plan, BlockType in_file, bool of_a_layer)
   const bool int4 =
       (plan == WeightPlan::kAuto && four_bits) || (plan == WeightPlan::kInt4 && of_a_layer);
   return int4 ? WeightType::kInt4 : WeightType::kInt8;
+}
+
+// What KV is where nothing is said. At 32 sequences reading it takes longer than reading int4
+// weights, and int8 halves that: WikiText-2 at 1,024 tokens has a perplexity 0.09 % above fp16's,
+// at 8,000 tokens 0.11 % below (SmolLM2-135M).
+constexpr KvType DefaultKvType(WeightPlan plan) {
+  return plan == WeightPlan::kF32 ? KvType::kF32 : KvType::kInt8;
 }
 
 }  // namespace espalier

@@ -76,7 +76,7 @@ struct AttentionQuery {
 };
 
 // Queries that read the same sequence.
-inline constexpr int kMaxQueries = 32;
+inline constexpr int kMaxQueries = 64;
 struct AttentionTask {
   int bits = 32;  // of the pages' values: 32, 16 or 8
   const uint8_t* pool = nullptr;
@@ -127,14 +127,22 @@ struct KernelTable {
   LogitPartial (*logit_block)(const float* logits, int count);
 };
 
-// One query's running state (sums, lane sums, maximum) and the widened page, for every query.
+// Pages of a sequence that queries see at a time: a softmax, and a pass over sums, for each 64
+// tokens.
+inline constexpr int kBlockPages = 4;
+// The widened block, and of every query what it has seen and what it needs of the block at hand.
 inline constexpr int64_t kAttentionLanes = 16;
 constexpr int64_t PaddedHeadDim(int head_dim) {
   return (head_dim + kAttentionLanes - 1) / kAttentionLanes * kAttentionLanes;
 }
+// Sums, a share of the denominator, scores, a few numbers and the query in two bytes a dimension.
+constexpr int64_t QueryStateFloats(int head_dim) {
+  return PaddedHeadDim(head_dim) + (2 + kBlockPages) * kAttentionLanes +
+         PaddedHeadDim(PaddedHeadDim(head_dim) / 2);
+}
 constexpr int64_t AttentionScratchFloats(int head_dim) {
-  return 2 * kAttentionLanes * PaddedHeadDim(head_dim) +
-         kMaxQueries * (PaddedHeadDim(head_dim) + 3 * kAttentionLanes);
+  return 2 * kBlockPages * kAttentionLanes * PaddedHeadDim(head_dim) +
+         kMaxQueries * QueryStateFloats(head_dim);
 }
 
 const KernelTable& PortableKernels();

@@ -94,7 +94,11 @@ F LoadHalf(const uint16_t* p) {
   const __m128i* from = reinterpret_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_loadu_si128(from)), _mm256_cvtph_ps(_mm_loadu_si128(from + 1))};
 }
-uint16_t ToHalf(float v) { return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
+void StoreHalf(uint16_t* p, F v) {
+  __m128i* to = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(to, _mm256_cvtps_ph(v.lo, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(to + 1, _mm256_cvtps_ph(v.hi, _MM_FROUND_TO_NEAREST_INT));
+}
 float FromHalf(uint16_t v) { return _cvtsh_ss(v); }
 
 I ToInt(F v) { return {_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi)}; }
@@ -117,15 +121,6 @@ F LoadInt8(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return ToFloat(I{_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});
 }
-// The i-th of each four bytes.
-F LoadByteOfEach(const uint8_t* p, int i) {
-  const __m256i* from = reinterpret_cast<const __m256i*>(p);
-  const auto byte = [i](__m256i v) {
-    return _mm256_srai_epi32(_mm256_slli_epi32(v, 24 - 8 * i), 24);
-  };
-  return ToFloat(I{byte(_mm256_loadu_si256(from)), byte(_mm256_loadu_si256(from + 1))});
-}
-
 // Bytes are made signed: two products of |activation| <= 127 and weight in -120 .. 120 fit 16 bits.
 // Nibbles stay as they are, and all 8 quads of a group fit: 8 * 2 * 15 * 127 < 2^15.
 constexpr bool kBytesInPlace = false;
@@ -156,6 +151,12 @@ W LoadWeights(const uint8_t* p) {
   const __m256i* from = reinterpret_cast<const __m256i*>(p);
   return {_mm256_load_si256(from), _mm256_load_si256(from + 1)};
 }
+// Signed bytes, above -128.
+W LoadSigned(const uint8_t* p) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(from), _mm256_loadu_si256(from + 1)};
+}
+Sum StartSigned(int32_t) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 X LoadActivations(const int8_t* p) {
   int32_t four;
   __builtin_memcpy(&four, p, 4);

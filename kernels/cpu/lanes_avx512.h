@@ -41,7 +41,9 @@ float ReduceAdd(F v) { return _mm512_reduce_add_ps(v); }
 F LoadHalf(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-uint16_t ToHalf(float v) { return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
+void StoreHalf(uint16_t* p, F v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
 float FromHalf(uint16_t v) { return _cvtsh_ss(v); }
 
 I ToInt(F v) { return _mm512_cvtps_epi32(v); }
@@ -55,12 +57,6 @@ void StoreInt8(int8_t* p, I v) {
 F LoadInt8(const int8_t* p) {
   return ToFloat(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-// The i-th of each four bytes.
-F LoadByteOfEach(const uint8_t* p, int i) {
-  const __m512i up = _mm512_slli_epi32(_mm512_loadu_si512(p), static_cast<unsigned>(24 - 8 * i));
-  return ToFloat(_mm512_srai_epi32(up, 24));
-}
-
 // Bytes and nibbles are unsigned here, as VNNI wants the one of its factors.
 constexpr bool kBytesInPlace = true;
 void OpenBytes(const uint8_t*, uint8_t*) {}
@@ -76,6 +72,11 @@ Sum StartSum(int32_t) {
   return _mm512_setzero_si512();
 }
 W LoadWeights(const uint8_t* p) { return _mm512_load_si512(p); }
+// Signed bytes: their sum starts at what offsetting them takes from it.
+W LoadSigned(const uint8_t* p) {
+  return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-128));
+}
+Sum StartSigned(int32_t count) { return _mm512_set1_epi32(-128 * count); }
 X LoadActivations(const int8_t* p) {
   int32_t four;
   __builtin_memcpy(&four, p, 4);

@@ -110,6 +110,10 @@ F LoadHalf(const uint16_t* p) {
   });
 }
 
+void StoreHalf(uint16_t* p, const F& v) {
+  for (int i = 0; i < 16; ++i) p[i] = ToHalf(v.part[i / 4][i % 4]);
+}
+
 // |v| < 2^22.
 I ToInt(const F& v) {
   I out;
@@ -137,15 +141,6 @@ F LoadInt8(const int8_t* p) {
                                    Float4);
   });
 }
-// The i-th of each four bytes.
-F LoadByteOfEach(const uint8_t* p, int i) {
-  I fours;
-  __builtin_memcpy(&fours, p, sizeof fours);
-  return Each([&](int part) {
-    return __builtin_convertvector(fours.part[part] << (24 - 8 * i) >> 24, Float4);
-  });
-}
-
 // What bytes and nibbles must be before they are multiplied: here, nothing but apart.
 constexpr bool kBytesInPlace = true;
 void OpenBytes(const uint8_t*, uint8_t*) {}
@@ -170,6 +165,19 @@ W LoadWeights(const uint8_t* p) {
   }
   return w;
 }
+// Signed bytes.
+W LoadSigned(const uint8_t* p) {
+  I packed;
+  __builtin_memcpy(&packed, p, sizeof packed);
+  W w;
+  for (int j = 0; j < 4; ++j) {
+    w.plane[j] = Each([&](int i) {
+      return __builtin_convertvector(packed.part[i] << (24 - 8 * j) >> 24, Float4);
+    });
+  }
+  return w;
+}
+Sum StartSigned(int32_t) { return Set1(0); }
 X LoadActivations(const int8_t* p) {
   return {static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
           static_cast<float>(p[3])};

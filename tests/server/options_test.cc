@@ -93,7 +93,7 @@ TEST_F(OptionsTest, DefaultsAreTheStructs) {
 }
 
 TEST_F(OptionsTest, KvTypeFollowsWeightsUnlessSaid) {
-  EXPECT_EQ(Read({}).effective_kv_type(), KvType::kF16);
+  EXPECT_EQ(Read({}).effective_kv_type(), KvType::kInt8);
   EXPECT_EQ(Read({"--weights=f32"}).effective_kv_type(), KvType::kF32);
   EXPECT_EQ(Read({"--weights=f32", "--kv-type=f16"}).effective_kv_type(), KvType::kF16);
 }

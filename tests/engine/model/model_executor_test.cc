@@ -58,9 +58,9 @@ TEST_F(ModelExecutorTest, ReadsNothingAfterTheFirstFault) {
 }
 
 TEST_F(ModelExecutorTest, RefusesKvMemoryThatHoldsNoSequence) {
-  const absl::Status status = Load(TinyGguf(), {.kv_bytes = 1000}).status();
+  const absl::Status status = Load(TinyGguf(), {.kv_bytes = 700}).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(std::string(status.message()), HasSubstr("KV memory of 1000 bytes"));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("KV memory of 700 bytes"));
 }
 
 TEST_F(ModelExecutorTest, RefusesAWorkspaceThatNoMachineHas) {
@@ -72,8 +72,8 @@ TEST_F(ModelExecutorTest, RefusesAWorkspaceThatNoMachineHas) {
 }
 
 TEST_F(ModelExecutorTest, CountsPagesAndBytes) {
-  // Keys and values of 16 tokens, one KV head of 8, fp16.
-  constexpr uint64_t kPageBytes = 2 * 16 * 8 * 2;
+  // Keys and values of 16 tokens, one KV head of 8 in int8, and a scale for each.
+  constexpr uint64_t kPageBytes = 2 * 16 * (8 + 4);
   const auto executor = Load(TinyGguf(), {.kv_bytes = 10 * kPageBytes + 7});
   ASSERT_TRUE(executor.ok()) << executor.status();
   const KvGeometry geometry = (*executor)->kv_geometry();
