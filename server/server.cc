@@ -9,6 +9,7 @@
 #include <chrono>
 #include <cstdio>
 #include <fstream>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -100,10 +101,37 @@ class Server {
   }
 
   absl::Status Load() {
-    const Instant began = SteadyNow();
     absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options_.model);
     if (!file.ok()) return file.status();
-    const Vocabulary& vocabulary = (*file)->vocabulary();
+    const Instant opened = SteadyNow();
+    // Beside the weights: a tenth of their time, on one core.
+    std::future<absl::Status> text =
+        std::async(std::launch::async, [&] { return LoadText((*file)->vocabulary()); });
+    absl::Status status = LoadWeights(**file);
+    const Instant packed = SteadyNow();
+    absl::Status text_status = text.get();
+    if (status.ok()) status = std::move(text_status);
+    if (!status.ok()) return status;
+
+    model_.config = executor_->config();
+    model_.name = options_.model_name.empty() ? model_.config.name : options_.model_name;
+    model_.max_sequence_tokens = engine_->scheduler().max_sequence_tokens();
+    model_.weight_type = executor_->weight_types();
+    model_.kv_type = KvTypeName(options_.effective_kv_type());
+    model_.device = backend_->Describe();
+    Log(LogLevel::kInfo, "model loaded",
+        {{"model", model_.name},
+         {"weights", model_.weight_type},
+         {"kv", model_.kv_type},
+         {"kv_pages", engine_->scheduler().stats().pages_total},
+         {"max_sequence_tokens", model_.max_sequence_tokens},
+         {"device", model_.device},
+         {"open_seconds", Seconds(opened - began_)},
+         {"pack_seconds", Seconds(packed - opened)}});
+    return absl::OkStatus();
+  }
+
+  absl::Status LoadText(const Vocabulary& vocabulary) {
     absl::StatusOr<std::unique_ptr<const Tokenizer>> tokenizer = Tokenizer::Create(vocabulary);
     if (!tokenizer.ok()) return tokenizer.status();
     model_.tokenizer = *std::move(tokenizer);
@@ -115,13 +143,16 @@ class Server {
       model_.chat_template = *std::move(chat);
     }
     encoder_ = std::make_unique<PromptEncoder>(model_.tokenizer.get(), model_.chat_template.get());
+    return absl::OkStatus();
+  }
 
+  absl::Status LoadWeights(const ModelFile& file) {
     absl::StatusOr<std::unique_ptr<Backend>> backend =
         CreateCpuBackend({.isa = options_.isa, .threads = options_.threads});
     if (!backend.ok()) return backend.status();
     backend_ = *std::move(backend);
     absl::StatusOr<std::unique_ptr<ModelExecutor>> executor =
-        ModelExecutor::Load(**file, backend_.get(),
+        ModelExecutor::Load(file, backend_.get(),
                             {.weights = options_.weights,
                              .kv = options_.effective_kv_type(),
                              .kv_bytes = options_.kv_memory,
@@ -137,21 +168,6 @@ class Server {
                          .max_waiting = options_.max_waiting + options_.max_sequences,
                          .reserve_output = options_.reserve_output},
         executor_->kv_geometry(), executor_->ladder(), executor_.get(), &policy_);
-
-    model_.config = executor_->config();
-    model_.name = options_.model_name.empty() ? model_.config.name : options_.model_name;
-    model_.max_sequence_tokens = engine_->scheduler().max_sequence_tokens();
-    model_.weight_type = executor_->weight_types();
-    model_.kv_type = KvTypeName(options_.effective_kv_type());
-    model_.device = backend_->Describe();
-    Log(LogLevel::kInfo, "model loaded",
-        {{"model", model_.name},
-         {"weights", model_.weight_type},
-         {"kv", model_.kv_type},
-         {"kv_pages", engine_->scheduler().stats().pages_total},
-         {"max_sequence_tokens", model_.max_sequence_tokens},
-         {"device", model_.device},
-         {"seconds", Seconds(SteadyNow() - began)}});
     return absl::OkStatus();
   }
 
@@ -195,7 +211,10 @@ class Server {
     stop_->set_nothing_to_finish(false);
     service_.Open(&backstage_);
     SetHealth(&Health::open, true);
-    Log(LogLevel::kInfo, "serving", {{"host", options_.host}, {"port", front_->port()}});
+    Log(LogLevel::kInfo, "serving",
+        {{"host", options_.host},
+         {"port", front_->port()},
+         {"ready_seconds", Seconds(SteadyNow() - began_)}});
     return absl::OkStatus();
   }
 
@@ -256,6 +275,7 @@ class Server {
 
   const ServerOptions& options_;
   StopSignal* const stop_;
+  const Instant began_ = SteadyNow();
 
   // In the order in which they are made; whoever uses another comes after it.
   std::unique_ptr<Metrics> metrics_;

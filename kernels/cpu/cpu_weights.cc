@@ -4,7 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cfloat>
+#include <bit>
 #include <climits>
 #include <cmath>
 #include <cstdlib>
@@ -49,9 +49,12 @@ absl::StatusOr<Weight> NewWeight(WeightType type, WeightLayout layout, int rows,
 uint8_t* MutableBlocks(const Weight& weight) { return static_cast<uint8_t*>(weight.storage.get()); }
 
 bool AllFinite(const float* values, int count) {
-  bool finite = true;
-  for (int i = 0; i < count; ++i) finite &= std::fabs(values[i]) <= FLT_MAX;
-  return finite;
+  constexpr uint32_t kExponent = 0x7f800000;
+  uint32_t bad = 0;  // integers: the compiler makes vectors of them
+  for (int i = 0; i < count; ++i) {
+    bad |= (std::bit_cast<uint32_t>(values[i]) & kExponent) == kExponent ? 1 : 0;
+  }
+  return bad == 0;
 }
 
 // Remembers the lowest row of which any thread told something.
@@ -106,7 +109,7 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(
         const float* from = values.get() + int64_t{lane} * depth + k;
         for (int i = 0; i < some; ++i) turned[i][lane] = from[i];
       }
-      fits &= PackBlock(bits, turned, some, block);
+      fits &= PackBlock(kernels_, bits, turned, some, block);
     }
     if (!fits) Note(begin, &first_large);
   });

@@ -110,6 +110,11 @@ struct LogitPartial {
 };
 
 struct KernelTable {
+  // Packs values[k][output], k < depth, into a block of 8 or 4 bits: the nearest of steps between
+  // the smallest and the largest value; 4 bits look for the steps of a 4-bit source first, and fit
+  // them by least squares if there are none. False if a scale or minimum does not fit fp16. The
+  // same bits on every instruction set.
+  bool (*pack_integers)(int bits, const float (*values)[kStripOutputs], int depth, uint8_t* block);
   // Quantises `depth` values per group of kGroup: scale = max|x| / 127, round to nearest even.
   // Writes whole groups. Infinite or NaN input gives a scale that is not finite, so the fault is
   // seen in the product.

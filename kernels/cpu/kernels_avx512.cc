@@ -13,9 +13,11 @@ namespace {
 #include "kernels/cpu/body_matmul.h"
 #include "kernels/cpu/body_attention.h"
 #include "kernels/cpu/body_rows.h"
+#include "kernels/cpu/body_pack.h"
 // clang-format on
 
 constexpr KernelTable kTable = {
+    .pack_integers = PackIntegers,
     .quantize_row = QuantizeRow,
     .matmul = MatMul,
     .attention = Attention,

@@ -29,11 +29,9 @@ constexpr int64_t StripBytes(const Weight& weight) {
   return weight.groups * BlockBytes(BitsOf(weight.type));
 }
 
-// Packs values[k][output] for k < depth, 0 < depth <= kGroup. Integers:
-// the nearest of steps between the smallest and the largest value; 4 bits look for the steps of a
-// 4-bit source first, and fit them by least squares if there are none. False if a scale or minimum
-// does not fit fp16.
-bool PackBlock(int bits, const float (*values)[kStripOutputs], int depth, uint8_t* block);
+// Packs values[k][output] for k < depth, 0 < depth <= kGroup. False if the block cannot hold them.
+bool PackBlock(const KernelTable& kernels, int bits, const float (*values)[kStripOutputs],
+               int depth, uint8_t* block);
 
 // to[lane] = from[from_lane], through the `groups` blocks of two strips.
 void CopyOutput(int bits, const uint8_t* from, int from_lane, int groups, uint8_t* to, int lane);

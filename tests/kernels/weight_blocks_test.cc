@@ -19,7 +19,7 @@ std::vector<float> RoundTrip(int bits, const std::vector<float>& values) {
   std::fill_n(block_values[0], kGroup * kStripOutputs, 0.25f);
   for (int k = 0; k < depth; ++k) block_values[k][kLane] = values[k];
   alignas(64) uint8_t block[BlockBytes(32)];
-  EXPECT_TRUE(PackBlock(bits, block_values, depth, block));
+  EXPECT_TRUE(PackBlock(PortableKernels(), bits, block_values, depth, block));
   std::vector<float> out(depth);
   UnpackOutput(bits, block, kLane, depth, out.data());
   return out;
@@ -118,7 +118,7 @@ TEST(WeightBlocks, ConstantsAndLimits) {
       values[3][9] = large;
       // A large maximum alone fits as long as its steps do.
       const bool fits = large == 1e5f;
-      EXPECT_EQ(PackBlock(bits, values, kGroup, block), fits) << large;
+      EXPECT_EQ(PackBlock(PortableKernels(), bits, values, kGroup, block), fits) << large;
     }
   }
 }
