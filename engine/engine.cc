@@ -13,7 +13,7 @@ absl::Status Engine::Submit(Request request) { return scheduler_.Submit(std::mov
 bool Engine::Cancel(RequestId id) { return scheduler_.Cancel(id); }
 
 absl::StatusOr<const StepReport*> Engine::Step(Instant now) {
-  report_.outputs.clear();
+  scheduler_.Recycle(&report_.outputs);
   const Batch& batch = scheduler_.Schedule(now, &report_.outputs);
   report_.decode_rows = batch.decode_rows;
   report_.prefill_rows = batch.prefill_rows;

@@ -1,6 +1,7 @@
 #include "engine/model/model_executor.h"
 
 #include <algorithm>
+#include <functional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -115,12 +116,13 @@ void ModelExecutor::Impl::SampleChunk(const Batch& batch, size_t begin, size_t e
   const Matrix chunk(logits.data(), rows, vocabulary);
   backend->LogitStats({.logits = chunk, .out = std::span(stats).first(rows)});
   const int lanes = std::min(rows, kSamplerLanes);
-  backend->ParallelFor(lanes, [&](int lane) {
+  const auto sample = [&](int lane) {
     for (int i = lane; i < rows; i += lanes) {
       result->tokens[begin + i] = samplers[lane].Sample(batch.logits[begin + i], stats[i],
                                                         std::span<float>(chunk.row(i), vocabulary));
     }
-  });
+  };
+  backend->ParallelFor(lanes, std::cref(sample));  // a function of its own would be allocated
 }
 
 ModelExecutor::ModelExecutor(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}

@@ -280,14 +280,27 @@ void Scheduler::Commit(const StepResult& result, std::vector<SequenceOutput>* ou
 }
 
 FinishReason Scheduler::Append(const TokenResult& drawn, Sequence* sequence,
-                               SequenceOutput* output) const {
+                               SequenceOutput* output) {
   const StopParams& stop = sequence->request.stop;
   // Below min_tokens stop tokens are banned, so one is drawn only where nothing else could be: all
   // tokens banned, or logits that are no numbers. That ends the sequence, not the server.
   if (Contains(stop.stop_tokens, drawn.token)) return FinishReason::kStop;
   sequence->tokens.push_back(drawn.token);
+  if (!spare_tokens_.empty()) {
+    output->tokens.swap(spare_tokens_.back());
+    spare_tokens_.pop_back();
+  }
   output->tokens.push_back(drawn);
   return sequence->output_tokens() == stop.max_tokens ? FinishReason::kLength : FinishReason::kNone;
+}
+
+void Scheduler::Recycle(std::vector<SequenceOutput>* outputs) {
+  for (SequenceOutput& output : *outputs) {
+    if (output.tokens.capacity() == 0) continue;
+    output.tokens.clear();
+    spare_tokens_.push_back(std::move(output.tokens));
+  }
+  outputs->clear();
 }
 
 void Scheduler::Discard() {

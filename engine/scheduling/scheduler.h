@@ -109,6 +109,9 @@ class Scheduler {
   // for each logit row of the batch.
   void Commit(const StepResult& result, std::vector<SequenceOutput>* outputs);
 
+  // Clears what earlier steps told, and keeps its memory for the tokens of later ones.
+  void Recycle(std::vector<SequenceOutput>* outputs);
+
   // The batch that is out was not computed: every sequence stands where it stood before it.
   void Discard();
 
@@ -141,7 +144,7 @@ class Scheduler {
   bool Grow(Sequence* sequence);
   void Preempt(Sequence* sequence);
   void AddSpan(Sequence* sequence);
-  FinishReason Append(const TokenResult& drawn, Sequence* sequence, SequenceOutput* output) const;
+  FinishReason Append(const TokenResult& drawn, Sequence* sequence, SequenceOutput* output);
 
   void TakePages(Sequence* sequence, int table_length);
   void ReturnPages(Sequence* sequence);
@@ -169,8 +172,9 @@ class Scheduler {
   uint64_t preemptions_ = 0;
   uint64_t recomputed_tokens_ = 0;
 
-  Batch batch_;                       // empty unless out
-  std::vector<Sequence*> scheduled_;  // [batch_.spans]
+  Batch batch_;                                         // empty unless out
+  std::vector<Sequence*> scheduled_;                    // [batch_.spans]
+  std::vector<std::vector<TokenResult>> spare_tokens_;  // empty, with room
 };
 
 }  // namespace espalier

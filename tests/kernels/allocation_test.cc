@@ -1,37 +1,6 @@
 // The hot path allocates nothing once it has seen its largest step.
-#include <atomic>
-#include <cstdlib>
-#include <new>
-
 #include "tests/kernels/kernel_cases.h"
-
-namespace {
-std::atomic<int64_t> allocations = 0;
-
-void* Allocate(std::size_t size, std::size_t alignment) {
-  ++allocations;
-  void* memory = std::aligned_alloc(alignment, (size + alignment) / alignment * alignment);
-  if (memory == nullptr) std::abort();
-  return memory;
-}
-}  // namespace
-
-void* operator new(std::size_t size) { return Allocate(size, 16); }
-void* operator new[](std::size_t size) { return Allocate(size, 16); }
-void* operator new(std::size_t size, std::align_val_t a) {
-  return Allocate(size, static_cast<std::size_t>(a));
-}
-void* operator new[](std::size_t size, std::align_val_t a) {
-  return Allocate(size, static_cast<std::size_t>(a));
-}
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete[](void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t) noexcept { std::free(p); }
-void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::align_val_t) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
-void operator delete[](void* p, std::size_t, std::align_val_t) noexcept { std::free(p); }
+#include "tests/support/allocations.h"
 
 namespace espalier {
 namespace {
@@ -93,11 +62,11 @@ TEST_P(AllocationTest, StepsAfterTheFirstAllocateNothing) {
   step(kRows, 0);
   const uint64_t grown = backend->workspace_bytes();
   EXPECT_GE(grown, idle + kRows * 2 * kDim * sizeof(float)) << "the angles' tables at least";
-  const int64_t before = allocations;
+  const int64_t before = Allocations();
   step(kRows, 5);
   step(1, kRows);
   step(7, kRows + 1);
-  EXPECT_EQ(allocations - before, 0);
+  EXPECT_EQ(Allocations() - before, 0);
   EXPECT_EQ(backend->workspace_bytes(), grown);
 }
 
