@@ -127,6 +127,20 @@ struct SwiGluArgs {
   Matrix out;        // [rows, channels]
 };
 
+// out += down(silu(gate(x)) * up(x)) over the selected channels: MatMul, SwiGlu and MatMul to the
+// bit, but what lies between them need not be written to memory. Whether it is depends on the
+// weights: the rooms' contents are undefined afterwards.
+struct GatedMlpArgs {
+  ConstMatrix x;                                          // [rows, hidden]
+  const Weight& gate;                                     // kOutputRows [channels, hidden]
+  const Weight& up;                                       // kOutputRows [channels, hidden]
+  const Weight& down;                                     // kInputRows [channels, hidden]
+  ChannelSelection selection = ChannelSelection::All(0);  // of all three
+  Matrix gate_room;                                       // [rows, selection.count()]
+  Matrix up_room;                                         // [rows, selection.count()]
+  Matrix out;                                             // [rows, hidden]
+};
+
 // Rotates q and k in place by their positions and writes k and v to the sequences' pages.
 // K and V are always complete: no rung narrows them.
 struct RopeAndStoreArgs {
@@ -196,6 +210,7 @@ class Backend {
   virtual void RmsNorm(const RmsNormArgs& args) = 0;
   virtual void MatMul(const MatMulArgs& args) = 0;
   virtual void SwiGlu(const SwiGluArgs& args) = 0;
+  virtual void GatedMlp(const GatedMlpArgs& args) = 0;
   virtual void RopeAndStore(const RopeAndStoreArgs& args) = 0;
   virtual void Attention(const AttentionArgs& args) = 0;
   virtual void LogitStats(const LogitStatsArgs& args) = 0;

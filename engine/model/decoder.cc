@@ -289,14 +289,14 @@ void Decoder::MlpBlock(int layer, const ChannelSelection& channels, int rows,
         {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
   }
   PhaseTimer timer(&phases->mlp);
-  const std::array<MatMulTarget, 2> wide = {
-      MatMulTarget{.weight = &weights.gate, .selection = channels, .out = gate},
-      MatMulTarget{.weight = &weights.up, .selection = channels, .out = up}};
-  backend_->MatMul({.x = normed, .targets = wide});
-  backend_->SwiGlu({.gate = gate, .up = up, .out = gate});
-  const std::array<MatMulTarget, 1> narrow = {
-      MatMulTarget{.weight = &weights.down, .selection = channels, .out = residual}};
-  backend_->MatMul({.x = gate, .targets = narrow, .output = MatMulArgs::Output::kAdd});
+  backend_->GatedMlp({.x = normed,
+                      .gate = weights.gate,
+                      .up = weights.up,
+                      .down = weights.down,
+                      .selection = channels,
+                      .gate_room = gate,
+                      .up_room = up,
+                      .out = residual});
 }
 
 void Decoder::Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits) {

@@ -35,6 +35,15 @@ void RequireTarget(const MatMulArgs& args, const MatMulTarget& target) {
           "MatMul: bias of {} for {} outputs", target.bias.size(), target.out.cols);
 }
 
+QuantizedRows FromRow(QuantizedRows q, int row) {
+  const int64_t at = static_cast<int64_t>(row) * q.groups;
+  q.values += row * q.stride;
+  q.scales += at;
+  q.sums += at;
+  q.counts += at;
+  return q;
+}
+
 // Only a list of kOutputRows is gathered; of kInputRows it is x that goes where the rows lie.
 bool Gathers(const MatMulTarget& target) {
   return target.weight->layout == WeightLayout::kOutputRows && !target.selection.all();
@@ -73,8 +82,10 @@ CpuBackend::CpuBackend(Isa isa, bool isa_forced, int threads)
       pool_(threads),
       matmul_scratch_(pool_.threads()),
       gather_scratch_(pool_.threads()),
+      channels_scratch_(pool_.threads()),
       attention_scratch_(pool_.threads()) {
   GrowScratch(sizeof(MatMulScratch), &matmul_scratch_);
+  GrowScratch(sizeof(ChannelsTile), &channels_scratch_);
 }
 
 std::string CpuBackend::Describe() const {
@@ -87,10 +98,13 @@ uint64_t CpuBackend::workspace_bytes() const {
   const auto held = [](const auto&... vectors) {
     return ((vectors.capacity() * sizeof(vectors[0])) + ...);
   };
-  return pool_.threads() * (sizeof(MatMulScratch) + gather_scratch_bytes_ +
+  const auto rows = [&](const QuantizedBuffer& buffer) {
+    return held(buffer.values, buffer.scales, buffer.sums, buffer.counts);
+  };
+  return pool_.threads() * (sizeof(MatMulScratch) + sizeof(ChannelsTile) + gather_scratch_bytes_ +
                             attention_scratch_floats_ * sizeof(float)) +
-         held(quantized_values_, quantized_scales_, quantized_sums_, quantized_counts_, placed_,
-              groups_kept_, places_, angles_.positions, angles_.cosines, angles_.sines,
+         rows(quantized_) + rows(quantized_channels_) +
+         held(placed_, groups_kept_, places_, angles_.positions, angles_.cosines, angles_.sines,
               angles_.spans, next_positions_, logit_partials_);
 }
 
@@ -132,11 +146,15 @@ void CpuBackend::MatMul(const MatMulArgs& args) {
   if (args.targets.empty() || args.x.rows == 0) return;
   for (const MatMulTarget& target : args.targets) RequireTarget(args, target);
   const Weight& first = *args.targets[0].weight;
+  const auto run = [&](std::span<const MatMulTarget> targets, const PlacedInput& input) {
+    const bool integers = first.type != WeightType::kF32;
+    RunTasks(args.output, targets, input, integers ? Quantize(input) : QuantizedRows{});
+  };
   if (first.layout == WeightLayout::kOutputRows) {
-    RunTasks(args, args.targets, {.x = args.x, .groups = GroupsOf(args.x.cols)});
+    run(args.targets, {.x = args.x, .groups = GroupsOf(args.x.cols)});
     return;
   }
-  for (const MatMulTarget& target : args.targets) RunTasks(args, {&target, 1}, Place(args, target));
+  for (const MatMulTarget& target : args.targets) run({&target, 1}, Place(args, target));
 }
 
 // Where columns of x meet rows that do not lie one after the other, x is spread out: its columns go
@@ -160,34 +178,56 @@ CpuBackend::PlacedInput CpuBackend::Place(const MatMulArgs& args, const MatMulTa
           .groups_kept = groups_kept_.data()};
 }
 
-QuantizedRows CpuBackend::Quantize(const PlacedInput& input) {
-  const int groups = input.groups;
-  const size_t all = static_cast<size_t>(input.x.rows) * groups;
+QuantizedRows CpuBackend::Reserve(int rows, int groups, QuantizedBuffer* buffer) {
+  const size_t all = static_cast<size_t>(rows) * groups;
   // An odd number of cache lines: rows that start 1,536 bytes apart share half the sets of an L1.
   constexpr int64_t kLine = 64;
   const int64_t stride = ((int64_t{groups} * kGroup + kLine - 1) / kLine | 1) * kLine;
-  GrowTo(&quantized_values_, input.x.rows * stride);
-  GrowTo(&quantized_scales_, all);
-  GrowTo(&quantized_sums_, all);
-  GrowTo(&quantized_counts_, all);
-  const QuantizedRows q{.values = quantized_values_.data(),
-                        .stride = stride,
-                        .scales = quantized_scales_.data(),
-                        .sums = quantized_sums_.data(),
-                        .counts = quantized_counts_.data(),
-                        .groups = groups};
+  GrowTo(&buffer->values, rows * stride);
+  GrowTo(&buffer->scales, all);
+  GrowTo(&buffer->sums, all);
+  GrowTo(&buffer->counts, all);
+  return {.values = buffer->values.data(),
+          .stride = stride,
+          .scales = buffer->scales.data(),
+          .sums = buffer->sums.data(),
+          .counts = buffer->counts.data(),
+          .groups = groups};
+}
+
+QuantizedRows CpuBackend::Quantize(const PlacedInput& input) {
+  const QuantizedRows q = Reserve(input.x.rows, input.groups, &quantized_);
   ForRows(input.x.rows, input.x.cols, [&](int r) {
-    const int64_t at = static_cast<int64_t>(r) * groups;
-    kernels_.quantize_row(input.x.row(r), input.x.cols, q.values + r * stride, q.scales + at,
-                          q.sums + at, q.counts + at);
+    const QuantizedRows row = FromRow(q, r);
+    kernels_.quantize_row(input.x.row(r), input.x.cols, row.values, row.scales, row.sums,
+                          row.counts);
   });
   return q;
 }
 
-void CpuBackend::RunTasks(const MatMulArgs& args, std::span<const MatMulTarget> targets,
-                          const PlacedInput& input) {
-  const bool integers = targets[0].weight->type != WeightType::kF32;
-  const QuantizedRows quantized = integers ? Quantize(input) : QuantizedRows{};
+void CpuBackend::GrowGatherScratch(std::span<const MatMulTarget> targets) {
+  int64_t bytes = 0;
+  for (const MatMulTarget& target : targets) {
+    if (Gathers(target)) bytes = std::max(bytes, kTaskStrips * StripBytes(*target.weight));
+  }
+  if (bytes <= gather_scratch_bytes_) return;
+  GrowScratch(bytes, &gather_scratch_);
+  gather_scratch_bytes_ = bytes;
+}
+
+const uint8_t* CpuBackend::TaskStrips(const MatMulTarget& target, int first, int count, int worker) {
+  const Weight& weight = *target.weight;
+  if (!Gathers(target)) return weight.blocks + first / kStripOutputs * StripBytes(weight);
+  auto* gathered = static_cast<uint8_t*>(gather_scratch_[worker].get());
+  for (int n = 0; n < count; n += kStripOutputs) {
+    GatherStrip(weight, target.selection, first + n,
+                gathered + n / kStripOutputs * StripBytes(weight));
+  }
+  return gathered;
+}
+
+void CpuBackend::RunTasks(MatMulArgs::Output output, std::span<const MatMulTarget> targets,
+                          const PlacedInput& input, const QuantizedRows& quantized) {
   // Few strips: narrower tasks, then with fewer rows, so that every worker has some of them and the
   // last to end is not much later than the rest.
   const int wanted = 4 * pool_.threads();
@@ -210,61 +250,102 @@ void CpuBackend::RunTasks(const MatMulArgs& args, std::span<const MatMulTarget> 
   const int splits_per_task = splits();
   GrowTo(&task_ends_, targets.size());
   int tasks = 0;
-  int64_t gathered_bytes = 0;
   for (size_t i = 0; i < targets.size(); ++i) {
     task_ends_[i] = tasks += tasks_of(targets[i], task_outputs) * splits_per_task;
-    if (Gathers(targets[i])) {
-      gathered_bytes = std::max(gathered_bytes, kTaskStrips * StripBytes(*targets[i].weight));
-    }
   }
-  if (gathered_bytes > gather_scratch_bytes_) {
-    GrowScratch(gathered_bytes, &gather_scratch_);
-    gather_scratch_bytes_ = gathered_bytes;
-  }
+  GrowGatherScratch(targets);
   pool_.Run(tasks, [&](int worker, int task) {
     size_t which = 0;
     while (task >= task_ends_[which]) ++which;
     const MatMulTarget& target = targets[which];
     const Weight& weight = *target.weight;
     if (which > 0) task -= task_ends_[which - 1];
-    const int output = task / splits_per_task * task_outputs;
+    const int first = task / splits_per_task * task_outputs;
     const int row = task % splits_per_task * task_rows;
-    const int outputs = std::min(task_outputs, target.out.cols - output);
-    const uint8_t* strips = weight.blocks + output / kStripOutputs * StripBytes(weight);
-    if (Gathers(target)) {
-      auto* gathered = static_cast<uint8_t*>(gather_scratch_[worker].get());
-      for (int n = 0; n < outputs; n += kStripOutputs) {
-        GatherStrip(weight, target.selection, output + n,
-                    gathered + n / kStripOutputs * StripBytes(weight));
-      }
-      strips = gathered;
-    }
-    MatMulTask part{
-        .bits = BitsOf(weight.type),
-        .strips = strips,
-        .strip_bytes = StripBytes(weight),
-        .groups_kept = input.groups_kept,
-        .groups = input.groups,
-        .depth = input.x.cols,
-        .outputs = outputs,
-        .rows = std::min(task_rows, rows - row),
-        .x = input.x.row(row),
-        .x_stride = input.x.stride,
-        .q = quantized,
-        .out = target.out.row(row) + output,
-        .out_stride = target.out.stride,
-        .bias = target.bias.empty() ? nullptr : target.bias.data() + output,
-        .add = args.output == MatMulArgs::Output::kAdd,
-    };
-    if (integers) {
-      const int64_t at = static_cast<int64_t>(row) * quantized.groups;
-      part.q.values += row * quantized.stride;
-      part.q.scales += at;
-      part.q.sums += at;
-      part.q.counts += at;
-    }
-    kernels_.matmul(part, static_cast<MatMulScratch*>(matmul_scratch_[worker].get()));
+    const int outputs = std::min(task_outputs, target.out.cols - first);
+    kernels_.matmul({.bits = BitsOf(weight.type),
+                     .strips = TaskStrips(target, first, outputs, worker),
+                     .strip_bytes = StripBytes(weight),
+                     .groups_kept = input.groups_kept,
+                     .groups = input.groups,
+                     .depth = input.x.cols,
+                     .outputs = outputs,
+                     .rows = std::min(task_rows, rows - row),
+                     .x = input.x.row(row),
+                     .x_stride = input.x.stride,
+                     .q = FromRow(quantized, row),
+                     .out = target.out.row(row) + first,
+                     .out_stride = target.out.stride,
+                     .bias = target.bias.empty() ? nullptr : target.bias.data() + first,
+                     .add = output == MatMulArgs::Output::kAdd},
+                    static_cast<MatMulScratch*>(matmul_scratch_[worker].get()));
   });
+}
+
+// The channels of a task are made and quantised while they are in the worker's cache: as fp32 in
+// memory they would be written and read twice, an eighth of prefill. They have the bits of the ops
+// they stand for.
+void CpuBackend::GatedMlp(const GatedMlpArgs& args) {
+  const int channels = args.selection.count();
+  const MatMulTarget wide[] = {
+      {.weight = &args.gate, .selection = args.selection, .out = args.gate_room},
+      {.weight = &args.up, .selection = args.selection, .out = args.up_room}};
+  const MatMulTarget narrow = {.weight = &args.down, .selection = args.selection, .out = args.out};
+  const MatMulArgs widen = {.x = args.x, .targets = wide};
+  const MatMulArgs add = {
+      .x = args.gate_room, .targets = {&narrow, 1}, .output = MatMulArgs::Output::kAdd};
+  const bool placed = args.down.places != nullptr || !args.selection.all();
+  if (args.gate.type == WeightType::kF32 || args.down.type == WeightType::kF32 || placed) {
+    MatMul(widen);
+    SwiGlu({.gate = args.gate_room, .up = args.up_room, .out = args.gate_room});
+    MatMul(add);
+    return;
+  }
+  if (args.x.rows == 0) return;
+  for (const MatMulTarget& target : wide) RequireTarget(widen, target);
+  RequireTarget(add, narrow);
+  const PlacedInput input = {.x = args.x, .groups = GroupsOf(args.x.cols)};
+  const QuantizedRows quantized = Quantize(input);
+  const QuantizedRows made = Reserve(args.x.rows, GroupsOf(channels), &quantized_channels_);
+  const int rows = args.x.rows;
+  const int pieces = (channels + kTaskOutputs - 1) / kTaskOutputs;
+  // Whole groups to a task, so that it can quantise them.
+  static_assert(kTaskOutputs % kGroup == 0);
+  constexpr int kLeastRows = 32;
+  int task_rows = std::min(rows, kMaxTaskRows);
+  const auto splits = [&] { return (rows + task_rows - 1) / task_rows; };
+  while (task_rows > kLeastRows && pieces * splits() < 4 * pool_.threads()) {
+    task_rows = std::max(kLeastRows, task_rows / 2);
+  }
+  const int splits_per_piece = splits();
+  pool_.Run(pieces * splits_per_piece, [&](int worker, int task) {
+    const int first = task / splits_per_piece * kTaskOutputs;
+    const int row = task % splits_per_piece * task_rows;
+    const int outputs = std::min(kTaskOutputs, channels - first);
+    auto* tile = static_cast<ChannelsTile*>(channels_scratch_[worker].get());
+    for (const MatMulTarget& target : wide) {
+      kernels_.matmul({.bits = BitsOf(target.weight->type),
+                       .strips = TaskStrips(target, first, outputs, worker),
+                       .strip_bytes = StripBytes(*target.weight),
+                       .groups = input.groups,
+                       .depth = input.x.cols,
+                       .outputs = outputs,
+                       .rows = std::min(task_rows, rows - row),
+                       .q = FromRow(quantized, row),
+                       .out = &target == wide ? tile->gate : tile->up,
+                       .out_stride = kTaskOutputs},
+                      static_cast<MatMulScratch*>(matmul_scratch_[worker].get()));
+    }
+    for (int r = 0; r < std::min(task_rows, rows - row); ++r) {
+      float* gate = tile->gate + r * kTaskOutputs;
+      kernels_.swiglu(gate, tile->up + r * kTaskOutputs, outputs, gate);
+      const QuantizedRows to = FromRow(made, row + r);
+      const int group = first / kGroup;
+      kernels_.quantize_row(gate, outputs, to.values + first, to.scales + group, to.sums + group,
+                            to.counts + group);
+    }
+  });
+  RunTasks(add.output, add.targets, {.x = args.gate_room, .groups = made.groups}, made);
 }
 
 void CpuBackend::LogitStats(const LogitStatsArgs& args) {

@@ -38,6 +38,7 @@ class CpuBackend final : public Backend {
   void RmsNorm(const RmsNormArgs& args) override;
   void MatMul(const MatMulArgs& args) override;
   void SwiGlu(const SwiGluArgs& args) override;
+  void GatedMlp(const GatedMlpArgs& args) override;
   void RopeAndStore(const RopeAndStoreArgs& args) override;
   void Attention(const AttentionArgs& args) override;
   void LogitStats(const LogitStatsArgs& args) override;
@@ -75,9 +76,22 @@ class CpuBackend final : public Backend {
     const int32_t* groups_kept = nullptr;  // [groups]: the weight's; null: all
   };
   PlacedInput Place(const MatMulArgs& args, const MatMulTarget& target);
+  // Memory of quantised rows, which grows and is kept.
+  struct QuantizedBuffer {
+    std::vector<int8_t> values;
+    std::vector<float> scales;
+    std::vector<float> sums;
+    std::vector<int32_t> counts;
+  };
+  static QuantizedRows Reserve(int rows, int groups, QuantizedBuffer* buffer);
   QuantizedRows Quantize(const PlacedInput& input);
-  void RunTasks(const MatMulArgs& args, std::span<const MatMulTarget> targets,
-                const PlacedInput& input);
+  // `quantized` is read if the weights are integers.
+  void RunTasks(MatMulArgs::Output output, std::span<const MatMulTarget> targets,
+                const PlacedInput& input, const QuantizedRows& quantized);
+  // Scratch for the lists among targets, for who will ask for strips of them.
+  void GrowGatherScratch(std::span<const MatMulTarget> targets);
+  // Strips of outputs [first, first + count), gathered if a list chooses them.
+  const uint8_t* TaskStrips(const MatMulTarget& target, int first, int count, int worker);
   // Up to kStripOutputs selected rows, from `first` on, as a strip.
   void GatherStrip(const Weight& weight, const ChannelSelection& selection, int first,
                    uint8_t* strip) const;
@@ -97,11 +111,10 @@ class CpuBackend final : public Backend {
   std::vector<float> placed_;
   std::vector<int32_t> groups_kept_;
   std::vector<int32_t> places_;
-  std::vector<int8_t> quantized_values_;
-  std::vector<float> quantized_scales_;
-  std::vector<float> quantized_sums_;
-  std::vector<int32_t> quantized_counts_;
-  std::vector<int> task_ends_;  // running count of tasks by target or span
+  QuantizedBuffer quantized_;                            // a product's input
+  QuantizedBuffer quantized_channels_;                   // what GatedMlp makes of it
+  std::vector<std::shared_ptr<void>> channels_scratch_;  // ChannelsTile for each worker
+  std::vector<int> task_ends_;                           // running count of tasks by target or span
   Angles angles_;
   std::vector<int32_t> next_positions_;
   std::vector<int32_t> head_slots_;

@@ -67,6 +67,12 @@ struct alignas(64) MatMulScratch {
   const uint8_t* blocks[kChunkGroups * kTaskStrips];
 };
 
+// One worker's part of a gated MLP: gate and up of a task, then their product.
+struct alignas(64) ChannelsTile {
+  float gate[kMaxTaskRows * kTaskOutputs];
+  float up[kMaxTaskRows * kTaskOutputs];
+};
+
 // One query head of one row.
 struct AttentionQuery {
   const float* q = nullptr;  // [head_dim]

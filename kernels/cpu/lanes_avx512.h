@@ -44,6 +44,7 @@ F LoadHalf(const uint16_t* p) {
 void StoreHalf(uint16_t* p, F v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+uint16_t ToHalf(float v) { return _cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT); }
 float FromHalf(uint16_t v) { return _cvtsh_ss(v); }
 
 I ToInt(F v) { return _mm512_cvtps_epi32(v); }

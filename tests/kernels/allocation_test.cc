@@ -18,6 +18,7 @@ TEST_P(AllocationTest, StepsAfterTheFirstAllocateNothing) {
   };
   const Weight table = upload(WeightLayout::kOutputRows, 300, kHidden);
   const Weight down = upload(WeightLayout::kInputRows, 200, kHidden);
+  const Weight wide = upload(WeightLayout::kOutputRows, 200, kHidden);
   KvPool pool = backend->CreateKvPool({.pages = 4, .kv_heads = kKvHeads, .head_dim = kDim}).value();
   const std::vector<int32_t> tokens(kRows, 7), pages = {3, 1, 0, 2}, list = {5, 3, 0};
   const std::vector<std::span<const int32_t>> tables = {pages};
@@ -38,6 +39,14 @@ TEST_P(AllocationTest, StepsAfterTheFirstAllocateNothing) {
     backend->SwiGlu({.gate = gate, .up = gate, .out = gate});
     target = {.weight = &down, .selection = ChannelSelection::All(200), .out = x};
     backend->MatMul({.x = gate, .targets = {&target, 1}, .output = MatMulArgs::Output::kAdd});
+    backend->GatedMlp({.x = x,
+                       .gate = wide,
+                       .up = wide,
+                       .down = down,
+                       .selection = ChannelSelection::All(200),
+                       .gate_room = gate,
+                       .up_room = gate,
+                       .out = x});
     const AttentionSpan span{.first_row = 0, .rows = rows, .start = start};
     const Matrix queries(q.data(), rows, 3 * kDim), keys(kv.data(), rows, kKvHeads * kDim);
     backend->RopeAndStore({.spans = {&span, 1},

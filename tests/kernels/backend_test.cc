@@ -280,6 +280,69 @@ TEST_P(OpTest, SwiGluMatchesReference) {
   }
 }
 
+// Edges of a group (32), of a task's outputs (64) and rows (128), one less and one more.
+TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
+  struct Shape {
+    int rows, hidden, channels;
+  };
+  for (const Shape& shape : {Shape{1, 64, 1}, Shape{0, 8, 8}, Shape{3, 70, 31}, Shape{33, 33, 65},
+                             Shape{129, 20, 64}, Shape{40, 96, 200}, Shape{260, 64, 97}}) {
+    const auto upload = [&](WeightLayout layout, int seed) {
+      return Upload(backend_.get(),
+                    RandomWeight(type_, layout, shape.channels, shape.hidden, seed));
+    };
+    const Weight gate = upload(WeightLayout::kOutputRows, 1);
+    const Weight up = upload(WeightLayout::kOutputRows, 2);
+    const Weight down = upload(WeightLayout::kInputRows, 3);
+    const auto x_values = RandomValues(int64_t{shape.rows} * (shape.hidden + 3), 4);
+    const ConstMatrix x(x_values.data(), shape.rows, shape.hidden, shape.hidden + 3);
+    const auto start = RandomValues(int64_t{shape.rows} * shape.hidden, 5);
+    for (const auto& [name, list] : SelectionLists(shape.channels)) {
+      const auto selection =
+          name == "all" ? ChannelSelection::All(shape.channels) : ChannelSelection::Of(list);
+      const int kept = selection.count();
+      std::vector<float> a(int64_t{shape.rows} * kept), b(a.size());
+      const Matrix wide(a.data(), shape.rows, kept), other(b.data(), shape.rows, kept);
+      const auto by_ops = [&](const Weight& g, const Weight& u, const Weight& d,
+                              const ChannelSelection& all) {
+        std::vector<float> out = start;
+        const MatMulTarget targets[] = {{.weight = &g, .selection = all, .out = wide},
+                                        {.weight = &u, .selection = all, .out = other}};
+        backend_->MatMul({.x = x, .targets = targets});
+        backend_->SwiGlu({.gate = wide, .up = other, .out = wide});
+        const MatMulTarget target{
+            .weight = &d, .selection = all, .out = Matrix(out.data(), shape.rows, shape.hidden)};
+        backend_->MatMul({.x = wide, .targets = {&target, 1}, .output = MatMulArgs::Output::kAdd});
+        return out;
+      };
+      const auto at_once = [&](const Weight& g, const Weight& u, const Weight& d,
+                               const ChannelSelection& all) {
+        std::vector<float> out = start;
+        backend_->GatedMlp({.x = x,
+                            .gate = g,
+                            .up = u,
+                            .down = d,
+                            .selection = all,
+                            .gate_room = wide,
+                            .up_room = other,
+                            .out = Matrix(out.data(), shape.rows, shape.hidden)});
+        return out;
+      };
+      const std::string what =
+          fmt::format("{} rows, {} of {}, kept {}", shape.rows, shape.hidden, shape.channels, name);
+      const auto want = by_ops(gate, up, down, selection);
+      EXPECT_TRUE(BitEqual(want, at_once(gate, up, down, selection))) << what;
+      if (kept > 0 && shape.rows > 0) EXPECT_FALSE(BitEqual(want, start)) << what;
+      const auto panel = [&](const Weight& w) {
+        return backend_->GatherRows(w, selection).value();
+      };
+      EXPECT_TRUE(
+          BitEqual(want, at_once(panel(gate), panel(up), panel(down), ChannelSelection::All(kept))))
+          << what << ", panels";
+    }
+  }
+}
+
 // silu(v) with up = 1 shows the kernels' exponential on every scale, ends and faults included.
 TEST_P(OpTest, SwiGluHoldsFromUnderflowToOverflow) {
   std::vector<float> gate;
