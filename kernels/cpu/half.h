@@ -21,7 +21,7 @@ float FromHalf(uint16_t half) {
   return FromBits(sign | ToBits(magnitude));
 }
 // Rounds to nearest even.
-uint16_t ToHalf(float v) {
+[[maybe_unused]] uint16_t ToHalf(float v) {
   const uint32_t sign = ToBits(v) >> 16 & 0x8000;
   const uint32_t bits = ToBits(v) & 0x7fffffff;
   if (bits > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);   // NaN
