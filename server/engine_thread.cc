@@ -1,5 +1,7 @@
 #include "server/engine_thread.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -18,6 +20,7 @@ EngineThread::EngineThread(Engine* engine, ReadyQueue* ready, int max_waiting, E
   next_load_.max_waiting = max_waiting;
   Publish(SteadyNow());
   thread_ = std::thread([this] { Run(); });
+  pthread_setname_np(thread_.native_handle(), "engine");
 }
 
 EngineThread::~EngineThread() { Drain(Instant::zero()); }

@@ -1,12 +1,17 @@
 #include "server/ready_queue.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <iterator>
 
 namespace espalier {
 
 ReadyQueue::ReadyQueue(int writers) : writer_count_(static_cast<size_t>(writers)) {
-  for (int i = 0; i < writers; ++i) writers_.emplace_back([this] { Run(); });
+  for (int i = 0; i < writers; ++i) {
+    writers_.emplace_back([this] { Run(); });
+    pthread_setname_np(writers_.back().native_handle(), "writer");
+  }
 }
 
 ReadyQueue::~ReadyQueue() {
