@@ -1,7 +1,7 @@
 # The commands of this tree; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve bench build debug asan tsan fuzz format format-check tidy layering \
-  lint-proto packages clean
+.PHONY: help demo test serve bench bench-serve build debug asan tsan fuzz format format-check tidy \
+  layering lint-proto packages clean
 
 SCRIPTS := tools/scripts
 SOURCES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
@@ -23,6 +23,9 @@ serve: build ## Serve the model until Ctrl-C
 
 bench: build ## Prefill and decode speed, and their share of this machine's roofline
 	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/espalier bench --model "$$model" $(ARGS)
+
+bench-serve: build ## What serving costs beside computing, 32 streams over gRPC
+	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/serve_bench "$$model" $(ARGS)
 
 build: ## Build release into build/release
 	@$(SCRIPTS)/build.sh release

@@ -60,14 +60,17 @@ MachineMemory ReadMachineMemory(const std::string& root) {
   return memory;
 }
 
+uint64_t ResidentMemoryBytes(const std::string& root) {
+  uint64_t size = 0, resident = 0, shared = 0;  // pages
+  std::ifstream(root + "/proc/self/statm") >> size >> resident >> shared;
+  return (resident - std::min(resident, shared)) * sysconf(_SC_PAGESIZE);
+}
+
 uint64_t ForeignMemoryBytes(const std::string& root) {
   const MachineMemory memory = ReadMachineMemory(root);
-  // Pages. What is shared is the mapped model: page cache, counted as available.
-  uint64_t size = 0, resident = 0, shared = 0;
-  std::ifstream(root + "/proc/self/statm") >> size >> resident >> shared;
+  // What is shared is the mapped model: page cache, counted as available.
   const uint64_t used = memory.total - std::min(memory.total, memory.available);
-  const uint64_t own = (resident - std::min(resident, shared)) * sysconf(_SC_PAGESIZE);
-  return used - std::min(used, own);
+  return used - std::min(used, ResidentMemoryBytes(root));
 }
 
 }  // namespace espalier

@@ -17,6 +17,9 @@ struct MachineMemory {
 // `root` is put before /proc and /sys paths.
 MachineMemory ReadMachineMemory(const std::string& root = "");
 
+// What of this process lies in memory, without what it shares with files.
+uint64_t ResidentMemoryBytes(const std::string& root = "");
+
 // What is neither available nor this process's own. Some 300 us: for a scrape or a call, not for a
 // step.
 uint64_t ForeignMemoryBytes(const std::string& root = "");

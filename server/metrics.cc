@@ -10,11 +10,14 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <exception>
 #include <sstream>
 #include <string_view>
 #include <utility>
 #include <vector>
+
+#include "server/steady_clock.h"
 
 namespace espalier {
 namespace {
@@ -113,7 +116,13 @@ struct Metrics::Instruments : prometheus::Collectable {
   }
 
   std::vector<prometheus::MetricFamily> Collect() const override {
-    if (foreign_bytes) foreign.Set(static_cast<double>(foreign_bytes()));
+    // Reading it costs as much as all else in a scrape, so not more than once a second.
+    const int64_t now = SteadyNow().count();
+    const int64_t last = foreign_read.load(std::memory_order_relaxed);
+    if (foreign_bytes && (last == 0 || now - last > 1'000'000'000)) {
+      foreign_read.store(now, std::memory_order_relaxed);
+      foreign.Set(static_cast<double>(foreign_bytes()));
+    }
     return registry.Collect();
   }
 
@@ -149,6 +158,7 @@ struct Metrics::Instruments : prometheus::Collectable {
   Registry* const r = &registry;
   const Labels vllm;
   const std::function<uint64_t()> foreign_bytes;
+  mutable std::atomic<int64_t> foreign_read{0};  // when; steady nanoseconds
 
   // Engine thread.
   Gauge& running = AddGauge(r, "vllm:num_requests_running", "Requests that hold KV memory.", vllm);

@@ -30,8 +30,8 @@ struct BuildInfo {
 
 class Metrics {
  public:
-  // `foreign_bytes`, called once per scrape from its thread, says what other processes hold of the
-  // machine's memory.
+  // `foreign_bytes`, called from a scrape's thread at most once a second, says what other processes
+  // hold of the machine's memory.
   Metrics(const BuildInfo& build, std::function<uint64_t()> foreign_bytes);
   ~Metrics();
 

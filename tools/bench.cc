@@ -14,6 +14,7 @@
 #include <nlohmann/json.hpp>
 
 #include "absl/status/status.h"
+#include "engine/machine_memory.h"
 #include "tools/bench_run.h"
 #include "tools/command.h"
 #include "tools/commit.h"
@@ -209,6 +210,17 @@ absl::Status Run(const Options& options) {
         "sampling", "other");
     for (const Row& row : rows) PrintPhases(row);
   }
+  model->file.reset();  // nothing of it is needed any more
+  const Ledger ledger =
+      model->executor->ledger({.pages_free = model->executor->kv_geometry().pages});
+  const double resident = static_cast<double>(ResidentMemoryBytes());
+  const double needed = static_cast<double>(ledger.weights + ledger.kv_free);
+  fmt::print(
+      "\nresident {:.1f} MB; weights {:.1f} + KV {:.1f} MB, workspace {:.1f} MB: {:.2f} of weights "
+      "and KV\n",
+      resident / 1e6, static_cast<double>(ledger.weights) / 1e6,
+      static_cast<double>(ledger.kv_free) / 1e6, static_cast<double>(ledger.workspace) / 1e6,
+      resident / needed);
   const std::optional<double> others = watch.OthersShare();
   if (others.value_or(0) > kDisturbed) {
     fmt::print(stderr, "warning: other processes took {:.0f} % of the cores: figures are too low\n",
@@ -224,6 +236,8 @@ absl::Status Run(const Options& options) {
                   {"threads", model->threads},
                   {"generated_tokens", options.generate},
                   {"weight_bytes", weight_bytes},
+                  {"resident_bytes", resident},
+                  {"resident_per_weights_and_kv", resident / needed},
                   {"kv_bytes_per_token", costs.kv_bytes_per_token},
                   {"dram_read_1_thread_bytes_per_s", ceilings.read_bytes_per_s_1},
                   {"dram_read_bytes_per_s", ceilings.all.read_bytes_per_s},

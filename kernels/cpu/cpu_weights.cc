@@ -9,9 +9,11 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <memory>
 
 #include "fmt/format.h"
+#include "kernels/cgroup.h"
 #include "kernels/cpu/cpu_backend_impl.h"
 #include "kernels/cpu/require.h"
 #include "kernels/cpu/weight_blocks.h"
@@ -57,6 +59,18 @@ bool AllFinite(const float* values, int count) {
   return bad == 0;
 }
 
+// What this process may hold at most: the machine's memory, or less if a cgroup says so.
+size_t MostMemory() {
+  size_t most =
+      static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  for (const CgroupFolder& cgroup : CgroupFolders("", "memory")) {
+    size_t limit = 0;  // stays if there is no file, or if it says "max"
+    std::ifstream(cgroup.path + (cgroup.v2 ? "/memory.max" : "/memory.limit_in_bytes")) >> limit;
+    if (limit > 0) most = std::min(most, limit);
+  }
+  return most;
+}
+
 // Remembers the lowest row of which any thread told something.
 void Note(int row, std::atomic<int>* first) {
   for (int seen = *first; row < seen && !first->compare_exchange_weak(seen, row);) {
@@ -67,10 +81,9 @@ void Note(int row, std::atomic<int>* first) {
 
 std::shared_ptr<void> AllocateAligned(size_t bytes) {
   const size_t alignment = bytes >= kHugePage ? kHugePage : 64;
-  // Linux grants more than the machine has, and kills whoever touches it.
-  static const size_t physical =
-      static_cast<size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  if (bytes > physical) return nullptr;
+  // Linux grants more than there is, and kills whoever touches it.
+  static const size_t most = MostMemory();
+  if (bytes > most) return nullptr;
   const size_t size = std::max(alignment, static_cast<size_t>(RoundUp(bytes, alignment)));
   void* memory = std::aligned_alloc(alignment, size);
   if (memory == nullptr) return nullptr;

@@ -155,6 +155,12 @@ ModelConfig ReadConfig(const std::string& path, GgufKeys& keys, const Gguf& gguf
     if (!keys.Has(key(suffix))) continue;
     keys.Integer(key(suffix), config.head_dim, config.head_dim);
   }
+  const std::string window = key("attention.sliding_window");  // 0: none
+  if (const int64_t tokens = keys.Integer(window, 0, INT32_MAX, 0);
+      tokens > 0 && tokens < config.context) {
+    keys.Fail(Unsupported(path, KeyNamed(window), fmt::format("a window of {} tokens", tokens),
+                          fmt::format("none or the context's {}", config.context)));
+  }
   const std::string_view scaling = keys.String(key("rope.scaling.type"), "none");
   if (scaling != "none") {
     keys.Fail(Unsupported(path, KeyNamed(key("rope.scaling.type")),

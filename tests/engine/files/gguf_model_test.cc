@@ -144,6 +144,11 @@ TEST(GgufModel, RefusesWhatItWouldComputeWrongly) {
             "smollm and qwen2");
   EXPECT_THAT(FaultAfter([](GgufParts& parts) { parts.Remove("tokenizer.ggml.pre"); }),
               HasSubstr("pre-tokenizer \"(none)\" is not supported"));
+  EXPECT_EQ(setting("llama.attention.sliding_window", GgufPart::U32(7)),
+            "key \"llama.attention.sliding_window\": a window of 7 tokens is not supported, only "
+            "none or the context's 128");
+  EXPECT_EQ(setting("llama.attention.sliding_window", GgufPart::U32(0)), "");
+  EXPECT_EQ(setting("llama.attention.sliding_window", GgufPart::U32(128)), "");
   EXPECT_EQ(setting("llama.rope.scaling.type", GgufPart::Text("yarn")),
             "key \"llama.rope.scaling.type\": scaling \"yarn\" is not supported, only none");
   EXPECT_EQ(setting("llama.rope.scaling.type", GgufPart::Text("none")), "");
