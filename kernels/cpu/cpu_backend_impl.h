@@ -69,6 +69,10 @@ class CpuBackend final : public Backend {
   };
   void GroupHeads(const AttentionArgs& args);
 
+  // Memory for a weight of the model. Many are smaller than a huge page: they share some, as every
+  // step walks over all of them and a walk of page tables waits as long as a dozen lines.
+  std::shared_ptr<void> AllocateLasting(size_t bytes);
+
   // x as a product's kernels read it.
   struct PlacedInput {
     ConstMatrix x;                         // [rows, summed values]
@@ -105,6 +109,8 @@ class CpuBackend final : public Backend {
   const KernelTable& kernels_;
   WorkerPool pool_;
 
+  std::shared_ptr<void> slab_;  // of AllocateLasting: the last one, and what is free at its end
+  size_t slab_left_ = 0;
   std::vector<std::shared_ptr<void>> matmul_scratch_;  // a MatMulScratch for each worker
   std::vector<std::shared_ptr<void>> gather_scratch_;  // strips for each worker
   int64_t gather_scratch_bytes_ = 0;

@@ -28,15 +28,16 @@ static_assert(kGroup == kQuantGroup);
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // With room for `groups` groups of the summed dimension, and for `places` of rows behind them.
-absl::StatusOr<Weight> NewWeight(WeightType type, WeightLayout layout, int rows, int cols,
-                                 int groups, int places = 0) {
+template <typename Allocate>
+absl::StatusOr<Weight> NewWeight(const Allocate& allocate, WeightType type, WeightLayout layout,
+                                 int rows, int cols, int groups, int places = 0) {
   Weight weight{.type = type, .layout = layout, .rows = rows, .cols = cols, .groups = groups};
   int64_t block_bytes, total;
   const bool sized =
       !__builtin_mul_overflow(StripsOf(weight), StripBytes(weight), &block_bytes) &&
       !__builtin_add_overflow(block_bytes, places * int64_t{sizeof(int32_t)}, &total);
   weight.bytes = sized ? total : 0;
-  weight.storage = sized ? AllocateAligned(weight.bytes) : nullptr;
+  weight.storage = sized ? allocate(weight.bytes) : nullptr;
   if (weight.storage == nullptr) {
     return absl::ResourceExhaustedError(
         sized ? fmt::format("no memory for a weight of {} bytes ({} rows by {} columns)",
@@ -91,6 +92,20 @@ std::shared_ptr<void> AllocateAligned(size_t bytes) {
   return std::shared_ptr<void>(memory, std::free);
 }
 
+std::shared_ptr<void> CpuBackend::AllocateLasting(size_t bytes) {
+  constexpr size_t kSlab = 4 * kHugePage, kWorthIt = size_t{64} << 10;
+  const size_t size = RoundUp(bytes, 64);
+  if (size < kWorthIt || size >= kHugePage) return AllocateAligned(bytes);
+  if (size > slab_left_) {
+    slab_ = AllocateAligned(kSlab);
+    slab_left_ = slab_ == nullptr ? 0 : kSlab;
+    if (slab_ == nullptr) return AllocateAligned(bytes);
+  }
+  std::byte* at = static_cast<std::byte*>(slab_.get()) + (kSlab - slab_left_);
+  slab_left_ -= size;
+  return std::shared_ptr<void>(slab_, at);
+}
+
 absl::StatusOr<Weight> CpuBackend::UploadWeight(
     WeightType type, WeightLayout layout, int rows, int cols,
     const std::function<void(int output, float* dst)>& read_output) {
@@ -99,7 +114,8 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(
   }
   const bool output_rows = layout == WeightLayout::kOutputRows;
   const int outputs = output_rows ? rows : cols, depth = output_rows ? cols : rows;
-  absl::StatusOr<Weight> weight = NewWeight(type, layout, rows, cols, GroupsOf(depth));
+  absl::StatusOr<Weight> weight = NewWeight([&](size_t bytes) { return AllocateLasting(bytes); },
+                                            type, layout, rows, cols, GroupsOf(depth));
   if (!weight.ok()) return weight;
   const int bits = BitsOf(type);
   const int64_t strip_bytes = StripBytes(*weight), block_bytes = BlockBytes(bits);
@@ -172,7 +188,7 @@ absl::StatusOr<Weight> CpuBackend::GatherRows(const Weight& weight,
   const int count = selection.count();
   if (weight.layout == WeightLayout::kOutputRows) {
     absl::StatusOr<Weight> panel =
-        NewWeight(weight.type, weight.layout, count, weight.cols, weight.groups);
+        NewWeight(AllocateAligned, weight.type, weight.layout, count, weight.cols, weight.groups);
     if (!panel.ok()) return panel;
     pool_.Run(static_cast<int>(StripsOf(*panel)), [&](int, int strip) {
       GatherStrip(weight, selection, strip * kStripOutputs,
@@ -182,8 +198,8 @@ absl::StatusOr<Weight> CpuBackend::GatherRows(const Weight& weight,
   }
   std::vector<int32_t> groups, places;
   PlaceRows(weight, selection, &groups, &places);
-  absl::StatusOr<Weight> panel = NewWeight(weight.type, weight.layout, count, weight.cols,
-                                           static_cast<int>(groups.size()), count);
+  absl::StatusOr<Weight> panel = NewWeight(AllocateAligned, weight.type, weight.layout, count,
+                                           weight.cols, static_cast<int>(groups.size()), count);
   if (!panel.ok()) return panel;
   std::copy_n(places.begin(), count, const_cast<int32_t*>(panel->places));
   const int64_t block_bytes = BlockBytes(BitsOf(weight.type));
