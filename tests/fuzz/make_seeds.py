@@ -85,6 +85,15 @@ PIPELINES = {  # name: normalizer, pre-tokenizer
         SPLIT, {**BYTE_LEVEL, "use_regex": False}]}),
 }
 
+# Fields of the same: a length-delimited one is its number * 8 + 2, its length, its bytes.
+MESSAGES = [
+    b"",
+    b"\x0a\x04tiny\x12\x01a\x1a\x05hello\x30\x01",  # model, request_id, text, parse_special
+    b"\x22\x0c\x0a\x0a\x0a\x04user\x12\x02hi",  # chat of one message
+    b"\x22\x09\x0a\x07\x0a\x04user\x12\xff",  # which ends too early
+    b"\x2a\x05\x0a\x03\x01\x02\x03\x42\x05\x1a\x03a\xffb",  # token_ids; a stop that is no UTF-8
+]
+
 REQUESTS = [
     'model: "tiny" request_id: "a" text: "hello <|im_end|>" parse_special: true priority: -1 '
     'sampling { temperature: 0.5 top_k: 40 top_p: 0.9 min_p: 0.1 repetition_penalty: 1.1 '
@@ -172,6 +181,10 @@ def seeds():
 
     for i, request in enumerate(REQUESTS):
         yield "request", str(i), request.encode()
+
+    for i, message in enumerate(MESSAGES):
+        for kind in b"gstd":
+            yield "wire", f"{chr(kind)}{i}", bytes([kind, 100]) + message
 
 
 def main():
