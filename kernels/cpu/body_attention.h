@@ -343,29 +343,42 @@ void WidenBlock(const AttentionTask& t, int tokens, Block* block) {
   block->value_stride = static_cast<int>(padded);
 }
 
-// The block from `first_page` on, of which `tokens` are seen by any query.
-Block OpenBlock(const AttentionTask& t, int first_page, int tokens, int pages, int kv_head) {
+// Where a block of one KV head begins.
+struct BlockPlace {
+  int page;
+  int kv_head;
+};
+
+const uint8_t* KeysAt(const AttentionTask& t, int page, int kv_head) {
+  return t.pool + t.pages[page] * t.page_bytes + kv_head * t.head_bytes;
+}
+
+PagesAhead LinesOf(const AttentionTask& t, BlockPlace place, int pages) {
+  PagesAhead ahead;
+  ahead.bytes = t.head_bytes;
+  for (int page = place.page; page < Least(pages, place.page + kBlockPages); ++page) {
+    const uint8_t* keys = KeysAt(t, page, place.kv_head);
+    ahead.pieces[ahead.count++] = keys;
+    ahead.pieces[ahead.count++] = keys + t.kv_heads * t.head_bytes;
+  }
+  return ahead;
+}
+
+// The block of which `tokens` are seen by any query; `next` is what will be seen after it.
+Block OpenBlock(const AttentionTask& t, BlockPlace place, int tokens, BlockPlace next, int pages) {
   Block block;
   block.pages = (tokens + kPage - 1) / kPage;
   block.key_bits = block.value_bits = t.bits;
   block.value_stride = t.head_dim;
   const int64_t scales = t.bits == 8 ? kScalesBytes : 0;
-  const auto keys_of = [&](int page) {
-    return t.pool + t.pages[page] * t.page_bytes + kv_head * t.head_bytes;
-  };
   for (int p = 0; p < kBlockPages; ++p) {
-    const uint8_t* keys = keys_of(first_page + Least(p, block.pages - 1));
+    const uint8_t* keys = KeysAt(t, place.page + Least(p, block.pages - 1), place.kv_head);
     const uint8_t* values = keys + t.kv_heads * t.head_bytes;
     block.keys[p] = keys;
     block.values[p] = values + scales;
     block.value_scales[p] = t.bits == 8 ? values : nullptr;
   }
-  block.ahead.bytes = t.head_bytes;
-  for (int page = first_page + kBlockPages; page < Least(pages, first_page + 2 * kBlockPages);
-       ++page) {
-    block.ahead.pieces[block.ahead.count++] = keys_of(page);
-    block.ahead.pieces[block.ahead.count++] = keys_of(page) + t.kv_heads * t.head_bytes;
-  }
+  block.ahead = LinesOf(t, next, pages);
   return block;
 }
 
@@ -375,14 +388,14 @@ constexpr void (*kAddBlock[])(const AttentionTask&, int, int, Block*) = {AddBloc
                                                                          AddBlock<3>, AddBlock<4>};
 
 // Lets queries [q, end), which share their KV head, see what they may of a block.
-void SeeBlock(const AttentionTask& t, int q, int end, int first_page, int pages) {
+void SeeBlock(const AttentionTask& t, int q, int end, int first_page, BlockPlace next, int pages) {
   const auto visible = [&](int query) {
     return Least(kBlockTokens, t.queries[query].position + 1 - first_page * kPage);
   };
   while (q < end && visible(q) <= 0) ++q;
   if (q == end) return;
   const int tokens = visible(end - 1);
-  Block block = OpenBlock(t, first_page, tokens, pages, t.queries[q].kv_head);
+  Block block = OpenBlock(t, {first_page, t.queries[q].kv_head}, tokens, next, pages);
   const bool ragged = t.head_dim % 16 != 0;
   if (ragged || (t.bits != 32 && end - q > kFewQueries)) WidenBlock(t, tokens, &block);
   const int score_rows = block.key_bits == 8 ? kDotRows : kFmaRows;
@@ -401,19 +414,24 @@ void SeeBlock(const AttentionTask& t, int q, int end, int first_page, int pages)
 
 void Attention(const AttentionTask& t) {
   const int64_t padded = PaddedHeadDim(t.head_dim);
+  const int pages = t.queries[t.count - 1].position / kPage + 1;
+  const int first_head = t.queries[0].kv_head;
+  PagesAhead ahead = LinesOf(t, {0, first_head}, pages);
   for (int i = 0; i < t.count; ++i) {
+    ahead.Fetch(kLinesAhead);
     const QueryState state = StateOf(t, i);
     for (int64_t d = 0; d < padded; d += 16) Store(state.out + d, Set1(0));
     Store(state.sum, Set1(0));
     *state.max = -__FLT_MAX__;
     if (t.bits == 8) SplitQuery(t.queries[i].q, t.head_dim, state);
   }
-  const int pages = t.queries[t.count - 1].position / kPage + 1;
   for (int page = 0; page < pages; page += kBlockPages) {
     for (int q = 0; q < t.count;) {
       int end = q + 1;
       while (end < t.count && t.queries[end].kv_head == t.queries[q].kv_head) ++end;
-      SeeBlock(t, q, end, page, pages);
+      const BlockPlace next = end < t.count ? BlockPlace{page, t.queries[end].kv_head}
+                                            : BlockPlace{page + kBlockPages, first_head};
+      SeeBlock(t, q, end, page, next, pages);
       q = end;
     }
   }
