@@ -144,7 +144,7 @@ struct Ahead {
   }
 };
 
-// After groups [first, first + groups): the strips' next chunk, or the first of the next strips.
+// After groups [first, first + groups): the strips' next chunk, or the first of the next task's.
 Ahead AfterChunk(const MatMulTask& t, int first, int groups, int strips) {
   const int64_t block = BlockBytes(t.bits);
   const int next = first + groups;
@@ -154,9 +154,9 @@ Ahead AfterChunk(const MatMulTask& t, int first, int groups, int strips) {
   const int64_t bytes = Least(kChunkGroups, within ? t.groups - next : t.groups) * block;
   const int passes = (t.rows + kDotRows - 1) / kDotRows * ((strips + kDotStrips - 1) / kDotStrips);
   constexpr int kFewPasses = 2;  // they read as fast as memory gives, and the hardware follows
-  if (passes < kFewPasses) return {.strips = 0};
-  return {.strip = t.strips + (within ? 0 : strips) * t.strip_bytes + group * block,
-          .strip_bytes = t.strip_bytes,
+  if (passes < kFewPasses || (!within && t.next_strips == nullptr)) return {.strips = 0};
+  return {.strip = (within ? t.strips : t.next_strips) + group * block,
+          .strip_bytes = within ? t.strip_bytes : t.next_strip_bytes,
           .bytes = bytes,
           .strips = strips,
           .lines = static_cast<int>((strips * bytes / 64 + passes - 1) / passes)};

@@ -35,6 +35,17 @@ void RequireTarget(const MatMulArgs& args, const MatMulTarget& target) {
           "MatMul: bias of {} for {} outputs", target.bias.size(), target.out.cols);
 }
 
+// Only a list of kOutputRows is gathered; of kInputRows it is x that goes where the rows lie.
+bool Gathers(const MatMulTarget& target) {
+  return target.weight->layout == WeightLayout::kOutputRows && !target.selection.all();
+}
+
+// Null if they must be gathered.
+const uint8_t* StripsInPlace(const MatMulTarget& target, int first) {
+  const Weight& weight = *target.weight;
+  return Gathers(target) ? nullptr : weight.blocks + first / kStripOutputs * StripBytes(weight);
+}
+
 QuantizedRows FromRow(QuantizedRows q, int row) {
   const int64_t at = static_cast<int64_t>(row) * q.groups;
   q.values += row * q.stride;
@@ -42,11 +53,6 @@ QuantizedRows FromRow(QuantizedRows q, int row) {
   q.sums += at;
   q.counts += at;
   return q;
-}
-
-// Only a list of kOutputRows is gathered; of kInputRows it is x that goes where the rows lie.
-bool Gathers(const MatMulTarget& target) {
-  return target.weight->layout == WeightLayout::kOutputRows && !target.selection.all();
 }
 
 }  // namespace
@@ -215,9 +221,10 @@ void CpuBackend::GrowGatherScratch(std::span<const MatMulTarget> targets) {
   gather_scratch_bytes_ = bytes;
 }
 
-const uint8_t* CpuBackend::TaskStrips(const MatMulTarget& target, int first, int count, int worker) {
+const uint8_t* CpuBackend::TaskStrips(const MatMulTarget& target, int first, int count,
+                                      int worker) {
+  if (!Gathers(target)) return StripsInPlace(target, first);
   const Weight& weight = *target.weight;
-  if (!Gathers(target)) return weight.blocks + first / kStripOutputs * StripBytes(weight);
   auto* gathered = static_cast<uint8_t*>(gather_scratch_[worker].get());
   for (int n = 0; n < count; n += kStripOutputs) {
     GatherStrip(weight, target.selection, first + n,
@@ -254,18 +261,28 @@ void CpuBackend::RunTasks(MatMulArgs::Output output, std::span<const MatMulTarge
     task_ends_[i] = tasks += tasks_of(targets[i], task_outputs) * splits_per_task;
   }
   GrowGatherScratch(targets);
-  pool_.Run(tasks, [&](int worker, int task) {
+  struct Place {
+    const MatMulTarget* target;
+    int first, row;
+  };
+  const auto place_of = [&](int task) -> Place {
     size_t which = 0;
     while (task >= task_ends_[which]) ++which;
-    const MatMulTarget& target = targets[which];
-    const Weight& weight = *target.weight;
     if (which > 0) task -= task_ends_[which - 1];
-    const int first = task / splits_per_task * task_outputs;
-    const int row = task % splits_per_task * task_rows;
+    return {&targets[which], task / splits_per_task * task_outputs,
+            task % splits_per_task * task_rows};
+  };
+  pool_.Run(tasks, [&](int worker, int task) {
+    const auto [place, first, row] = place_of(task);
+    const MatMulTarget& target = *place;
+    const Weight& weight = *target.weight;
+    const Place next = place_of(std::min(task + 1, tasks - 1));
     const int outputs = std::min(task_outputs, target.out.cols - first);
     kernels_.matmul({.bits = BitsOf(weight.type),
                      .strips = TaskStrips(target, first, outputs, worker),
                      .strip_bytes = StripBytes(weight),
+                     .next_strips = StripsInPlace(*next.target, next.first),
+                     .next_strip_bytes = StripBytes(*next.target->weight),
                      .groups_kept = input.groups_kept,
                      .groups = input.groups,
                      .depth = input.x.cols,
@@ -324,15 +341,20 @@ void CpuBackend::GatedMlp(const GatedMlpArgs& args) {
     const int outputs = std::min(kTaskOutputs, channels - first);
     auto* tile = static_cast<ChannelsTile*>(channels_scratch_[worker].get());
     for (const MatMulTarget& target : wide) {
+      const bool gate = &target == wide;
+      const MatMulTarget& next = wide[gate ? 1 : 0];
+      const int next_first = gate ? first : std::min(first + kTaskOutputs, channels - 1);
       kernels_.matmul({.bits = BitsOf(target.weight->type),
                        .strips = TaskStrips(target, first, outputs, worker),
                        .strip_bytes = StripBytes(*target.weight),
+                       .next_strips = StripsInPlace(next, next_first),
+                       .next_strip_bytes = StripBytes(*next.weight),
                        .groups = input.groups,
                        .depth = input.x.cols,
                        .outputs = outputs,
                        .rows = std::min(task_rows, rows - row),
                        .q = FromRow(quantized, row),
-                       .out = &target == wide ? tile->gate : tile->up,
+                       .out = gate ? tile->gate : tile->up,
                        .out_stride = kTaskOutputs},
                       static_cast<MatMulScratch*>(matmul_scratch_[worker].get()));
     }

@@ -42,6 +42,8 @@ struct MatMulTask {
   int bits = 32;                         // 32, 8 or 4
   const uint8_t* strips = nullptr;       // blocks of the first strip
   int64_t strip_bytes = 0;               // from a strip to the next
+  const uint8_t* next_strips = nullptr;  // what this worker will probably be given then; null: none
+  int64_t next_strip_bytes = 0;
   const int32_t* groups_kept = nullptr;  // [groups], ascending: the weight's; null: all
   int groups = 0;                        // of x
   int depth = 0;                         // values of a row of x

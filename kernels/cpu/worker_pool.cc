@@ -27,6 +27,7 @@ void Pause() {
 
 WorkerPool::WorkerPool(int threads) {
   threads = std::clamp(threads, 1, static_cast<int>(kInside));
+  parts_ = std::vector<Part>(threads);
   threads_.reserve(threads - 1);
   for (int worker = 1; worker < threads; ++worker) {
     threads_.emplace_back([this, worker] { WorkerLoop(worker); });
@@ -50,8 +51,11 @@ void WorkerPool::Run(int count, Task task, const void* context) {
   }
   task_ = task;
   context_ = context;
-  count_ = count;
-  next_.store(0, std::memory_order_relaxed);
+  const int64_t parts = threads();
+  for (int64_t i = 0; i < parts; ++i) {
+    parts_[i].next.store(static_cast<int>(count * i / parts), std::memory_order_relaxed);
+    parts_[i].end = static_cast<int>(count * (i + 1) / parts);
+  }
   state_.fetch_add(kJob | kOpen);
   state_.notify_all();
   TakeIndices(0);
@@ -70,9 +74,12 @@ void WorkerPool::Run(int count, Task task, const void* context) {
 }
 
 void WorkerPool::TakeIndices(int worker) {
-  const int count = count_;
-  for (int index; (index = next_.fetch_add(1, std::memory_order_relaxed)) < count;) {
-    task_(context_, worker, index);
+  const int parts = static_cast<int>(parts_.size());
+  for (int i = 0; i < parts; ++i) {
+    Part& part = parts_[(worker + i) % parts];
+    for (int index; (index = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;) {
+      task_(context_, worker, index);
+    }
   }
 }
 

@@ -1,11 +1,12 @@
 // A persistent pool of workers for fork and join inside one op, where a join must cost
 // microseconds and an idle server no CPU.
 //
-// The caller is worker 0 and takes part. Workers take indices from a shared counter, so uneven work
-// evens out. A worker that is late (asleep, preempted) is not waited for: a job is joined by
-// whoever comes while it is open, and the caller waits only for those who joined. Between jobs a
-// worker spins for some tens of microseconds, which covers the gaps between the ops of a step, then
-// sleeps.
+// The caller is worker 0 and takes part. Each worker has a part of the indices to itself, in order,
+// so that neighbours find what they share in its cache, and then takes what others have left, so
+// uneven work evens out. A worker that is late (asleep, preempted) is not waited for: a job is
+// joined by whoever comes while it is open, and the caller waits only for those who joined. Between
+// jobs a worker spins for some tens of microseconds, which covers the gaps between the ops of a
+// step, then sleeps.
 //
 // One thread at a time may call; a task must not call the pool. Nothing allocates after
 // construction.
@@ -51,14 +52,18 @@ class WorkerPool {
   // The job at hand; written only while it is closed and nobody is inside.
   Task task_ = nullptr;
   const void* context_ = nullptr;
-  int count_ = 0;
 
-  // Job number << 16 | open << 15 | workers inside. On lines of their own: one is written at each
-  // join and leave, the other at each index.
+  // Indices that belong to one worker first; each on a line of its own, as it is written often.
+  struct alignas(64) Part {
+    std::atomic<int> next = 0;
+    int end = 0;
+  };
+
+  // Job number << 16 | open << 15 | workers inside.
   alignas(64) std::atomic<uint32_t> state_ = 0;
-  alignas(64) std::atomic<int> next_ = 0;
   alignas(64) std::atomic<uint32_t> departures_ = 0;  // times the last inside left a closed job
   std::atomic<bool> stop_ = false;
+  std::vector<Part> parts_;
   std::vector<std::thread> threads_;
 };
 
