@@ -65,21 +65,6 @@ void FmaBlock(const float* a, int64_t a_stride, int depth, const float* b, int64
   }
 }
 
-// FmaBlock over any width of whole registers.
-template <int R>
-void FmaRows(const float* a, int64_t a_stride, int depth, const float* b, int64_t b_stride,
-             int width, float* c, int64_t c_stride) {
-  int n = 0;
-  for (; n + 16 * kVecs <= width; n += 16 * kVecs) {
-    FmaBlock<R, kVecs>(a, a_stride, depth, b + n, b_stride, 16, c + n, c_stride);
-  }
-  if (kVecs > 1) {
-    for (; n < width; n += 16) {
-      FmaBlock<R, 1>(a, a_stride, depth, b + n, b_stride, 16, c + n, c_stride);
-    }
-  }
-}
-
 // Adds the products of R rows with `groups` groups of V strips to their fp32 sums. `blocks` are
 // the groups' values, kTaskStrips a group; `scales` and `minimums` are [groups, kTaskOutputs].
 template <int R, int V, bool kNibbles>
