@@ -139,11 +139,13 @@ void GrowTo(std::vector<T>* v, size_t size) {
 template <typename Fn>
 void CpuBackend::ForRows(int rows, int cost, const Fn& fn) {
   constexpr int kChunkCost = 16384;  // some microseconds of work, as much as a hand-over costs
-  const int chunk = std::max(1, kChunkCost / std::max(1, cost));
-  const int chunks = rows / chunk + (rows % chunk != 0);
+  const int most = std::max(1, kChunkCost / std::max(1, cost));
+  const int chunks = rows / most + (rows % most != 0);
+  const int chunk = chunks == 0 ? 0 : (rows - 1) / chunks + 1;  // even: 16 + 16, not 28 + 4
   pool_.Run(chunks, [&](int, int index) {
-    const int end = std::min(rows - index * chunk, chunk) + index * chunk;
-    for (int row = index * chunk; row < end; ++row) fn(row);
+    const int begin = std::min(rows, index * chunk);
+    const int end = std::min(rows - begin, chunk) + begin;
+    for (int row = begin; row < end; ++row) fn(row);
   });
 }
 
