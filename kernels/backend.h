@@ -110,8 +110,8 @@ struct MatMulTarget {
 //   kInputRows:  out [rows, weight.cols];       x [rows, selection.count()], compact: column i
 //                belongs to weight row selection[i].
 // Integer weights quantise x per row and group of kQuantGroup (symmetric int8, round to nearest
-// even) and sum groups in fp32, in order. All targets of one call share their layout, and are all
-// kF32 or all integers.
+// even) and sum groups in fp32, in order; float weights take x as it is. All targets of one call
+// share their layout, and are all floats or all integers.
 struct MatMulArgs {
   enum class Output : uint8_t { kOverwrite, kAdd };
 

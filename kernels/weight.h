@@ -12,13 +12,19 @@ namespace espalier {
 // each output and group of kQuantGroup summed values.
 enum class WeightType : uint8_t {
   kF32,   // reference: fp32 values
+  kBf16,  // the upper halves of fp32, to nearest even: a bf16 file's values, bit for bit
   kInt8,  // u in 0 .. 240: the steps of a Q4_1 file are every sixteenth of them
   kInt4,  // u in 0 .. 15: what a Q4_1 file holds, bit for bit; Q4_0 to 1/300 of a step
 };
 
 constexpr std::string_view WeightTypeName(WeightType type) {
-  constexpr std::string_view kNames[] = {"f32", "int8", "int4"};
+  constexpr std::string_view kNames[] = {"f32", "bf16", "int8", "int4"};
   return kNames[static_cast<int>(type)];
+}
+
+// Products of floats are summed in fp32 with x as it is; for integers x is quantised.
+constexpr bool IsFloat(WeightType type) {
+  return type == WeightType::kF32 || type == WeightType::kBf16;
 }
 
 // What a row of the matrix stands for, and so what a selection of its rows means.

@@ -202,11 +202,12 @@ const std::vector<Setting>& Settings() {
        Text(&O::model_name, "NAME", "any text")},
       {kModel, "weights",
        "Type of the weights in memory; auto: int4 where the file has Q4_0 or Q4_1, else int8; "
-       "int4: "
-       "the layers, embedding and LM head int8; f32 is the reference",
+       "int4: the layers, embedding and LM head int8; bf16: all, for little loss at half of f32's "
+       "memory; f32 is the reference",
        Choice<WeightPlan>(&O::weights, {{"auto", WeightPlan::kAuto},
                                         {"int4", WeightPlan::kInt4},
                                         {"int8", WeightPlan::kInt8},
+                                        {"bf16", WeightPlan::kBf16},
                                         {"f32", WeightPlan::kF32}})},
       {kModel, "kv-type", "Type of keys and values; auto: f32 with f32 weights, else int8",
        Choice<std::optional<KvType>>(

@@ -158,9 +158,10 @@ absl::Status Run(const Options& options) {
   const double weight_bytes = static_cast<double>(model->executor->ledger({}).weights);
   const KvPoolShape kv_page = {
       .type = model->kv, .pages = 1, .kv_heads = config.kv_heads, .head_dim = config.head_dim};
+  const std::string types = model->executor->weight_types();
   const ModelCosts costs =
       CostsOf(config, weight_bytes,
-              model->executor->weight_types() == "f32" ? WeightType::kF32 : WeightType::kInt8,
+              types == "f32" || types == "bf16" ? WeightType::kF32 : WeightType::kInt8,
               kv_page.page_bytes() / double{2 * kPageTokens} / (config.kv_heads * config.head_dim));
 
   MeasuredCeilings ceilings;

@@ -25,10 +25,12 @@ void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options) {
         ->capture_default_str()
         ->group("Model in this process");
   };
-  choice("--weights", options->weights,
-         "How weights are kept; auto: int4 where the file has Q4_0 or Q4_1, else int8; int4: the "
-         "layers, embedding and LM head int8; f32 is the reference",
-         {"auto", "int4", "int8", "f32"});
+  choice(
+      "--weights", options->weights,
+      "How weights are kept; auto: int4 where the file has Q4_0 or Q4_1, else int8; int4: the "
+      "layers, embedding and LM head int8; bf16: all, for little loss at half of f32's memory; f32 "
+      "is the reference",
+      {"auto", "int4", "int8", "bf16", "f32"});
   choice("--kv", options->kv, "How keys and values are kept; auto: f32 with f32 weights, else int8",
          {"auto", "int8", "f16", "f32"});
   choice("--isa", options->isa, "Instruction set; auto: the best this machine has",
@@ -53,6 +55,7 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
   model.file = *std::move(file);
 
   const WeightPlan weights = options.weights == "f32"    ? WeightPlan::kF32
+                             : options.weights == "bf16" ? WeightPlan::kBf16
                              : options.weights == "int8" ? WeightPlan::kInt8
                              : options.weights == "int4" ? WeightPlan::kInt4
                                                          : WeightPlan::kAuto;

@@ -29,8 +29,7 @@ double LeastStepTime(const MachineCeilings& ceilings, const ModelCosts& costs,
                      const StepShape& step) {
   const double memory =
       (costs.weight_bytes + costs.kv_bytes_per_token * step.kv_tokens) / ceilings.read_bytes_per_s;
-  const double matrix_peak =
-      costs.type == WeightType::kF32 ? ceilings.f32_ops_per_s : ceilings.int8_ops_per_s;
+  const double matrix_peak = IsFloat(costs.type) ? ceilings.f32_ops_per_s : ceilings.int8_ops_per_s;
   const double matrix_ops =
       2 * (costs.matrix_weights * step.rows + costs.head_weights * step.logit_rows);
   const double compute =

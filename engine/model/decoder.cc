@@ -148,7 +148,7 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
 }
 
 std::string Decoder::weight_types() const {
-  bool used[3] = {};
+  bool used[4] = {};
   used[static_cast<int>(head_.type)] = used[static_cast<int>(embedding_.type)] = true;
   for (const Layer& layer : layers_) {
     for (const Weight* weight :
@@ -157,7 +157,8 @@ std::string Decoder::weight_types() const {
     }
   }
   std::string names;
-  for (const WeightType type : {WeightType::kInt4, WeightType::kInt8, WeightType::kF32}) {
+  for (const WeightType type :
+       {WeightType::kInt4, WeightType::kInt8, WeightType::kBf16, WeightType::kF32}) {
     if (!used[static_cast<int>(type)]) continue;
     names += fmt::format("{}{}", names.empty() ? "" : "+", WeightTypeName(type));
   }

@@ -14,12 +14,14 @@ enum class WeightPlan : uint8_t {
   kAuto,  // int4 what the file has as Q4_0 or Q4_1, which loses next to nothing; the rest int8
   kInt4,  // the layers int4, the embedding and the LM head int8
   kInt8,
-  kF32,  // the reference
+  kBf16,  // half the memory of f32; loses nothing of a bf16 file
+  kF32,   // the reference
 };
 
 // Measured on SmolLM2-135M: an LM head in int4 alone costs 6 % perplexity.
 constexpr WeightType TypeOf(WeightPlan plan, BlockType in_file, bool of_a_layer) {
   if (plan == WeightPlan::kF32) return WeightType::kF32;
+  if (plan == WeightPlan::kBf16) return WeightType::kBf16;
   const bool four_bits = in_file == BlockType::kQ4_0 || in_file == BlockType::kQ4_1;
   const bool int4 =
       (plan == WeightPlan::kAuto && four_bits) || (plan == WeightPlan::kInt4 && of_a_layer);

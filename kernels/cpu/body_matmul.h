@@ -228,15 +228,29 @@ void DotTask(const MatMulTask& t, int strips, MatMulScratch* s) {
   }
 }
 
-// The same for fp32, whose blocks are read in place, a group at a time.
+void WidenBf16(const uint8_t* from, float* to) {
+  for (int pair = 0; pair < kGroup / 2; ++pair) {
+    F low, high;
+    LoadPairs(from + 4 * kStripOutputs * pair, &low, &high);
+    Store(to + 2 * kStripOutputs * pair, low);
+    Store(to + 2 * kStripOutputs * pair + kStripOutputs, high);
+  }
+}
+
+// The same for floats, a group at a time. fp32 blocks are read in place, bf16 ones widened first.
 template <int V>
 void FmaStrips(const MatMulTask& t, int g, int strip, MatMulScratch* s) {
   const int group = t.groups_kept != nullptr ? t.groups_kept[g] : g;
   const int depth = Least(kGroup, t.depth - g * kGroup);
   const float* x = t.x + static_cast<int64_t>(g) * kGroup;
-  const float* block =
-      reinterpret_cast<const float*>(t.strips + strip * t.strip_bytes + group * BlockBytes(32));
-  const int64_t step = t.strip_bytes / static_cast<int64_t>(sizeof(float));
+  const uint8_t* from = t.strips + strip * t.strip_bytes + group * BlockBytes(t.bits);
+  const float* block = reinterpret_cast<const float*>(from);
+  int64_t step = t.strip_bytes / static_cast<int64_t>(sizeof(float));
+  if (t.bits == 16) {
+    for (int v = 0; v < V; ++v) WidenBf16(from + v * t.strip_bytes, s->widened[v]);
+    block = s->widened[0];
+    step = kStripOutputs * kGroup;
+  }
   float* sums = s->sums + 16 * strip;
   int r = 0;
   for (; r + kFmaRows <= t.rows; r += kFmaRows) {
@@ -264,7 +278,7 @@ void MatMul(const MatMulTask& t, MatMulScratch* s) {
   for (int r = 0; r < t.rows; ++r) {
     for (int v = 0; v < strips; ++v) Store(s->sums + r * kTaskOutputs + 16 * v, Set1(0));
   }
-  if (t.bits == 32) {
+  if (t.bits > 8) {
     FmaTask(t, strips, s);
   } else if (t.bits == 8) {
     DotTask<false>(t, strips, s);

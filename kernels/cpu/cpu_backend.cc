@@ -23,9 +23,8 @@ void RequireShape(const char* what, const ConstMatrix& m, int rows, int cols) {
 void RequireTarget(const MatMulArgs& args, const MatMulTarget& target) {
   const Weight& weight = *target.weight;
   const Weight& first = *args.targets[0].weight;
-  Require((weight.type == WeightType::kF32) == (first.type == WeightType::kF32) &&
-              weight.layout == first.layout,
-          "MatMul: targets of one call must share their layout, and be fp32 or integers");
+  Require(IsFloat(weight.type) == IsFloat(first.type) && weight.layout == first.layout,
+          "MatMul: targets of one call must share their layout, and be floats or integers");
   const bool output_rows = weight.layout == WeightLayout::kOutputRows;
   const int count = target.selection.count();
   Require(count <= weight.rows, "MatMul: {} of {} rows selected", count, weight.rows);
@@ -153,7 +152,7 @@ void CpuBackend::MatMul(const MatMulArgs& args) {
   for (const MatMulTarget& target : args.targets) RequireTarget(args, target);
   const Weight& first = *args.targets[0].weight;
   const auto run = [&](std::span<const MatMulTarget> targets, const PlacedInput& input) {
-    const bool integers = first.type != WeightType::kF32;
+    const bool integers = !IsFloat(first.type);
     RunTasks(args.output, targets, input, integers ? Quantize(input) : QuantizedRows{});
   };
   if (first.layout == WeightLayout::kOutputRows) {
@@ -312,7 +311,7 @@ void CpuBackend::GatedMlp(const GatedMlpArgs& args) {
   const MatMulArgs add = {
       .x = args.gate_room, .targets = {&narrow, 1}, .output = MatMulArgs::Output::kAdd};
   const bool placed = args.down.places != nullptr || !args.selection.all();
-  if (args.gate.type == WeightType::kF32 || args.down.type == WeightType::kF32 || placed) {
+  if (IsFloat(args.gate.type) || IsFloat(args.down.type) || placed) {
     MatMul(widen);
     SwiGlu({.gate = args.gate_room, .up = args.up_room, .out = args.gate_room});
     MatMul(add);

@@ -148,8 +148,8 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(
   }
   if (first_large != INT_MAX) {
     return absl::InvalidArgumentError(
-        fmt::format("outputs from {} on: expected values within 65504 for {} bits, got larger ones",
-                    first_large.load(), bits));
+        fmt::format("outputs from {} on: expected values within {} for {}, got larger ones",
+                    first_large.load(), IsFloat(type) ? "3.38e38" : "65504", WeightTypeName(type)));
   }
   return weight;
 }

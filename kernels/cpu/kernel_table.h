@@ -21,7 +21,7 @@ inline constexpr int kChunkGroups = 8;    // groups that rows pass over while th
 inline constexpr int kMaxTaskRows = 128;  // rows of one MatMulTask
 
 constexpr int64_t BlockBytes(int bits) {
-  return kStripOutputs * kGroup * bits / 8 + (bits == 32 ? 0 : kBlockHeader);
+  return kStripOutputs * kGroup * bits / 8 + (bits > 8 ? 0 : kBlockHeader);
 }
 
 // A group whose largest value is not above this is quantised to zeros: 127 / max would overflow.
@@ -39,7 +39,7 @@ struct QuantizedRows {
 
 // Some strips of one MatMulTarget for some rows of x.
 struct MatMulTask {
-  int bits = 32;                         // 32, 8 or 4
+  int bits = 32;                         // 32, 16 (bf16), 8 or 4
   const uint8_t* strips = nullptr;       // blocks of the first strip
   int64_t strip_bytes = 0;               // from a strip to the next
   const uint8_t* next_strips = nullptr;  // what this worker will probably be given then; null: none
@@ -50,7 +50,7 @@ struct MatMulTask {
   int outputs = 0;                       // 1 .. kTaskOutputs
 
   int rows = 0;              // 1 .. kMaxTaskRows
-  const float* x = nullptr;  // fp32: first row
+  const float* x = nullptr;  // floats: first row
   int64_t x_stride = 0;
   QuantizedRows q;  // integers: pointers to the first row
 
@@ -67,6 +67,7 @@ struct alignas(64) MatMulScratch {
   float scales[kChunkGroups * kTaskOutputs];
   float minimums[kChunkGroups * kTaskOutputs];
   const uint8_t* blocks[kChunkGroups * kTaskStrips];
+  float widened[kTaskStrips][kStripOutputs * kGroup];  // bf16: a group of each strip
 };
 
 // One worker's part of a gated MLP: gate and up of a task, then their product.

@@ -118,6 +118,17 @@ void StoreInt8(int8_t* p, I v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
+// Sixteen pairs of bf16, which is the upper half of fp32: the first of each, and the second.
+void LoadPairs(const uint8_t* p, F* first, F* second) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(p);
+  const __m256i lo = _mm256_load_si256(from), hi = _mm256_load_si256(from + 1);
+  *first = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)),
+            _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  const __m256i upper = _mm256_set1_epi32(-0x10000);
+  *second = {_mm256_castsi256_ps(_mm256_and_si256(lo, upper)),
+             _mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
+}
+
 F LoadInt8(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return ToFloat(I{_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});

@@ -55,6 +55,13 @@ void StoreInt8(int8_t* p, I v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(v));
 }
 
+// Sixteen pairs of bf16, which is the upper half of fp32: the first of each, and the second.
+void LoadPairs(const uint8_t* p, F* first, F* second) {
+  const __m512i pairs = _mm512_load_si512(p);
+  *first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  *second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
+}
+
 F LoadInt8(const int8_t* p) {
   return ToFloat(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }

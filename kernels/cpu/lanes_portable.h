@@ -114,6 +114,14 @@ void StoreHalf(uint16_t* p, const F& v) {
   for (int i = 0; i < 16; ++i) p[i] = ToHalf(v.part[i / 4][i % 4]);
 }
 
+// Sixteen pairs of bf16, which is the upper half of fp32: the first of each, and the second.
+void LoadPairs(const uint8_t* p, F* first, F* second) {
+  I pairs;
+  __builtin_memcpy(&pairs, p, sizeof pairs);
+  *first = Each([&](int i) { return (Float4)(pairs.part[i] << 16); });
+  *second = Each([&](int i) { return (Float4)(pairs.part[i] & -0x10000); });
+}
+
 // |v| < 2^22.
 I ToInt(const F& v) {
   I out;

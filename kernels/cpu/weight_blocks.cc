@@ -1,5 +1,7 @@
 #include "kernels/cpu/weight_blocks.h"
 
+#include <cfloat>
+#include <cmath>
 #include <cstring>
 
 namespace espalier {
@@ -9,6 +11,27 @@ namespace {
 
 constexpr int kLanes = kStripOutputs;
 
+// Rounds to nearest even; infinite if v is nearer to 2^128 than to the largest value.
+uint16_t ToBf16(float v) {
+  const uint32_t even = ToBits(v) >> 16 & 1;
+  return static_cast<uint16_t>((ToBits(v) + 0x7fff + even) >> 16);
+}
+float FromBf16(uint16_t v) { return FromBits(uint32_t{v} << 16); }
+
+bool PackBf16(const float (*values)[kLanes], int depth, uint8_t* block) {
+  bool fits = true;
+  uint16_t pairs[kGroup / 2][kLanes][2] = {};
+  for (int k = 0; k < depth; ++k) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const uint16_t v = ToBf16(values[k][lane]);
+      fits &= std::fabs(FromBf16(v)) <= FLT_MAX;
+      pairs[k / 2][lane][k % 2] = v;
+    }
+  }
+  std::memcpy(block, pairs, sizeof pairs);
+  return fits;
+}
+
 const uint8_t* BlockAt(const uint8_t* strip, int bits, int group) {
   return strip + int64_t{group} * BlockBytes(bits);
 }
@@ -17,6 +40,7 @@ const uint8_t* BlockAt(const uint8_t* strip, int bits, int group) {
 
 bool PackBlock(const KernelTable& kernels, int bits, const float (*values)[kLanes], int depth,
                uint8_t* block) {
+  if (bits == 16) return PackBf16(values, depth, block);
   if (bits != 32) return kernels.pack_integers(bits, values, depth, block);
   const int64_t bytes = depth * int64_t{sizeof(values[0])};
   std::memcpy(block, values, bytes);
@@ -29,7 +53,7 @@ void CopyOutput(int bits, const uint8_t* from, int from_lane, int groups, uint8_
     const uint8_t* source = BlockAt(from, bits, group);
     uint8_t* block = to + int64_t{group} * BlockBytes(bits);
     int64_t at = 0;
-    if (bits != 32) {
+    if (bits <= 8) {
       std::memcpy(block + 2 * lane, source + 2 * from_lane, 2);
       std::memcpy(block + 2 * (kLanes + lane), source + 2 * (kLanes + from_lane), 2);
       at = kBlockHeader;
@@ -46,6 +70,12 @@ void UnpackOutput(int bits, const uint8_t* strip, int lane, int depth, float* ou
     const int i = k % kGroup, quad = i / 4;
     if (bits == 32) {
       std::memcpy(out + k, block + (i * kLanes + lane) * sizeof(float), sizeof(float));
+      continue;
+    }
+    if (bits == 16) {
+      uint16_t v;
+      std::memcpy(&v, block + i / 2 * 4 * kLanes + 4 * lane + i % 2 * 2, 2);
+      out[k] = FromBf16(v);
       continue;
     }
     uint16_t scale, minimum;

@@ -3,6 +3,7 @@
 // A strip is the blocks of 16 outputs, group after group. A product reads strips from end to end, a
 // block as it lies: no transposition is left to do. Layouts, kGroup = 32 values k in 8 quads:
 //   32 bits: float [32][16].
+//   16 bits: bf16 [16 pairs][16 outputs][2].
 //    8 bits: fp16 scale[16], fp16 minimum[16], then uint8 [8 quads][16 outputs][4].
 //    4 bits: the same two, then uint8 [4][16 outputs][4]: quad j in the low nibbles, quad j + 4 in
 //            the high ones.
@@ -16,7 +17,8 @@
 namespace espalier {
 
 constexpr int BitsOf(WeightType type) {
-  return type == WeightType::kF32 ? 32 : type == WeightType::kInt8 ? 8 : 4;
+  constexpr int kBits[] = {32, 16, 8, 4};
+  return kBits[static_cast<int>(type)];
 }
 
 constexpr int GroupsOf(int depth) { return depth / kGroup + (depth % kGroup != 0); }

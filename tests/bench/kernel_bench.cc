@@ -152,6 +152,7 @@ void Products(Backend* backend, WeightType type) {
   const std::vector<int> row_counts = {1, 8, 32, 128, 512};
   const char* type_name = type == WeightType::kInt4   ? "int4"
                           : type == WeightType::kInt8 ? "int8"
+                          : type == WeightType::kBf16 ? "bf16"
                                                       : "fp32";
   fmt::print("{:<13}", std::string(type_name) + " rows");
   for (int rows : row_counts) fmt::print("{:>18}", rows);
@@ -303,6 +304,7 @@ int Run(int argc, char** argv) {
   ForkJoin(backend->get(), options.threads);
   Products(backend->get(), WeightType::kInt4);
   Products(backend->get(), WeightType::kInt8);
+  Products(backend->get(), WeightType::kBf16);
   Products(backend->get(), WeightType::kF32);
   Attention(backend->get());
 

@@ -233,8 +233,8 @@ TEST_P(BackendTest, UploadCountsItsBytes) {
   const Weight weight =
       Upload(backend_.get(), RandomWeight(type_, WeightLayout::kOutputRows, 100, 576, 1));
   EXPECT_EQ(reinterpret_cast<uintptr_t>(weight.blocks) % 64, 0u);
-  constexpr size_t kOutputs = 112;                // whole strips
-  constexpr double kBytes[] = {4, 1.125, 0.625};  // integers: two fp16 for every 32
+  constexpr size_t kOutputs = 112;                   // whole strips
+  constexpr double kBytes[] = {4, 2, 1.125, 0.625};  // integers: two fp16 for every 32
   EXPECT_EQ(weight.bytes, kOutputs * 576 * kBytes[static_cast<int>(type_)]);
 }
 

@@ -50,7 +50,7 @@ TEST_P(RowsTest, MatMulGivesTheSameBitsHoweverRowsAndThreadsAreSplit) {
 // int8 products are the same integers everywhere; only the last fp32 additions may differ.
 TEST_P(RowsTest, InstructionSetsAgree) {
   const auto mine = MakeBackend(GetParam().isa), plain = MakeBackend(Isa::kPortable);
-  const bool integers = GetParam().type != WeightType::kF32;
+  const bool integers = !IsFloat(GetParam().type);
   for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
     const auto host = RandomWeight(GetParam().type, layout, 130, 600, 1);
     const Weight here = Upload(mine.get(), host), there = Upload(plain.get(), host);

@@ -26,14 +26,15 @@ struct KernelCase {
 inline std::vector<KernelCase> AllKernelCases() {
   std::vector<KernelCase> cases;
   for (Isa isa : SupportedIsas()) {
-    for (WeightType type : {WeightType::kF32, WeightType::kInt8, WeightType::kInt4})
+    for (WeightType type :
+         {WeightType::kF32, WeightType::kBf16, WeightType::kInt8, WeightType::kInt4})
       cases.push_back({isa, type});
   }
   return cases;
 }
 
 inline std::string KernelCaseName(const ::testing::TestParamInfo<KernelCase>& info) {
-  constexpr const char* kNames[] = {"fp32", "int8", "int4"};
+  constexpr const char* kNames[] = {"fp32", "bf16", "int8", "int4"};
   return fmt::format("{}_{}", IsaName(info.param.isa), kNames[static_cast<int>(info.param.type)]);
 }
 

@@ -33,6 +33,9 @@ void RoundTripInt8(std::vector<float*> group) {
 // What the device keeps of a weight; a kInt4 one is made of what 4 bits can hold.
 std::vector<float> Kept(const HostWeight& weight) {
   std::vector<float> values = weight.values;
+  if (weight.type == WeightType::kBf16) {
+    for (float& v : values) v = RoundToBf16(v);
+  }
   if (weight.type != WeightType::kInt8) return values;
   const bool output_rows = weight.layout == WeightLayout::kOutputRows;
   const int outputs = output_rows ? weight.rows : weight.cols;
@@ -94,9 +97,8 @@ std::vector<double> MatMul(const ConstMatrix& x, const HostWeight& weight,
     // Columns of x go to the rows that they belong to; the others count nothing.
     std::vector<float> input(output_rows ? weight.cols : weight.rows);
     for (int i = 0; i < x.cols; ++i) input[output_rows ? i : selection[i]] = x.row(r)[i];
-    const std::vector<double> exact = weight.type == WeightType::kF32
-                                          ? std::vector<double>(input.begin(), input.end())
-                                          : RoundTrip(input);
+    const std::vector<double> exact =
+        IsFloat(weight.type) ? std::vector<double>(input.begin(), input.end()) : RoundTrip(input);
     for (int n = 0; n < outputs; ++n) {
       double sum = bias.empty() ? 0 : bias[n];
       for (size_t k = 0; k < exact.size(); ++k) {
@@ -173,6 +175,13 @@ LogitStats StatsOf(std::span<const float> logits) {
   double sum = 0;
   for (float v : logits) sum += std::exp(double{v} - *largest);
   return {*largest, static_cast<int>(largest - logits.begin()), *largest + std::log(sum)};
+}
+
+float RoundToBf16(float v) {
+  int exponent = 0;
+  std::frexp(v, &exponent);
+  const double unit = std::ldexp(1.0, exponent - 8);
+  return static_cast<float>(std::nearbyint(v / unit) * unit);
 }
 
 float RoundToHalf(float v) {

@@ -50,6 +50,9 @@ struct LogitStats {
 };
 LogitStats StatsOf(std::span<const float> logits);
 
+// The nearest value of 8 significant bits (ties to even); not for subnormals.
+float RoundToBf16(float v);
+
 // The nearest fp16 value (ties to even), no larger than the largest finite one.
 float RoundToHalf(float v);
 

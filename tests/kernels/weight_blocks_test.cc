@@ -106,6 +106,29 @@ TEST(WeightBlocks, FitFourBitsBetterThanEvenStepsBetweenTheEnds) {
   EXPECT_LT(fitted, 0.9 * even);
 }
 
+TEST(WeightBlocks, SixteenBitsAreTheUpperHalfToNearestEven) {
+  // 1 + n / 256: bf16 has every second of them.
+  const std::vector<float> values = {
+      1,    1 + 1 / 256.0f, 1 + 2 / 256.0f, 1 + 3 / 256.0f, -1.00390637f,
+      0.0f, 1e-37f,         3.38e38f,       -1e-30f};
+  const std::vector<float> out = RoundTrip(16, values);
+  EXPECT_EQ(out[0], 1);
+  EXPECT_EQ(out[1], 1) << "a tie goes to the even one";
+  EXPECT_EQ(out[2], 1 + 2 / 256.0f);
+  EXPECT_EQ(out[3], 1 + 4 / 256.0f);
+  EXPECT_EQ(out[4], -1 - 2 / 256.0f) << "just above the tie";
+  EXPECT_EQ(out[5], 0);
+  for (int i = 6; i < 9; ++i) EXPECT_NEAR(out[i] / values[i], 1, 1 / 256.0) << values[i];
+  for (int depth = 1; depth <= kGroup; ++depth) {  // and all that bf16 holds is kept
+    const std::vector<float> once = RoundTrip(16, Normal(depth, depth, 1));
+    EXPECT_EQ(RoundTrip(16, once), once);
+  }
+  float block[kGroup][kStripOutputs] = {};
+  block[7][2] = -3.4e38f;  // finite, but nearer to 2^128 than to what bf16 has
+  alignas(64) uint8_t packed[BlockBytes(32)];
+  EXPECT_FALSE(PackBlock(PortableKernels(), 16, block, kGroup, packed));
+}
+
 TEST(WeightBlocks, ConstantsAndLimits) {
   for (const int bits : {8, 4}) {
     EXPECT_EQ(RoundTrip(bits, std::vector<float>(kGroup, 0.0f)), std::vector<float>(kGroup, 0.0f));

@@ -191,7 +191,7 @@ TEST_F(OptionsTest, OddNumbersAreRefused) {
 
 TEST_F(OptionsTest, BadEnvironmentNamesTheVariable) {
   SetEnvironment("ESPALIER_WEIGHTS", "int3");
-  EXPECT_EQ(Refusal({}), "ESPALIER_WEIGHTS: expected one of auto|int4|int8|f32, got \"int3\"");
+  EXPECT_EQ(Refusal({}), "ESPALIER_WEIGHTS: expected one of auto|int4|int8|bf16|f32, got \"int3\"");
 }
 
 TEST_F(OptionsTest, KubernetesServiceLinkIsNotAPort) {
