@@ -221,7 +221,8 @@ const std::vector<Setting>& Settings() {
        Choice<std::optional<Isa>>(&O::isa, {{"auto", {}},
                                             {"portable", Isa::kPortable},
                                             {"avx2", Isa::kAvx2},
-                                            {"avx512", Isa::kAvx512Vnni}})},
+                                            {"avx512", Isa::kAvx512Vnni},
+                                            {"amx", Isa::kAmx}})},
       {kModel, "threads", "Compute threads; 0: the cores this process may use",
        Whole(&O::threads, 0, 1024)},
 

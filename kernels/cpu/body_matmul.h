@@ -1,5 +1,5 @@
 // A product of some rows with some strips of a weight. Included once by each kernels_*.cc, after
-// its lanes.
+// its lanes and tiles.
 //
 // A sum's order is fixed by its depth alone: a group of integers is summed exactly, then added to
 // an fp32 sum by two fused multiply-adds, group after group; fp32 goes value by value. How many
@@ -161,7 +161,7 @@ void DotRows(const MatMulTask& t, int first, int groups, int strip, Ahead* ahead
   const uint8_t* const* blocks = s->blocks + strip;
   const float* scales = s->scales + 16 * strip;
   const float* minimums = s->minimums + 16 * strip;
-  int r = 0;
+  int r = DotTiles<V>(t, first, groups, strip, s, [&] { ahead->Fetch(); });
   for (; r + kDotRows <= t.rows; r += kDotRows) {
     float* sums = at(r);
     ahead->Fetch();

@@ -1,9 +1,35 @@
 #include "kernels/cpu/isa.h"
 
+#if defined(ESPALIER_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "absl/status/status.h"
 #include "fmt/format.h"
 
 namespace espalier {
+namespace {
+
+#if defined(ESPALIER_AMX)
+// Of a machine with AVX-512. Linux saves tiles only for processes that ask, since they are 8 KiB a
+// thread; the answer holds for all threads, and for good.
+bool AskForTiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0 || (d & kTiles) == 0 || (d & kInt8) == 0) {
+    return false;
+  }
+  unsigned saved, high;  // what the operating system knows to save: bits 17 and 18 are tiles
+  asm("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  if ((saved >> 17 & 3) != 3) return false;
+  constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;  // asm/prctl.h, since 5.16
+  return syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+}
+#endif
+
+}  // namespace
 
 std::string_view IsaName(Isa isa) {
   switch (isa) {
@@ -13,16 +39,18 @@ std::string_view IsaName(Isa isa) {
       return "avx2";
     case Isa::kAvx512Vnni:
       return "avx512";
+    case Isa::kAmx:
+      return "amx";
   }
   return "unknown";
 }
 
 absl::StatusOr<Isa> ParseIsa(std::string_view name) {
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni}) {
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx}) {
     if (name == IsaName(isa)) return isa;
   }
   return absl::InvalidArgumentError(
-      fmt::format("instruction set: expected portable, avx2 or avx512, got '{}'", name));
+      fmt::format("instruction set: expected portable, avx2, avx512 or amx, got '{}'", name));
 }
 
 std::vector<Isa> SupportedIsas() {
@@ -36,6 +64,10 @@ std::vector<Isa> SupportedIsas() {
                       __builtin_cpu_supports("avx512vnni");
   if (avx2) isas.push_back(Isa::kAvx2);
   if (avx2 && avx512) isas.push_back(Isa::kAvx512Vnni);
+#if defined(ESPALIER_AMX)
+  static const bool tiles = avx512 && AskForTiles();
+  if (avx2 && tiles) isas.push_back(Isa::kAmx);
+#endif
 #endif
   return isas;
 }
@@ -44,6 +76,16 @@ const KernelTable& KernelsOf([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx2) return Avx2Kernels();
   if (isa == Isa::kAvx512Vnni) return Avx512Kernels();
+#if defined(ESPALIER_AMX)
+  if (isa == Isa::kAmx) {
+    static const KernelTable kAmx = [] {
+      KernelTable table = Avx512Kernels();
+      table.matmul = AmxMatMul;
+      return table;
+    }();
+    return kAmx;
+  }
+#endif
 #endif
   return PortableKernels();
 }

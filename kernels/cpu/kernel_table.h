@@ -163,6 +163,9 @@ const KernelTable& PortableKernels();
 #if defined(__x86_64__)
 const KernelTable& Avx2Kernels();
 const KernelTable& Avx512Kernels();
+#if defined(ESPALIER_AMX)
+void AmxMatMul(const MatMulTask& task, MatMulScratch* scratch);
+#endif
 #endif
 
 }  // namespace espalier

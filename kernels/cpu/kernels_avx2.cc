@@ -10,6 +10,7 @@ namespace {
 // clang-format off: the order matters
 #include "kernels/cpu/lanes_avx2.h"
 #include "kernels/cpu/body_exp.h"
+#include "kernels/cpu/no_tiles.h"
 #include "kernels/cpu/body_matmul.h"
 #include "kernels/cpu/body_attention.h"
 #include "kernels/cpu/body_rows.h"

@@ -9,6 +9,7 @@ namespace {
 #include "kernels/cpu/half.h"
 #include "kernels/cpu/lanes_portable.h"
 #include "kernels/cpu/body_exp.h"
+#include "kernels/cpu/no_tiles.h"
 #include "kernels/cpu/body_matmul.h"
 #include "kernels/cpu/body_attention.h"
 #include "kernels/cpu/body_rows.h"

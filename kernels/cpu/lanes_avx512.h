@@ -79,6 +79,8 @@ template <bool kNibbles>
 Sum StartSum(int32_t) {
   return _mm512_setzero_si512();
 }
+// A sum that was made elsewhere.
+[[maybe_unused]] Sum LoadSum(const int32_t* p) { return _mm512_load_si512(p); }
 W LoadWeights(const uint8_t* p) { return _mm512_load_si512(p); }
 // Signed bytes: their sum starts at what offsetting them takes from it.
 W LoadSigned(const uint8_t* p) {

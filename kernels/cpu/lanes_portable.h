@@ -163,6 +163,12 @@ template <bool kNibbles>
 Sum StartSum(int32_t /*count*/) {
   return Set1(0);
 }
+// A sum that was made elsewhere.
+[[maybe_unused]] Sum LoadSum(const int32_t* p) {
+  I sums;
+  __builtin_memcpy(&sums, p, sizeof sums);
+  return Each([&](int i) { return __builtin_convertvector(sums.part[i], Float4); });
+}
 W LoadWeights(const uint8_t* p) {
   I packed;
   __builtin_memcpy(&packed, p, sizeof packed);

@@ -1,7 +1,7 @@
 // Times the CPU kernels on the shapes of SmolLM2-135M beside what the machine itself can do, prints
 // a table and writes the figures as flat JSON.
 //
-//   kernel_bench [--isa portable|avx2|avx512] [--threads N] [--out FILE]
+//   kernel_bench [--isa portable|avx2|avx512|amx] [--threads N] [--out FILE]
 //
 // Each figure is the best of a few passes, by the wall clock; products pass over thirty layers'
 // weights, so that these come from memory as they do when a model runs.
@@ -109,10 +109,10 @@ void Ceilings(Backend* backend, Isa isa, int threads) {
   if (isa == Isa::kPortable) return;
   const double seconds = BestSeconds(5, [&] {
     backend->ParallelFor(threads,
-                         [&](int) { isa == Isa::kAvx512Vnni ? Avx512Peak() : Avx2Peak(); });
+                         [&](int) { isa >= Isa::kAvx512Vnni ? Avx512Peak() : Avx2Peak(); });
   });
   figures["ceiling.int8_gop_s"] =
-      2.0 * threads * kPeakSteps * kChains * (isa == Isa::kAvx512Vnni ? 64 : 32) / seconds / 1e9;
+      2.0 * threads * kPeakSteps * kChains * (isa >= Isa::kAvx512Vnni ? 64 : 32) / seconds / 1e9;
 #endif
 }
 

@@ -1,13 +1,13 @@
 # Fails if an object compiled for more than the base machine offers the linker an inline function:
 # it might be taken for everybody and then crash a machine that lacks the instructions.
 foreach(object IN LISTS OBJECTS)
-  if(NOT object MATCHES "kernels_avx")
+  if(NOT object MATCHES "kernels_(avx|amx)")
     continue()
   endif()
   list(APPEND checked ${object})
   execute_process(COMMAND ${NM} -C ${object} OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
   string(REGEX MATCHALL "[^\n]* [WVuBDCTR] [^\n]*" shared "${symbols}")
-  list(FILTER shared EXCLUDE REGEX "T espalier::Avx[0-9]+Kernels\\(\\)$")
+  list(FILTER shared EXCLUDE REGEX "T espalier::(Avx[0-9]+Kernels|AmxMatMul)\\(.*\\)$")
   if(shared)
     message(FATAL_ERROR "${object} exports: ${shared}")
   endif()

@@ -1,0 +1,25 @@
+#include <immintrin.h>
+
+#include "kernels/cpu/kernel_table.h"
+#include "tests/kernels/tiles_on_model.h"
+
+namespace espalier {
+namespace {
+
+// clang-format off: the order matters
+#include "kernels/cpu/lanes_avx512.h"
+#include "kernels/cpu/tile_config.h"
+#include "tests/kernels/tile_model.h"
+#include "kernels/cpu/body_tiles.h"
+#include "kernels/cpu/body_matmul.h"
+// clang-format on
+
+}  // namespace
+
+int64_t MatMulOnModelTilesAvx512(const MatMulTask& task, MatMulScratch* scratch) {
+  const int64_t before = tile_dots;
+  MatMulWithTiles(task, scratch);
+  return tile_dots - before;
+}
+
+}  // namespace espalier
