@@ -168,6 +168,16 @@ struct Metrics::Instruments : prometheus::Collectable {
                "KV pages in use / all pages, from 0 to 1; reusable ones are free.", vllm);
   Counter& preemptions = AddCounter(r, "vllm:num_preemptions_total",
                                     "Requests that lost their KV memory to others.", vllm);
+  Counter& prefix_queries =
+      AddCounter(r, "vllm:prefix_cache_queries_total",
+                 "Prompt tokens looked up in the prefix cache, once per request.", vllm);
+  Counter& prefix_hits = AddCounter(r, "vllm:prefix_cache_hits_total",
+                                    "Of these, tokens found there, which were not computed.", vllm);
+  Counter& prefix_evicted =
+      AddCounter(r, "espalier_prefix_cache_evicted_pages_total",
+                 "KV pages that left the prefix cache because others wanted the memory.");
+  Gauge& prefix_pages = AddGauge(r, "espalier_prefix_cache_pages",
+                                 "KV pages that no request uses, kept for those to come.");
   Counter& generated =
       AddCounter(r, "vllm:generation_tokens_total", "Tokens drawn for requests.", vllm);
   Histogram& inter_token =
@@ -269,6 +279,10 @@ void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, const S
   m.workspace.Set(static_cast<double>(load.ledger.workspace));
   Advance(&m.preemptions, load.stats.preemptions);
   Advance(&m.recomputed, load.stats.recomputed_tokens);
+  Advance(&m.prefix_queries, load.stats.prefix_queries);
+  Advance(&m.prefix_hits, load.stats.prefix_hits);
+  Advance(&m.prefix_evicted, load.stats.prefix_evicted_pages);
+  m.prefix_pages.Set(load.stats.pages_cached);
 
   const int rows = report.decode_rows + report.prefill_rows;
   if (rows == 0) return;

@@ -252,6 +252,10 @@ const std::vector<Setting>& Settings() {
        "Share of a newcomer's max_tokens that must fit beside the running;\n"
        "0 admits on the prompt alone and preempts more, 1 never preempts",
        Share(&O::reserve_output)},
+      {kScheduling, "prefix-cache",
+       "Keep full KV pages for requests that begin with the same tokens;\n"
+       "they give way when memory is wanted",
+       Flag(&O::prefix_cache)},
       {kScheduling, "stream-buffer-tokens",
        "Tokens that wait for a slow reader before its stream is ended",
        Whole(&O::stream_buffer_tokens, 16, 1 << 20)},

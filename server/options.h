@@ -58,6 +58,9 @@ struct ServerOptions {
   int max_sequences = 64;       // running at once, 1 to 4096, at most max_batch_tokens
   int max_waiting = 256;        // queue bound, requests, 1 to 1000000; beyond: RESOURCE_EXHAUSTED
   double reserve_output = 0.5;  // SchedulerOptions::reserve_output, 0 to 1
+  // Full KV pages are kept after their request and shared by requests that begin with the same
+  // tokens; kept ones give way whenever memory is wanted.
+  bool prefix_cache = true;
   // Tokens that wait for a slow reader before its stream is ended, 16 to 1048576.
   int stream_buffer_tokens = 1024;
   // What running streams get to finish after SIGTERM, seconds, 0 to 86400.

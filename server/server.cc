@@ -166,7 +166,8 @@ class Server {
         SchedulerOptions{.max_batch_tokens = options_.max_batch_tokens,
                          .max_sequences = options_.max_sequences,
                          .max_waiting = options_.max_waiting + options_.max_sequences,
-                         .reserve_output = options_.reserve_output},
+                         .reserve_output = options_.reserve_output,
+                         .prefix_cache = options_.prefix_cache},
         executor_->kv_geometry(), executor_->ladder(), executor_.get(), &policy_);
     return absl::OkStatus();
   }

@@ -41,7 +41,8 @@ absl::StatusOr<BenchResult> RunBench(
   const FixedPolicy policy(0);
   Engine engine({.max_batch_tokens = setup.step_rows,
                  .max_sequences = shape.batch,
-                 .max_waiting = shape.batch},
+                 .max_waiting = shape.batch,
+                 .prefix_cache = false},  // what is timed is computed
                 setup.geometry, *setup.ladder, setup.executor, &policy);
   std::mt19937_64 random(seed);
   for (int i = 0; i < shape.batch; ++i) {

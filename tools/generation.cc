@@ -212,9 +212,12 @@ std::string Summary(const StreamResult& result) {
   const v1::Usage& usage = result.finished.usage();
   const v1::Served& served = result.finished.served();
   std::string text = fmt::format(
-      "{} prompt + {} new tokens, {} | TTFT {:.0f} ms, TPOT {:.1f} ms, {:.1f} tokens/s | seed {}\n"
+      "{} prompt{} + {} new tokens, {} | TTFT {:.0f} ms, TPOT {:.1f} ms, {:.1f} tokens/s | seed "
+      "{}\n"
       "served:",
-      usage.prompt_tokens(), usage.completion_tokens(), ReasonName(result.finished.reason()),
+      usage.prompt_tokens(),
+      usage.cached_tokens() > 0 ? fmt::format(" ({} cached)", usage.cached_tokens()) : "",
+      usage.completion_tokens(), ReasonName(result.finished.reason()),
       1e3 * result.times.first_token, 1e3 * result.times.per_token(), result.times.tokens_per_s(),
       result.finished.seed());
   for (const v1::RungUse& use : served.rungs()) {

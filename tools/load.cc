@@ -31,6 +31,11 @@ void PrintTable(const LoadReport& report) {
       "{} calls, {} finished, {} past their deadline, {} tokens in {:.2f} s: {:.1f} tokens/s\n",
       report.started, report.finished, report.past_deadline, report.tokens, report.seconds,
       static_cast<double>(report.tokens) / report.seconds);
+  if (report.cached_tokens > 0) {
+    fmt::print(
+        "{} of {} prompt tokens were found in the prefix cache: another --seed has new ones\n",
+        report.cached_tokens, report.prompt_tokens);
+  }
   fmt::print("{:>8} {:>10} {:>10} {:>10} {:>7}\n", "ms", "p50", "p90", "p99", "count");
   const auto line = [](const char* name, const std::vector<double>& seconds) {
     fmt::print("{:>8} {:>10.1f} {:>10.1f} {:>10.1f} {:>7}\n", name, 1e3 * Percentile(seconds, 50),
@@ -51,6 +56,8 @@ void PrintJson(const LoadReport& report) {
       {"finished", report.finished},
       {"past_deadline", report.past_deadline},
       {"tokens", report.tokens},
+      {"prompt_tokens", report.prompt_tokens},
+      {"cached_tokens", report.cached_tokens},
       {"seconds", report.seconds},
       {"tokens_per_s", static_cast<double>(report.tokens) / report.seconds}};
   const auto add = [&](const std::string& name, const std::vector<double>& seconds) {
@@ -129,7 +136,7 @@ void AddLoad(CLI::App& root, Action* action) {
   count("--prompt-tokens", shape.prompt_tokens, "TOKENS", "Length of each prompt, random ids");
   count("--max-tokens", shape.max_tokens, "TOKENS",
         "Tokens drawn by each call, greedy; end tokens do not end it");
-  sub->add_option("--seed", shape.seed, "Seed of prompts and arrivals")
+  sub->add_option("--seed", shape.seed, "Seed of prompts and arrivals; new prompts need a new one")
       ->type_name("NUMBER")
       ->check(Unsigned64())
       ->capture_default_str();

@@ -32,6 +32,7 @@ class Call final : public grpc::ClientReadReactor<v1::GenerateResponse> {
 
   const StreamTimes& times() const { return times_; }
   bool past_deadline() const { return past_deadline_; }
+  const v1::Usage& usage() const { return usage_; }  // once finished
 
  private:
   Generator* generator_;
@@ -41,6 +42,7 @@ class Call final : public grpc::ClientReadReactor<v1::GenerateResponse> {
   double deadline_;
   bool past_deadline_ = false;
   StreamTimes times_;
+  v1::Usage usage_;
   Clock::time_point start_ = Clock::now();
 };
 
@@ -89,6 +91,7 @@ void Call::OnReadDone(bool ok) {
     times_.tokens += response_.token_ids_size();
     past_deadline_ |= deadline_ > 0 && now > deadline_;
   }
+  if (response_.has_finished()) usage_ = response_.finished().usage();
   StartRead(&response_);
 }
 
@@ -134,6 +137,8 @@ void Generator::Ended(Call* call, const grpc::Status& status) {
   if (times.tokens > 1) report_.per_token.push_back(times.per_token());
   if (status.ok()) {
     ++report_.finished;
+    report_.prompt_tokens += call->usage().prompt_tokens();
+    report_.cached_tokens += call->usage().cached_tokens();
     report_.end.push_back(times.end);
   } else {
     Refusals& refusals = report_.refusals[CodeName(status.error_code())];

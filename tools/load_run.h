@@ -37,7 +37,11 @@ struct LoadReport {
   int finished = 0;  // with OK
   // Calls that were still given tokens, or ended well, after their deadline.
   int past_deadline = 0;
-  int64_t tokens = 0;                        // of all calls
+  int64_t tokens = 0;  // of all calls
+  // Of calls that finished. A server that has seen the seed finds its prompts in the prefix cache:
+  // times are then those of repeated prompts.
+  int64_t prompt_tokens = 0;
+  int64_t cached_tokens = 0;
   double seconds = 0;                        // first call to last end
   std::vector<double> first_token;           // seconds, one per call that got any
   std::vector<double> per_token;             // seconds, one per call that got two or more

@@ -13,6 +13,7 @@ PagePool::PagePool(int pages, int layers) {
   free_.resize(pages);
   std::iota(free_.rbegin(), free_.rend(), 0);
   layer_of_.assign(pages, -1);
+  cached_.assign(pages, false);
   used_by_layer_.assign(layers, 0);
 }
 
@@ -30,21 +31,43 @@ void PagePool::Return(int layer, std::span<const int32_t> pages) {
     Invariant(page >= 0 && page < total(), "page {} returned, the pool has {}", page, total());
     Invariant(layer_of_[page] == layer, "page {} returned by layer {}, held by {} (-1 = free)",
               page, layer, layer_of_[page]);
+    if (cached_[page]) Reuse(page);
     layer_of_[page] = -1;
     --used_by_layer_[layer];
     free_.push_back(page);
   }
 }
 
+void PagePool::Cache(int32_t page) {
+  Invariant(layer_of_[page] >= 0 && !cached_[page], "page {} cached, but not in use", page);
+  cached_[page] = true;
+  ++cached_count_;
+  --used_by_layer_[layer_of_[page]];
+}
+
+void PagePool::Reuse(int32_t page) {
+  Invariant(cached_[page], "page {} reused, but not cached", page);
+  cached_[page] = false;
+  --cached_count_;
+  ++used_by_layer_[layer_of_[page]];
+}
+
 void PagePool::CheckInvariants() const {
-  std::vector<int> held(used_by_layer_.size(), 0);
-  for (const int layer : layer_of_) {
-    if (layer >= 0) ++held[layer];
+  std::vector<int> used(used_by_layer_.size(), 0);
+  int idle = 0;
+  for (int32_t page = 0; page < total(); ++page) {
+    Invariant(layer_of_[page] >= 0 || !cached_[page], "page {} is free and cached", page);
+    if (cached_[page]) {
+      ++idle;
+    } else if (layer_of_[page] >= 0) {
+      ++used[layer_of_[page]];
+    }
   }
-  Invariant(held == used_by_layer_, "pages held by layer disagree with their counts");
-  Invariant(std::accumulate(held.begin(), held.end(), 0) == used(),
-            "free {} + used {} + cached {} pages are not the {} there are", free(),
-            std::accumulate(held.begin(), held.end(), 0), cached(), total());
+  Invariant(used == used_by_layer_, "pages used by layer disagree with their counts");
+  const int all_used = std::accumulate(used.begin(), used.end(), 0);
+  Invariant(idle == cached() && all_used == this->used(),
+            "free {} + used {} + cached {} pages are not the {} there are", free(), all_used, idle,
+            total());
   std::vector<bool> seen(layer_of_.size(), false);
   for (const int32_t page : free_) {
     Invariant(layer_of_[page] == -1 && !seen[page], "page {} is free twice, or free and held",

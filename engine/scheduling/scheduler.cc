@@ -15,6 +15,7 @@ SequenceOutput Describe(const Sequence& sequence, FinishReason finish) {
   return {.id = sequence.request.id,
           .finish = finish,
           .prompt_tokens = sequence.prompt_tokens(),
+          .cached_tokens = sequence.cached_tokens,
           .output_tokens = sequence.output_tokens(),
           .preemptions = sequence.preemptions,
           .first_scheduled = sequence.first_scheduled,
@@ -25,6 +26,20 @@ bool Contains(const std::vector<int32_t>& tokens, int32_t token) {
   return std::find(tokens.begin(), tokens.end(), token) != tokens.end();
 }
 
+// At most so many nodes fit into the pool: each takes a page in every layer that keeps K and V.
+int MostNodes(const SchedulerOptions& options, const KvGeometry& geometry, const Ladder& ladder) {
+  if (!options.prefix_cache) return 0;
+  int fewest = geometry.layers;
+  for (int rung = 0; rung < ladder.size(); ++rung) {
+    int kept = 0;
+    for (int layer = 0; layer < geometry.layers; ++layer) {
+      kept += ladder.rung(rung).HoldsKv(layer) ? 1 : 0;
+    }
+    if (kept > 0) fewest = std::min(fewest, kept);
+  }
+  return geometry.pages / fewest;
+}
+
 }  // namespace
 
 Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry,
@@ -33,7 +48,8 @@ Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry
       geometry_(geometry),
       ladder_(ladder),
       policy_(policy),
-      pool_(geometry.pages, geometry.layers) {
+      pool_(geometry.pages, geometry.layers),
+      cache_(MostNodes(options, geometry, ladder), geometry.layers, geometry.page_tokens, &pool_) {
   Invariant(
       options.max_batch_tokens >= 1 && options.max_sequences >= 1 && options.max_waiting >= 0 &&
           options.reserve_output >= 0 && options.reserve_output <= 1,
@@ -56,6 +72,7 @@ Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry
   batch_.spans.reserve(options.max_sequences);
   batch_.logits.reserve(options.max_batch_tokens);
   scheduled_.reserve(options.max_sequences);
+  hits_.reserve(cache_.capacity());
   running_.reserve(options.max_sequences);
   waiting_.reserve(static_cast<size_t>(options.max_waiting) + options.max_sequences);
 }
@@ -130,12 +147,14 @@ void Scheduler::Expire(Instant now, std::vector<SequenceOutput>* expired) {
 
 void Scheduler::AddDecodes() {
   for (size_t i = 0; i < running_.size(); ++i) {
-    if (running_[i]->decoding() && Grow(running_[i])) AddSpan(running_[i]);
+    if (running_[i]->decoding() && Grow(running_[i])) {
+      AddSpan(running_[i], /*decode=*/true);
+    }
   }
 }
 
 void Scheduler::AddPrefills(Instant now) {
-  int64_t unpromised = pool_.free();
+  int64_t unpromised = pool_.available();
   for (const Sequence* sequence : running_) {
     unpromised -= PagesPromised(*sequence) - PagesHeld(*sequence);
   }
@@ -143,9 +162,11 @@ void Scheduler::AddPrefills(Instant now) {
   for (size_t i = 0; batch_.rows() < options_.max_batch_tokens; ++i) {
     const bool head_is_next = !waiting_.empty() && (i == running_.size() ||
                                                     ServedBefore(*waiting_.front(), *running_[i]));
-    if (head_is_next && admitting) admitting = AdmitHead(i, now, &unpromised);
+    const bool admitted = head_is_next && admitting && AdmitHead(i, now, &unpromised);
+    if (head_is_next) admitting = admitted;
     if (i == running_.size()) return;
-    if (!running_[i]->decoding()) AddSpan(running_[i]);
+    // A preempted sequence that finds all but its last token computed is decoding already.
+    if (admitted || !running_[i]->decoding()) AddSpan(running_[i], /*decode=*/false);
   }
 }
 
@@ -154,14 +175,29 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   Sequence* head = waiting_.front();
   const bool newcomer = head->first_scheduled == kNever;
   if (newcomer) head->rung = ChooseRung(head->request, now);
-  const int64_t promised = PagesPromised(*head);
-  if (promised > *unpromised && !running_.empty()) return false;
+  FindPrefix(*head);
+  int64_t needed = PagesPromised(*head);
+  for (const int32_t node : hits_) {
+    if (cache_.users(node) > 0) needed -= static_cast<int64_t>(kv_layers_[head->rung].size());
+  }
+  if (needed > *unpromised && !running_.empty()) return false;
 
-  *unpromised -= promised;
+  *unpromised -= needed;
   if (newcomer) {
     head->first_scheduled = now;
     const int longest = TableLength(int64_t{head->prompt_tokens()} + head->request.stop.max_tokens);
     for (const int layer : kv_layers_[head->rung]) head->page_tables[layer].reserve(longest);
+    if (options_.prefix_cache) head->nodes.reserve(longest);
+  }
+  AdoptPrefix(head);
+  if (newcomer) {
+    head->cached_tokens = head->computed;
+    if (options_.prefix_cache && !head->request.prompt_logprobs) {
+      prefix_queries_ += static_cast<uint64_t>(head->prompt_tokens());
+      prefix_hits_ += static_cast<uint64_t>(head->cached_tokens);
+    }
+  } else {
+    recomputed_tokens_ += static_cast<uint64_t>(std::max(0, head->lost - head->computed));
   }
   TakePages(head, TableLength(head->size()));
   head->state = Sequence::State::kRunning;
@@ -182,7 +218,7 @@ bool Scheduler::Grow(Sequence* sequence) {
   const int length = TableLength(sequence->size());
   const int64_t missing = static_cast<int64_t>(length - sequence->table_length) *
                           static_cast<int64_t>(kv_layers_[sequence->rung].size());
-  while (pool_.free() < missing) {
+  while (pool_.available() < missing) {
     Sequence* victim = running_.back();
     Invariant(victim != running_.front(), "{} pages cannot hold the {} tokens of request {} alone",
               pool_.total(), sequence->size(), sequence->request.id);
@@ -196,7 +232,7 @@ bool Scheduler::Grow(Sequence* sequence) {
 void Scheduler::Preempt(Sequence* sequence) {
   ++preemptions_;
   ++sequence->preemptions;
-  recomputed_tokens_ += static_cast<uint64_t>(sequence->computed);
+  sequence->lost = sequence->computed;
   ReturnPages(sequence);
   sequence->computed = 0;
   Remove(sequence, &running_);
@@ -204,9 +240,8 @@ void Scheduler::Preempt(Sequence* sequence) {
   Insert(sequence, &waiting_);
 }
 
-void Scheduler::AddSpan(Sequence* sequence) {
+void Scheduler::AddSpan(Sequence* sequence, bool decode) {
   const Request& request = sequence->request;
-  const bool decode = sequence->decoding();
   const int start = sequence->computed;
   const int rows = std::min(sequence->size() - start, options_.max_batch_tokens - batch_.rows());
   Invariant(rows > 0, "request {} got no row of {}", request.id, options_.max_batch_tokens);
@@ -244,6 +279,7 @@ void Scheduler::AddSpan(Sequence* sequence) {
                           .rung = sequence->rung,
                           .page_tables = sequence->page_tables});
   batch_.tokens.insert(batch_.tokens.end(), first_token, first_token + rows);
+  if (!decode) sequence->prefilled = start + rows;
   (decode ? batch_.decode_rows : batch_.prefill_rows) += rows;
   scheduled_.push_back(sequence);
 }
@@ -255,6 +291,7 @@ void Scheduler::Commit(const StepResult& result, std::vector<SequenceOutput>* ou
   for (size_t i = 0; i < scheduled_.size(); ++i) {
     Sequence* sequence = scheduled_[i];
     sequence->computed += batch_.spans[i].rows;
+    SharePages(sequence);
     SequenceOutput output;
     for (; next < batch_.logits.size() && batch_.logits[next].span == static_cast<int>(i); ++next) {
       if (batch_.logits[next].use == LogitRow::Use::kScore) {
@@ -308,10 +345,64 @@ void Scheduler::Discard() {
   scheduled_.clear();
 }
 
+void Scheduler::FindPrefix(const Sequence& sequence) {
+  hits_.clear();
+  if (!options_.prefix_cache || kv_layers_[sequence.rung].empty()) return;
+  int reusable = sequence.size() - 1;
+  if (sequence.request.prompt_logprobs && sequence.scored + 1 < sequence.prompt_tokens()) {
+    reusable = sequence.scored;
+  }
+  int32_t node = PrefixCache::kNone;
+  for (int page = 0; (page + 1) * geometry_.page_tokens <= reusable; ++page) {
+    node = cache_.Find(sequence.rung, node, PageTokens(sequence, page));
+    if (node == PrefixCache::kNone) return;
+    hits_.push_back(node);
+  }
+}
+
+void Scheduler::AdoptPrefix(Sequence* sequence) {
+  for (const int32_t node : hits_) {
+    cache_.Use(node);
+    sequence->nodes.push_back(node);
+    for (const int layer : kv_layers_[sequence->rung]) {
+      sequence->page_tables[layer].push_back(cache_.pages(node)[layer]);
+    }
+  }
+  sequence->table_length = static_cast<int>(hits_.size());
+  sequence->computed = sequence->table_length * geometry_.page_tokens;
+}
+
+void Scheduler::SharePages(Sequence* sequence) {
+  const int rung = sequence->rung;
+  if (!options_.prefix_cache || kv_layers_[rung].empty()) return;
+  // Where decode rows are narrowed otherwise, their K and V are not what a prefill would find.
+  const bool alike = ladder_.rung(rung).prefill == ladder_.rung(rung).decode;
+  const int shared = alike ? sequence->computed : std::min(sequence->computed, sequence->prefilled);
+  std::vector<int32_t>& nodes = sequence->nodes;
+  for (int page = static_cast<int>(nodes.size()); (page + 1) * geometry_.page_tokens <= shared;
+       ++page) {
+    const int32_t parent = nodes.empty() ? PrefixCache::kNone : nodes.back();
+    const std::span<const int32_t> tokens = PageTokens(*sequence, page);
+    int32_t node = cache_.Find(rung, parent, tokens);
+    if (node == PrefixCache::kNone) {
+      node = cache_.Insert(rung, parent, tokens, sequence->page_tables, page);
+    } else {
+      cache_.Use(node);
+      for (const int layer : kv_layers_[rung]) {
+        int32_t& own = sequence->page_tables[layer][page];
+        pool_.Return(layer, std::span(&own, 1));
+        own = cache_.pages(node)[layer];
+      }
+    }
+    nodes.push_back(node);
+  }
+}
+
 void Scheduler::TakePages(Sequence* sequence, int table_length) {
   for (; sequence->table_length < table_length; ++sequence->table_length) {
     for (const int layer : kv_layers_[sequence->rung]) {
-      const int32_t page = pool_.Take(layer);
+      int32_t page = pool_.Take(layer);
+      if (page < 0 && cache_.Evict()) page = pool_.Take(layer);
       Invariant(page >= 0, "no page left for layer {} of request {}", layer, sequence->request.id);
       sequence->page_tables[layer].push_back(page);
     }
@@ -319,10 +410,12 @@ void Scheduler::TakePages(Sequence* sequence, int table_length) {
 }
 
 void Scheduler::ReturnPages(Sequence* sequence) {
+  std::vector<int32_t>& nodes = sequence->nodes;
   for (const int layer : kv_layers_[sequence->rung]) {
-    pool_.Return(layer, sequence->page_tables[layer]);
+    pool_.Return(layer, std::span(sequence->page_tables[layer]).subspan(nodes.size()));
     sequence->page_tables[layer].clear();
   }
+  for (; !nodes.empty(); nodes.pop_back()) cache_.Release(nodes.back());
   sequence->table_length = 0;
 }
 
@@ -344,6 +437,11 @@ void Scheduler::End(Sequence* sequence) {
 
 int Scheduler::TableLength(int64_t tokens) const {
   return static_cast<int>((tokens + geometry_.page_tokens - 1) / geometry_.page_tokens);
+}
+
+std::span<const int32_t> Scheduler::PageTokens(const Sequence& sequence, int page) const {
+  return std::span(sequence.tokens)
+      .subspan(static_cast<size_t>(page) * geometry_.page_tokens, geometry_.page_tokens);
 }
 
 int64_t Scheduler::PagesHeld(const Sequence& sequence) const {
@@ -389,7 +487,10 @@ SchedulerStats Scheduler::stats() const {
           .pages_used = pool_.used(),
           .pages_cached = pool_.cached(),
           .preemptions = preemptions_,
-          .recomputed_tokens = recomputed_tokens_};
+          .recomputed_tokens = recomputed_tokens_,
+          .prefix_queries = prefix_queries_,
+          .prefix_hits = prefix_hits_,
+          .prefix_evicted_pages = cache_.evicted_pages()};
 }
 
 void Scheduler::CheckInvariants() const {
@@ -401,6 +502,7 @@ void Scheduler::CheckInvariants() const {
             "{} sequences run, {} may", running_.size(), options_.max_sequences);
   std::vector<bool> seen(pool_.total(), false);
   std::vector<int> held(geometry_.layers, 0);
+  std::vector<int> users(cache_.capacity(), 0);
   for (const Queue* queue : {&running_, &waiting_}) {
     const bool running = queue == &running_;
     for (size_t i = 0; i < queue->size(); ++i) {
@@ -416,20 +518,42 @@ void Scheduler::CheckInvariants() const {
                     sequence.computed <= int64_t{sequence.table_length} * geometry_.page_tokens,
                 "request {}: {} computed of {} tokens in {} pages", id, sequence.computed,
                 sequence.size(), sequence.table_length);
+      const int shared = static_cast<int>(sequence.nodes.size());
+      Invariant(shared * geometry_.page_tokens <= sequence.computed,
+                "request {} shares {} pages, {} tokens are computed", id, shared,
+                sequence.computed);
+      for (int page = 0; page < shared; ++page) {
+        const int32_t node = sequence.nodes[page];
+        const int32_t parent = page == 0 ? PrefixCache::kNone : sequence.nodes[page - 1];
+        Invariant(cache_.Find(sequence.rung, parent, PageTokens(sequence, page)) == node,
+                  "request {}: page {} is not that of its tokens", id, page);
+        ++users[node];
+      }
       for (int layer = 0; layer < geometry_.layers; ++layer) {
         const std::vector<int32_t>& table = sequence.page_tables[layer];
         const int expected = ladder_.rung(sequence.rung).HoldsKv(layer) ? sequence.table_length : 0;
         Invariant(static_cast<int>(table.size()) == expected,
                   "request {} holds {} pages of layer {}, expected {}", id, table.size(), layer,
                   expected);
-        held[layer] += expected;
-        for (const int32_t page : table) {
-          Invariant(pool_.layer_of(page) == layer && !seen[page],
+        if (expected == 0) continue;
+        held[layer] += expected - shared;
+        for (int i = 0; i < expected; ++i) {
+          const int32_t page = table[i];
+          if (i < shared) {
+            Invariant(page == cache_.pages(sequence.nodes[i])[layer],
+                      "request {}: page {} of layer {} is not that of its node", id, page, layer);
+            continue;
+          }
+          Invariant(pool_.layer_of(page) == layer && !pool_.cached(page) && !seen[page],
                     "request {}: page {} of layer {} is not its own", id, page, layer);
           seen[page] = true;
         }
       }
     }
+  }
+  cache_.CheckInvariants(users, &seen, &held);
+  for (int32_t page = 0; page < pool_.total(); ++page) {
+    Invariant(seen[page] == (pool_.layer_of(page) >= 0), "page {} is out, but nobody has it", page);
   }
   for (int layer = 0; layer < geometry_.layers; ++layer) {
     Invariant(held[layer] == pool_.used_by(layer), "layer {}: sequences hold {} pages, the pool {}",

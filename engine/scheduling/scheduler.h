@@ -14,13 +14,21 @@
 // Admission is by full length: a newcomer takes the pages of its whole prompt at once, so a prefill
 // never stalls half-way, and only if its promise fits beside everyone else's:
 //   promise(s)  = pages(size + ceil(reserve_output * (max_tokens - output_tokens)))
-//   admitted if   promise(head) <= free - sum over running of (promise(s) - pages held by s)
+//   admitted if   promise(head) - pages it finds in use
+//                   <= free + cached - sum over running of (promise(s) - pages held by s)
 //   pages(n)    = ceil(n / page_tokens) * layers that keep K and V at the rung
 // With reserve_output = 1 growth never fails and nothing is preempted. When nothing runs the head
-// is admitted unasked: all pages are free then, and Submit has refused what they cannot hold.
+// is admitted unasked: no page is in use then, and Submit has refused what they cannot hold.
 //
 // Only the head of the queue is tried. Nobody overtakes a request that waits for room, whatever the
 // size, so at equal priority none starves; the price is room left empty while a long one waits.
+//
+// Pages are shared from the step on that filled them: a full page enters the prefix cache at
+// Commit, whether its tokens were asked or drawn, and whoever is admitted with the same tokens
+// before it and in it, at the same rung, starts behind it. The last token is always computed, since
+// its row draws the next one; so are the rows whose scores are wanted. Two that filled the same
+// page in one step keep one of them. A page leaves its cache only when somebody needs one and none
+// is free.
 //
 // The first running sequence in service order has rows in every step (unless newcomers of higher
 // priority took what decodes leave): decoding, since a sequence comes to decode only by a row of
@@ -30,12 +38,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <unordered_map>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "engine/scheduling/batch.h"
 #include "engine/scheduling/page_pool.h"
+#include "engine/scheduling/prefix_cache.h"
 #include "engine/scheduling/sequence.h"
 #include "policy/policy.h"
 
@@ -56,6 +66,7 @@ struct SchedulerOptions {
   // In [0, 1]: share of the output still to come that a promise counts. 0 admits on what is there
   // already (more preemption), 1 never preempts.
   double reserve_output = 0.5;
+  bool prefix_cache = true;  // full pages are kept and shared
 };
 
 // What a step did to one sequence, told by Commit and by Schedule's expiries.
@@ -66,7 +77,7 @@ struct SequenceOutput {
   FinishReason finish = FinishReason::kNone;
   // As of this step:
   int prompt_tokens = 0;
-  int cached_tokens = 0;  // of the prompt, found computed: none until there is a prefix cache
+  int cached_tokens = 0;  // of the prompt, found in the prefix cache
   int output_tokens = 0;
   int preemptions = 0;
   Instant first_scheduled = kNever;  // kNever: never left the queue
@@ -81,7 +92,11 @@ struct SchedulerStats {
   int pages_used = 0;
   int pages_cached = 0;
   uint64_t preemptions = 0;        // since start
-  uint64_t recomputed_tokens = 0;  // since start; tokens whose K and V preemption threw away
+  uint64_t recomputed_tokens = 0;  // since start; whose K and V were gone after a preemption
+  // Since start, of requests at their first admission; those that want scores do not ask.
+  uint64_t prefix_queries = 0;  // prompt tokens
+  uint64_t prefix_hits = 0;     // of these, found in the prefix cache
+  uint64_t prefix_evicted_pages = 0;
 };
 
 class Scheduler {
@@ -96,7 +111,7 @@ class Scheduler {
   // ResourceExhausted: the queue is full.
   absl::Status Submit(Request request);
 
-  // Ends a sequence in any state; its pages are free when this returns. False if unknown (finished
+  // Ends a sequence in any state; it holds no page when this returns. False if unknown (finished
   // already). Not while a batch is out: the engine calls it between steps.
   bool Cancel(RequestId id);
 
@@ -105,8 +120,8 @@ class Scheduler {
   // to do. Nothing of a sequence with deadline <= now is in it.
   const Batch& Schedule(Instant now, std::vector<SequenceOutput>* expired);
 
-  // Appends what the executor drew, ends sequences, gives their pages back. `result` has one token
-  // for each logit row of the batch.
+  // Appends what the executor drew, shares the pages that are full, ends sequences, gives their
+  // pages back. `result` has one token for each logit row of the batch.
   void Commit(const StepResult& result, std::vector<SequenceOutput>* outputs);
 
   // Clears what earlier steps told, and keeps its memory for the tokens of later ones.
@@ -122,8 +137,9 @@ class Scheduler {
   // Longest prompt + output that the context and the pool, all of it, can hold at rung 0, tokens.
   int max_sequence_tokens() const;
 
-  // Crashes unless free + used + cached = total in every layer, every page is held once, and
-  // queues, tables and counts agree. O(pages + sequences * layers).
+  // Crashes unless free + used + cached = total in every layer, every page is free, of one sequence
+  // or of one node of the prefix cache, whose users all computed what it holds, and queues, tables
+  // and counts agree. O(pages + sequences * layers).
   void CheckInvariants() const;
 
  private:
@@ -135,7 +151,7 @@ class Scheduler {
   void AddPrefills(Instant now);
 
   // Moves the head of the queue to running_[place]; false if it has to wait. `unpromised` is free
-  // pages less what the running were promised beyond what they hold.
+  // and cached pages less what the running were promised beyond what they hold.
   bool AdmitHead(size_t place, Instant now, int64_t* unpromised);
   int ChooseRung(const Request& request, Instant now) const;
 
@@ -143,9 +159,13 @@ class Scheduler {
   // in service order and had to go itself.
   bool Grow(Sequence* sequence);
   void Preempt(Sequence* sequence);
-  void AddSpan(Sequence* sequence);
+  void AddSpan(Sequence* sequence, bool decode);
   FinishReason Append(const TokenResult& drawn, Sequence* sequence, SequenceOutput* output);
 
+  // Fills hits_ with the nodes that hold what `sequence` would compute first.
+  void FindPrefix(const Sequence& sequence);
+  void AdoptPrefix(Sequence* sequence);  // the nodes of hits_
+  void SharePages(Sequence* sequence);   // those that are full, but not in the prefix cache yet
   void TakePages(Sequence* sequence, int table_length);
   void ReturnPages(Sequence* sequence);
   void Insert(Sequence* sequence, Queue* queue);
@@ -153,6 +173,7 @@ class Scheduler {
   void End(Sequence* sequence);  // destroys it
 
   int TableLength(int64_t tokens) const;
+  std::span<const int32_t> PageTokens(const Sequence& sequence, int page) const;
   int64_t PagesHeld(const Sequence& sequence) const;
   int64_t PagesPromised(const Sequence& sequence) const;
 
@@ -163,6 +184,8 @@ class Scheduler {
   std::vector<std::vector<int>> kv_layers_;  // [rungs]: layers that keep K and V
 
   PagePool pool_;
+  PrefixCache cache_;
+  std::vector<int32_t> hits_;  // scratch of one admission
   std::unordered_map<RequestId, std::unique_ptr<Sequence>>
       sequences_;  // never walked for decisions
   Queue waiting_;
@@ -171,6 +194,8 @@ class Scheduler {
   Instant next_deadline_ = kNever;  // no live sequence has an earlier one
   uint64_t preemptions_ = 0;
   uint64_t recomputed_tokens_ = 0;
+  uint64_t prefix_queries_ = 0;
+  uint64_t prefix_hits_ = 0;
 
   Batch batch_;                                         // empty unless out
   std::vector<Sequence*> scheduled_;                    // [batch_.spans]

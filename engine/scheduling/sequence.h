@@ -31,9 +31,13 @@ struct Sequence {
   int computed = 0;             // tokens whose K and V lie in pages
   int scored = 0;               // prompt scores told, so that a recomputation does not repeat them
   int preemptions = 0;
+  int cached_tokens = 0;  // of the prompt, found in the prefix cache at the first admission
+  int prefilled = 0;      // tokens before the first decode row since the last admission
+  int lost = 0;           // computed when last preempted
   Instant first_scheduled = kNever;
   int table_length = 0;  // pages held in each layer that keeps K and V at this rung
   std::vector<std::vector<int32_t>> page_tables;  // [layers][table_length], other layers empty
+  std::vector<int32_t> nodes;  // of the prefix cache: whose pages the first ones of each table are
 
   int size() const { return static_cast<int>(tokens.size()); }
   int prompt_tokens() const { return static_cast<int>(request.prompt.size()); }

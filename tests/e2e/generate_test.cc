@@ -140,6 +140,19 @@ TEST(Generate, ManyStreamsKeepTheirTokensApart) {
   EXPECT_TRUE(server.Idle());
 }
 
+TEST(Generate, TellsWhatOfThePromptWasFoundComputed) {
+  LocalServer server;
+  const std::string prompt(40, 'h');  // pages of 16
+  EXPECT_EQ(Generate(server.stub(), TextRequest(prompt, 4)).finished->usage().cached_tokens(), 0);
+  const Answer again = Generate(server.stub(), TextRequest(prompt, 4));
+  EXPECT_EQ(again.finished->usage().cached_tokens(), 32);
+  EXPECT_EQ(again.finished->usage().prompt_tokens(), 40);
+  EXPECT_EQ(again.text, Letters('h', 4));
+  const Answer longer = Generate(server.stub(), TextRequest(prompt + std::string(8, 'h'), 4));
+  EXPECT_EQ(longer.finished->usage().cached_tokens(), 32);
+  EXPECT_TRUE(server.Idle());
+}
+
 TEST(Score, GivesEveryTokenButTheFirst) {
   LocalServer server;
   v1::ScoreRequest request;

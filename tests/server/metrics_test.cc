@@ -18,6 +18,7 @@
 namespace espalier {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -39,10 +40,14 @@ LoadSnapshot Load() {
   load.stats = {.running = 3,
                 .waiting = 4,
                 .pages_total = 200,
-                .pages_free = 150,
+                .pages_free = 140,
                 .pages_used = 50,
+                .pages_cached = 10,
                 .preemptions = 2,
-                .recomputed_tokens = 30};
+                .recomputed_tokens = 30,
+                .prefix_queries = 400,
+                .prefix_hits = 160,
+                .prefix_evicted_pages = 60};
   load.ledger = {.weights = 100, .kv_used = 25, .kv_reusable = 5, .kv_free = 70, .workspace = 9};
   load.arriving = 1;
   load.max_waiting = 256;
@@ -105,6 +110,10 @@ TEST(MetricsTest, AStepShowsInGaugesCountersAndHistograms) {
            fmt::format("vllm:num_requests_waiting{}}} 5\n", kLabels),
            fmt::format("vllm:kv_cache_usage_perc{}}} 0.25\n", kLabels),
            fmt::format("vllm:num_preemptions_total{}}} 2\n", kLabels),
+           fmt::format("vllm:prefix_cache_queries_total{}}} 400\n", kLabels),
+           fmt::format("vllm:prefix_cache_hits_total{}}} 160\n", kLabels),
+           std::string("espalier_prefix_cache_evicted_pages_total 60\n"),
+           std::string("espalier_prefix_cache_pages 10\n"),
            fmt::format("vllm:generation_tokens_total{}}} 3\n", kLabels),
            fmt::format("vllm:iteration_tokens_total_bucket{},le=\"64\"}} 0\n", kLabels),
            fmt::format("vllm:iteration_tokens_total_bucket{},le=\"128\"}} 1\n", kLabels),
@@ -136,9 +145,11 @@ TEST(MetricsTest, TotalsSinceStartAreNotAddedTwice) {
   metrics.OnStep(Step(), load, {.step = 0.1});
   metrics.OnStep(Step(), load, {.step = 0.1});
   load.stats.preemptions = 5;
+  load.stats.prefix_hits = 176;
   metrics.OnStep(Step(), load, {.step = 0.1});
   EXPECT_THAT(metrics.Text(),
-              HasSubstr(fmt::format("vllm:num_preemptions_total{}}} 5\n", kLabels)));
+              AllOf(HasSubstr(fmt::format("vllm:num_preemptions_total{}}} 5\n", kLabels)),
+                    HasSubstr(fmt::format("vllm:prefix_cache_hits_total{}}} 176\n", kLabels))));
 }
 
 TEST(MetricsTest, AnIdleReportIsNoStep) {

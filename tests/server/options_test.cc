@@ -90,6 +90,7 @@ TEST_F(OptionsTest, DefaultsAreTheStructs) {
   EXPECT_EQ(options.drain_timeout, milliseconds(30'000));
   EXPECT_EQ(options.stall_timeout, milliseconds(30'000));
   EXPECT_FALSE(options.log_prompts);
+  EXPECT_TRUE(options.prefix_cache);
 }
 
 TEST_F(OptionsTest, KvTypeFollowsWeightsUnlessSaid) {
@@ -103,7 +104,8 @@ TEST_F(OptionsTest, ReadsEveryKindOfValue) {
       Read({"--port", "0", "--metrics-port=-1", "--kv-memory=512MiB", "--isa=avx2", "--threads=3",
             "--reserve-output=0.25", "--drain-timeout=1.5", "--max-connection-age=5m",
             "--max-connection-age-grace=250ms", "--log-format=json", "--log-level=warning",
-            "--log-prompts", "--max-message-bytes=65536", "--port-file=p", "--model-name=smol"});
+            "--log-prompts", "--max-message-bytes=65536", "--port-file=p", "--model-name=smol",
+            "--prefix-cache=false"});
   EXPECT_EQ(options.port, 0);
   EXPECT_EQ(options.metrics_port, -1);
   EXPECT_EQ(options.kv_memory, 512ull << 20);
@@ -116,6 +118,7 @@ TEST_F(OptionsTest, ReadsEveryKindOfValue) {
   EXPECT_EQ(options.log_format, LogFormat::kJson);
   EXPECT_EQ(options.log_level, LogLevel::kWarning);
   EXPECT_TRUE(options.log_prompts);
+  EXPECT_FALSE(options.prefix_cache);
   EXPECT_EQ(options.max_message_bytes, 65536u);
   EXPECT_EQ(options.port_file, "p");
   EXPECT_EQ(options.model_name, "smol");
@@ -269,6 +272,7 @@ TEST_F(OptionsTest, HelpSaysRangeAndDefaultOfEveryOption) {
                            "max-sequences",
                            "max-waiting",
                            "reserve-output",
+                           "prefix-cache",
                            "stream-buffer-tokens",
                            "drain-timeout",
                            "stall-timeout",

@@ -28,7 +28,8 @@ PuppetExecutor::PuppetExecutor(const KvGeometry& geometry, const Ladder& ladder)
     : geometry_(geometry),
       ladder_(ladder),
       memory_(static_cast<size_t>(geometry.pages) * geometry.page_tokens),
-      page_step_(geometry.pages, -1) {}
+      read_step_(geometry.pages, -1),
+      write_step_(geometry.pages, -1) {}
 
 absl::Status PuppetExecutor::Execute(const Batch& batch, StepResult* result) {
   if (fail_from_ >= 0 && steps_ >= fail_from_) return absl::UnavailableError("told to fail");
@@ -79,6 +80,13 @@ int32_t PuppetExecutor::Draw(RequestId id, int index, std::span<const int32_t> b
   return token;
 }
 
+uint64_t PuppetExecutor::History(uint64_t before, int32_t token, const BatchSpan& span,
+                                 int position) const {
+  const Rung& rung = ladder_.rung(span.rung);
+  const bool narrower = position >= prefilled_.at(span.id) && !(rung.prefill == rung.decode);
+  return Mix(position == 0 ? span.rung : before, uint64_t(token) * 2 + (narrower ? 1 : 0));
+}
+
 PuppetExecutor::Slot& PuppetExecutor::SlotOf(const BatchSpan& span, int layer, int position) {
   const int32_t page = span.page_tables[layer][position / geometry_.page_tokens];
   return memory_[static_cast<size_t>(page) * geometry_.page_tokens +
@@ -117,7 +125,8 @@ absl::Status PuppetExecutor::CheckShape(const Batch& batch) {
   return absl::OkStatus();
 }
 
-// Tables are long enough where the rung keeps K and V, empty elsewhere, and no page is shared.
+// Tables are long enough where the rung keeps K and V, empty elsewhere, and who writes to a page
+// has it alone.
 absl::Status PuppetExecutor::CheckPages(const Batch& batch) {
   for (const BatchSpan& span : batch.spans) {
     if (static_cast<int>(span.page_tables.size()) != geometry_.layers) {
@@ -131,27 +140,35 @@ absl::Status PuppetExecutor::CheckPages(const Batch& batch) {
         return Fault("request {}: room for {} tokens in layer {}, wanted {}", span.id, room, layer,
                      holds ? span.start + span.rows : 0);
       }
-      for (const int32_t page : table) {
+      for (int i = 0; i < static_cast<int>(table.size()); ++i) {
+        const int32_t page = table[i];
         if (page < 0 || page >= geometry_.pages) return Fault("page {} does not exist", page);
-        if (std::exchange(page_step_[page], steps_) == steps_) {
-          return Fault("request {}: page {} is named twice in one step", span.id, page);
+        const bool writes = (i + 1) * geometry_.page_tokens > span.start;
+        if (write_step_[page] == steps_ || (writes && read_step_[page] == steps_)) {
+          return Fault("request {}: page {} is written while another has it", span.id, page);
         }
+        read_step_[page] = steps_;
+        if (writes) write_step_[page] = steps_;
       }
     }
   }
   return absl::OkStatus();
 }
 
-// All rows write their K and V; then each reads every position up to itself.
+// All rows write their K and V; then each reads every position up to itself. Whether it is its own
+// text that it reads is told by the spans with a logit row, which have all of it: CheckLogits.
 absl::Status PuppetExecutor::WriteAndRead(const Batch& batch) {
   for (const BatchSpan& span : batch.spans) {
+    if (!span.decode) prefilled_[span.id] = span.start + span.rows;
     for (int layer = 0; layer < geometry_.layers; ++layer) {
       if (span.page_tables[layer].empty()) continue;
       for (int i = 0; i < span.rows; ++i) {
-        SlotOf(span, layer, span.start + i) = {.id = span.id,
-                                               .layer = layer,
-                                               .position = span.start + i,
-                                               .token = batch.tokens[span.first_row + i]};
+        const int position = span.start + i;
+        const uint64_t before = position == 0 ? 0 : SlotOf(span, layer, position - 1).history;
+        SlotOf(span, layer, position) = {
+            .layer = layer,
+            .position = position,
+            .history = History(before, batch.tokens[span.first_row + i], span, position)};
       }
     }
   }
@@ -160,10 +177,9 @@ absl::Status PuppetExecutor::WriteAndRead(const Batch& batch) {
       if (span.page_tables[layer].empty()) continue;
       for (int position = 0; position < span.start + span.rows; ++position) {
         const Slot& slot = SlotOf(span, layer, position);
-        if (slot.layer != layer || slot.id != span.id || slot.position != position) {
-          return Fault(
-              "request {} reads layer {} position {}, finds request {} layer {} position {}",
-              span.id, layer, position, slot.id, slot.layer, slot.position);
+        if (slot.layer != layer || slot.position != position) {
+          return Fault("request {} reads layer {} position {}, finds layer {} position {}", span.id,
+                       layer, position, slot.layer, slot.position);
         }
       }
     }
@@ -194,11 +210,12 @@ absl::Status PuppetExecutor::CheckLogits(const Batch& batch) {
     }
     for (int layer = 0; layer < geometry_.layers; ++layer) {
       if (span.page_tables[layer].empty()) continue;
+      uint64_t history = 0;
       for (int position = 0; position < size; ++position) {
-        if (const int32_t token = SlotOf(span, layer, position).token;
-            token != row.tokens[position]) {
-          return Fault("request {}: layer {} position {} holds token {}, expected {}", span.id,
-                       layer, position, token, row.tokens[position]);
+        history = History(history, row.tokens[position], span, position);
+        if (SlotOf(span, layer, position).history != history) {
+          return Fault("request {}: layer {} position {} holds another text's", span.id, layer,
+                       position);
         }
       }
     }

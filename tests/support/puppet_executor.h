@@ -1,9 +1,9 @@
 // An Executor without a model: draws known tokens and finds fault with every batch it is given.
 //
-// It keeps a model of the KV memory: which (request, layer, position, token) was last written to
-// each slot of each page. A batch that reads a slot which was never written, or was since written
-// by another, is refused, so a page freed too early or a recomputation that skips a token shows at
-// once.
+// It keeps a model of the KV memory: each slot of each page holds a hash of all that would shape K
+// and V there: rung, layer, and the tokens up to it with how they were computed. A batch that reads
+// what its own text would not have left there, or writes where another reads, is refused, so a page
+// freed too early, a recomputation that skips a token or a prefix shared in error shows at once.
 #pragma once
 
 #include <cstdint>
@@ -45,13 +45,14 @@ class PuppetExecutor final : public Executor {
 
  private:
   struct Slot {
-    RequestId id = 0;
     int layer = -1;  // never written
     int position = 0;
-    int32_t token = 0;
+    uint64_t history = 0;
   };
 
   int32_t Draw(RequestId id, int index, std::span<const int32_t> banned) const;
+  // Of a position, from the one before: at the start, of the rung.
+  uint64_t History(uint64_t before, int32_t token, const BatchSpan& span, int position) const;
   Slot& SlotOf(const BatchSpan& span, int layer, int position);
   absl::Status CheckShape(const Batch& batch);
   absl::Status CheckPages(const Batch& batch);
@@ -62,8 +63,10 @@ class PuppetExecutor final : public Executor {
   KvGeometry geometry_;
   Ladder ladder_;
   std::unordered_map<RequestId, std::vector<int32_t>> told_;
-  std::vector<Slot> memory_;    // [pages * page_tokens]
-  std::vector<int> page_step_;  // [pages]: last step in which a span named the page
+  std::vector<Slot> memory_;     // [pages * page_tokens]
+  std::vector<int> read_step_;   // [pages]: last step in which a span named the page
+  std::vector<int> write_step_;  // [pages]: last step in which rows wrote to it
+  std::unordered_map<RequestId, int> prefilled_;  // positions before it were not decode rows
   int fail_from_ = -1;
   int steps_ = 0;
   uint64_t digest_ = 0;

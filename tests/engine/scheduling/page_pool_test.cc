@@ -34,6 +34,27 @@ TEST(PagePool, CountsByLayer) {
   pool.CheckInvariants();
 }
 
+TEST(PagePool, ACachedPageIsNeitherUsedNorFree) {
+  PagePool pool(3, 2);
+  const int32_t page = pool.Take(1), other = pool.Take(0);
+  pool.Cache(page);
+  EXPECT_TRUE(pool.cached(page));
+  EXPECT_EQ(pool.cached(), 1);
+  EXPECT_EQ(pool.used(), 1);
+  EXPECT_EQ(pool.used_by(1), 0);
+  EXPECT_EQ(pool.free(), 1);
+  EXPECT_EQ(pool.available(), 2);
+  EXPECT_EQ(pool.layer_of(page), 1);
+  pool.CheckInvariants();
+  pool.Reuse(page);
+  EXPECT_EQ(pool.used_by(1), 1);
+  pool.Cache(other);
+  pool.Return(0, std::vector<int32_t>{other});
+  EXPECT_EQ(pool.cached(), 0);
+  EXPECT_EQ(pool.free(), 2);
+  pool.CheckInvariants();
+}
+
 TEST(PagePool, AnEmptyPoolHasNothingToGive) {
   PagePool pool(0, 1);
   EXPECT_EQ(pool.Take(0), -1);
@@ -46,6 +67,8 @@ TEST(PagePoolDeathTest, CrashesOnPagesThatAreNotOut) {
   EXPECT_DEATH(pool.Return(0, std::vector<int32_t>{page}), "page 0 returned by layer 0, held by 1");
   EXPECT_DEATH(pool.Return(1, std::vector<int32_t>{page, page}), "held by -1");
   EXPECT_DEATH(pool.Return(1, std::vector<int32_t>{4}), "page 4 returned, the pool has 4");
+  EXPECT_DEATH(pool.Reuse(page), "page 0 reused, but not cached");
+  EXPECT_DEATH(pool.Cache(1), "page 1 cached, but not in use");
   EXPECT_DEATH(PagePool(1, 0), "1 pages for 0 layers");
 }
 

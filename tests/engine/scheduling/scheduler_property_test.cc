@@ -55,14 +55,17 @@ class Traffic : public Executor {
     ASSERT_TRUE(engine_.idle()) << "work is left over";
     ASSERT_TRUE(live_.empty()) << "an ending was not told";
     const SchedulerStats stats = engine_.scheduler().stats();
-    ASSERT_EQ(stats.pages_free, stats.pages_total);
+    ASSERT_EQ(stats.pages_free + stats.pages_cached, stats.pages_total);
+    if (!options_.prefix_cache) {
+      ASSERT_EQ(stats.pages_cached, 0);
+    }
     if (options_.reserve_output == 1) {
       ASSERT_EQ(stats.preemptions, 0u);
     }
   }
 
   uint64_t digest() const { return puppet_.digest(); }
-  uint64_t preemptions() const { return engine_.scheduler().stats().preemptions; }
+  SchedulerStats stats() const { return engine_.scheduler().stats(); }
   int finished() const { return finished_; }
   int refused() const { return refused_; }
   int expired() const { return expired_; }
@@ -71,10 +74,10 @@ class Traffic : public Executor {
   std::string Describe() const {
     return fmt::format(
         "layers {} pages {} of {} tokens, context {}, rows {}, sequences {}, waiting {}, "
-        "reserve {}, rungs {}",
+        "reserve {}, rungs {}, prefix cache {}",
         geometry_.layers, geometry_.pages, geometry_.page_tokens, geometry_.context,
         options_.max_batch_tokens, options_.max_sequences, options_.max_waiting,
-        options_.reserve_output, ladder_.size());
+        options_.reserve_output, ladder_.size(), options_.prefix_cache);
   }
 
  private:
@@ -131,7 +134,7 @@ class Traffic : public Executor {
     const int prompt = Draw(Draw(0, 50) == 0 ? 0 : 1, std::max(1, total / Draw(1, 4)));
     request.stop.max_tokens = std::max(0, total - prompt);
     request.stop.min_tokens = Draw(0, 3);
-    for (int i = 0; i < prompt; ++i) request.prompt.push_back(Draw(0, PuppetExecutor::kVocabulary));
+    request.prompt = DrawPrompt(prompt);
     for (int i = Draw(0, 20); i > 0; --i) request.stop.stop_tokens.push_back(Draw(0, 999));
     request.priority = one_priority_ ? 0 : Draw(-1, 1);
     request.prompt_logprobs = request.stop.max_tokens == 0 || Draw(0, 3) == 0;
@@ -151,6 +154,16 @@ class Traffic : public Executor {
     } else {
       ++refused_;
     }
+  }
+
+  // A cut of a text that others begin with too, perhaps an answered one, and at times words of its
+  // own behind it.
+  std::vector<int32_t> DrawPrompt(int length) {
+    std::vector<int32_t> prompt = texts_[Draw(0, static_cast<int>(texts_.size()) - 1)];
+    prompt.resize(
+        std::min(static_cast<int>(prompt.size()), Draw(0, 4) == 0 ? Draw(0, length) : length));
+    while (static_cast<int>(prompt.size()) < length) prompt.push_back(Draw(0, 1));
+    return prompt;
   }
 
   void Cancel() {
@@ -184,6 +197,11 @@ class Traffic : public Executor {
     ASSERT_EQ(output.output_tokens, static_cast<int>(live.outputs.size()));
     ASSERT_EQ(output.prompt_tokens, static_cast<int>(live.request.prompt.size()));
     ASSERT_EQ(output.first_scheduled != kNever, live.scheduled);
+    ASSERT_LT(output.cached_tokens, output.prompt_tokens);
+    ASSERT_EQ(output.cached_tokens % geometry_.page_tokens, 0);
+    if (!options_.prefix_cache || live.request.prompt_logprobs) {
+      ASSERT_EQ(output.cached_tokens, 0);
+    }
     if (output.finish == FinishReason::kNone) return;
 
     std::vector<int32_t> answer = puppet_.Answer(live.request);
@@ -206,6 +224,11 @@ class Traffic : public Executor {
       ASSERT_EQ(live.scores[i].logprob,
                 PuppetExecutor::Logprob(output.id, static_cast<int>(i) + 1));
     }
+    std::vector<int32_t>& text = texts_[Draw(0, static_cast<int>(texts_.size()) - 1)];
+    if (text.size() < live.request.prompt.size() + live.outputs.size() || Draw(0, 19) == 0) {
+      text = live.request.prompt;
+      text.insert(text.end(), live.outputs.begin(), live.outputs.end());
+    }
     live_.erase(output.id);
   }
 
@@ -213,7 +236,7 @@ class Traffic : public Executor {
     const int layers = Draw(1, 4);
     const int page_tokens = 1 << Draw(0, 4);
     return {.layers = layers,
-            .pages = layers * Draw(2, 16) + Draw(0, layers - 1),
+            .pages = layers * Draw(2, 16 << Draw(0, 1)) + Draw(0, layers - 1),
             .page_tokens = page_tokens,
             .context = Draw(2, 100)};
   }
@@ -222,10 +245,11 @@ class Traffic : public Executor {
     return {.max_batch_tokens = 1 << Draw(0, 6),
             .max_sequences = Draw(1, 10),
             .max_waiting = Draw(1, 12),
-            .reserve_output = std::max(0, Draw(-4, 4)) * 0.25};
+            .reserve_output = std::max(0, Draw(-4, 4)) * 0.25,
+            .prefix_cache = Draw(0, 3) > 0};
   }
 
-  // Rung 1 drops about half of the attention blocks, at times all.
+  // Rung 1 drops about half of the attention blocks, at times all, and may be narrower for decodes.
   Ladder DrawLadder() {
     const SiteWidths widths{.layers = geometry_.layers, .heads = 2, .channels = 8};
     Ladder ladder = Ladder::DenseOnly(widths);
@@ -235,6 +259,7 @@ class Traffic : public Executor {
       rung.prefill.Keep(layer, SiteKind::kHeads, 0);
       rung.decode.Keep(layer, SiteKind::kHeads, 0);
     }
+    if (Draw(0, 1) == 0) rung.decode.Keep(0, SiteKind::kChannels, 4);
     ladder.Append(rung);
     return ladder;
   }
@@ -255,6 +280,7 @@ class Traffic : public Executor {
   Instant now_{0};
   uint64_t order_ = 0;
   std::map<RequestId, Live> live_;
+  std::vector<std::vector<int32_t>> texts_{4};  // to begin a prompt with; the answered replace them
   std::vector<const Live*> fresh_;
   std::optional<uint64_t> head_;  // the order of the first in service order of the last batch
   int finished_ = 0;
@@ -273,28 +299,33 @@ constexpr int kConfigurations = 40;
 constexpr int kOperations = 3000;
 
 TEST(SchedulerProperty, EveryAnswerIsCompleteAndTheBooksBalance) {
-  uint64_t preemptions = 0;
+  uint64_t preemptions = 0, hits = 0, evictions = 0;
   int finished = 0, refused = 0, expired = 0, cancelled = 0;
   for (uint64_t seed = 0; seed < kConfigurations; ++seed) {
     Traffic traffic(seed);
     SCOPED_TRACE(fmt::format("seed {}: {}", seed, traffic.Describe()));
     traffic.Run(kOperations);
     if (HasFatalFailure()) return;
-    preemptions += traffic.preemptions();
+    preemptions += traffic.stats().preemptions;
+    hits += traffic.stats().prefix_hits;
+    evictions += traffic.stats().prefix_evicted_pages;
     finished += traffic.finished();
     refused += traffic.refused();
     expired += traffic.expired();
     cancelled += traffic.cancelled();
   }
   fmt::print(
-      "{} configurations: {} answers, {} preemptions, {} refused, {} expired, {} cancelled\n",
-      kConfigurations, finished, preemptions, refused, expired, cancelled);
+      "{} configurations: {} answers, {} preemptions, {} refused, {} expired, {} cancelled, "
+      "{} tokens found, {} pages evicted\n",
+      kConfigurations, finished, preemptions, refused, expired, cancelled, hits, evictions);
   // The traffic must reach what it is there to test.
   EXPECT_GT(finished, 20 * kConfigurations);
   EXPECT_GT(preemptions, 5u * kConfigurations);
   EXPECT_GT(refused, kConfigurations);
   EXPECT_GT(expired, kConfigurations);
   EXPECT_GT(cancelled, kConfigurations);
+  EXPECT_GT(hits, 50u * kConfigurations);
+  EXPECT_GT(evictions, 100u * kConfigurations);
 }
 
 TEST(SchedulerProperty, TheSameSeedGivesTheSameBatches) {

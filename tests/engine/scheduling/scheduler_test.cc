@@ -4,6 +4,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <string>
@@ -29,12 +30,15 @@ struct Asked {
   int max_tokens = 4;
   int priority = 0;
   Instant deadline = kNever;
+  int first = 100;  // token; each is one more than the one before
 };
 
 class SchedulerTest : public testing::Test {
  protected:
-  // 8 tokens a step, and a pool of `pages` pages of 4 tokens in each of the two layers.
+  // 8 tokens a step, and a pool of `pages` pages of 4 tokens in each of the two layers. Without
+  // prefix_cache_ all is computed, though the prompts begin alike.
   void Make(int pages, SchedulerOptions options = {.max_batch_tokens = 8}) {
+    options.prefix_cache = prefix_cache_;
     const KvGeometry geometry{
         .layers = kLayers, .pages = kLayers * pages, .page_tokens = 4, .context = 64};
     scheduler_.emplace(options, geometry, ladder_, policy_);
@@ -43,7 +47,7 @@ class SchedulerTest : public testing::Test {
 
   static Request MakeRequest(RequestId id, const Asked& asked) {
     Request request{.id = id, .priority = asked.priority, .deadline = asked.deadline};
-    for (int i = 0; i < asked.prompt; ++i) request.prompt.push_back(static_cast<int32_t>(100 + i));
+    for (int i = 0; i < asked.prompt; ++i) request.prompt.push_back(asked.first + i);
     request.stop.max_tokens = asked.max_tokens;
     return request;
   }
@@ -92,6 +96,13 @@ class SchedulerTest : public testing::Test {
     return tokens;
   }
 
+  // Pages in use and pages kept for reuse, of one layer.
+  std::string Pages() const {
+    const SchedulerStats stats = scheduler_->stats();
+    return fmt::format("{} + {}", stats.pages_used / kLayers, stats.pages_cached / kLayers);
+  }
+
+  bool prefix_cache_ = false;
   Ladder ladder_ = Ladder::DenseOnly(kWidths);
   FixedPolicy dense_{0};
   const Policy* policy_ = &dense_;
@@ -174,7 +185,6 @@ TEST_F(SchedulerTest, PreemptionTakesTheYoungestAndReplaysItsTokens) {
   EXPECT_EQ(Step(), "1[0,4) 2[0,8)");  // 3 of 4 pages
   EXPECT_EQ(Step(), "1@4");            // 1 enters the last page, 2 finds none and goes itself
   EXPECT_EQ(scheduler_->stats().preemptions, 1u);
-  EXPECT_EQ(scheduler_->stats().recomputed_tokens, 8u);
   EXPECT_EQ(scheduler_->stats().pages_used, 2 * kLayers);
   for (int position = 5; position < 13; ++position) {
     EXPECT_EQ(Step(), fmt::format("1@{}", position));
@@ -182,6 +192,7 @@ TEST_F(SchedulerTest, PreemptionTakesTheYoungestAndReplaysItsTokens) {
   EXPECT_THAT(Ended(), ElementsAre("1:length"));
   EXPECT_EQ(Step(), "2[0,9)");  // the prompt and the token drawn before
   EXPECT_EQ(outputs_[0].preemptions, 1);
+  EXPECT_EQ(scheduler_->stats().recomputed_tokens, 8u);
   std::vector<int32_t> rest = {outputs_[0].tokens[0].token};
   for (const int32_t token : RunToEnd(2)) rest.push_back(token);
   const std::vector<int32_t> answer =
@@ -347,6 +358,207 @@ TEST_F(SchedulerTest, TheRungIsAllowedToldAndTakesNoPagesWhereItDropsABlock) {
   EXPECT_EQ(outputs_.at(0).rung, 1);
   EXPECT_EQ(outputs_.at(1).rung, 0);
   EXPECT_EQ(scheduler_->stats().pages_used, 2 + kLayers);
+}
+
+class PrefixCacheTest : public SchedulerTest {
+ protected:
+  PrefixCacheTest() { prefix_cache_ = true; }
+
+  // Runs a request alone; its pages stay.
+  std::vector<int32_t> Answer(RequestId id, const Asked& asked) {
+    Submit(id, asked);
+    return RunToEnd(id);
+  }
+};
+
+TEST_F(PrefixCacheTest, ARequestStartsBehindThePagesAnotherStillUses) {
+  Make(16);
+  Submit(1, {.prompt = 10});
+  EXPECT_EQ(Step(), "1[0,8)");
+  Submit(2, {.prompt = 11});
+  EXPECT_EQ(Step(), "1[8,10) 2[8,11)");
+  EXPECT_EQ(outputs_.at(0).cached_tokens, 0);
+  EXPECT_EQ(outputs_.at(1).cached_tokens, 8);
+  EXPECT_EQ(Pages(), "4 + 0");  // two together, one each
+  RunToEnd(1);
+  EXPECT_EQ(Pages(), "0 + 4");  // 13 and 14 tokens computed, of which the first 8 are the same
+  EXPECT_EQ(scheduler_->stats().prefix_queries, 21u);
+  EXPECT_EQ(scheduler_->stats().prefix_hits, 8u);
+}
+
+TEST_F(PrefixCacheTest, TheLastTokenOfAPromptIsAlwaysComputed) {
+  Make(16);
+  Answer(1, {.prompt = 8, .max_tokens = 1});
+  EXPECT_EQ(Pages(), "0 + 2");
+  Submit(2, {.prompt = 8, .max_tokens = 1});
+  EXPECT_EQ(Step(), "2[4,8)");
+  EXPECT_EQ(Pages(), "0 + 2");  // its second page was the same again
+  Submit(3, {.prompt = 4, .max_tokens = 1});
+  EXPECT_EQ(Step(), "3[0,4)");
+  Submit(4, {.prompt = 9, .max_tokens = 1});
+  EXPECT_EQ(Step(), "4[8,9)");
+}
+
+TEST_F(PrefixCacheTest, WhatTwoComputedInOneStepIsKeptOnce) {
+  Make(16, {.max_batch_tokens = 32});
+  Submit(1, {.prompt = 10});
+  Submit(2, {.prompt = 10});
+  EXPECT_EQ(Step(), "1[0,10) 2[0,10)");
+  EXPECT_EQ(Pages(), "4 + 0");
+  RunToEnd(2);
+  EXPECT_EQ(scheduler_->stats().prefix_hits, 0u);
+}
+
+TEST_F(PrefixCacheTest, TheNextTurnOfAChatFindsTheAnswerToo) {
+  Make(16);
+  const Asked asked{.prompt = 6, .max_tokens = 7};
+  const std::vector<int32_t> answer = Answer(1, asked);
+  Request turn = MakeRequest(2, asked);
+  turn.prompt.insert(turn.prompt.end(), answer.begin(), answer.end());
+  turn.prompt.push_back(5);
+  ASSERT_EQ(scheduler_->Submit(turn), absl::OkStatus());
+  EXPECT_EQ(Step(), "2[12,14)");  // the last one drawn was never computed
+}
+
+TEST_F(PrefixCacheTest, TheLeastRecentlyUsedGoFirstAndLeavesBeforeWhatTheyStandOn) {
+  Make(5);
+  Answer(1, {.prompt = 8, .max_tokens = 1, .first = 100});
+  Answer(2, {.prompt = 8, .max_tokens = 1, .first = 200});
+  EXPECT_EQ(Pages(), "0 + 4");
+  Answer(3, {.prompt = 8, .max_tokens = 1, .first = 300});  // one page is free, one has to go
+  EXPECT_EQ(Pages(), "0 + 5");
+  EXPECT_EQ(scheduler_->stats().prefix_evicted_pages, uint64_t{kLayers});
+  Submit(4, {.prompt = 12, .max_tokens = 1, .first = 100});
+  EXPECT_EQ(Step(), "4[4,12)");  // and it takes the two of 2
+  Submit(5, {.prompt = 9, .max_tokens = 1, .first = 300});
+  EXPECT_EQ(Step(), "5[8,9)");
+}
+
+TEST_F(PrefixCacheTest, ARequestMayTakeThePlaceOfTheEndOfItsOwnPrefix) {
+  Make(4);
+  Answer(1, {.prompt = 15, .max_tokens = 1});
+  Answer(2, {.prompt = 4, .max_tokens = 1, .first = 300});
+  EXPECT_EQ(Pages(), "0 + 4");
+  Request request = MakeRequest(3, {.prompt = 15, .max_tokens = 1});
+  std::fill(request.prompt.begin() + 8, request.prompt.end(), 7);
+  ASSERT_EQ(scheduler_->Submit(request), absl::OkStatus());
+  EXPECT_EQ(Step(), "3[8,15)");  // in the place of 1's third page and of 2's
+  EXPECT_EQ(scheduler_->stats().prefix_evicted_pages, uint64_t{2 * kLayers});
+  EXPECT_EQ(Pages(), "0 + 3");
+}
+
+TEST_F(PrefixCacheTest, WhatACancelledPrefillComputedStays) {
+  Make(8);
+  Submit(1, {.prompt = 20});
+  EXPECT_EQ(Step(), "1[0,8)");
+  EXPECT_TRUE(scheduler_->Cancel(1));
+  scheduler_->CheckInvariants();
+  EXPECT_EQ(Pages(), "0 + 2");
+  Submit(2, {.prompt = 20});
+  EXPECT_EQ(Step(), "2[8,16)");
+}
+
+TEST_F(PrefixCacheTest, WhatWasNotComputedIsNotShared) {
+  Make(8);
+  Submit(1, {.prompt = 8});
+  ASSERT_FALSE(scheduler_->Schedule(Instant{0}, &outputs_).empty());
+  scheduler_->Discard();
+  EXPECT_TRUE(scheduler_->Cancel(1));
+  EXPECT_EQ(Pages(), "0 + 0");
+}
+
+TEST_F(PrefixCacheTest, APreemptedSequenceComesBackToWhatIsLeftOfItsPages) {
+  Make(5, {.max_batch_tokens = 32, .reserve_output = 0});
+  const Asked asked{.prompt = 12, .max_tokens = 4};
+  Submit(1, {.prompt = 8, .max_tokens = 4, .first = 200});
+  Submit(2, asked);
+  EXPECT_EQ(Step(), "1[0,8) 2[0,12)");
+  std::vector<int32_t> answer = {outputs_.at(1).tokens.at(0).token};
+  EXPECT_EQ(Step(), "1@8");  // the third page of 2 goes
+  EXPECT_EQ(Pages(), "3 + 2");
+  EXPECT_EQ(Step(), "1@9");
+  EXPECT_EQ(Step(), "1@10");
+  EXPECT_THAT(Ended(), ElementsAre("1:length"));
+  EXPECT_EQ(Step(), "2[8,13)");
+  EXPECT_EQ(outputs_.at(0).cached_tokens, 0);  // of the prompt, when it first came
+  EXPECT_EQ(scheduler_->stats().recomputed_tokens, 4u);
+  EXPECT_EQ(scheduler_->stats().prefix_queries, 20u);
+  answer.push_back(outputs_[0].tokens.at(0).token);
+  for (const int32_t token : RunToEnd(2)) answer.push_back(token);
+  EXPECT_EQ(answer, puppet_->Answer(MakeRequest(2, asked)));
+}
+
+TEST_F(PrefixCacheTest, APreemptedSequenceThatLostNothingDrawsAtOnce) {
+  Make(5, {.max_batch_tokens = 32, .reserve_output = 0});
+  Submit(1, {.prompt = 7, .max_tokens = 2, .first = 200});
+  Submit(2, {.prompt = 12, .max_tokens = 2});
+  EXPECT_EQ(Step(), "1[0,7) 2[0,12)");
+  EXPECT_EQ(Step(), "1@7");  // 2 enters a page and finds none
+  EXPECT_EQ(Pages(), "0 + 5");
+  EXPECT_EQ(Step(), "2[12,13)");
+  EXPECT_THAT(Ended(), ElementsAre("2:length"));
+  EXPECT_EQ(scheduler_->stats().preemptions, 1u);
+  EXPECT_EQ(scheduler_->stats().recomputed_tokens, 0u);
+}
+
+TEST_F(PrefixCacheTest, AScoreComputesWhatItTellsAndLeavesItsPages) {
+  Make(8);
+  Request score = MakeRequest(1, {.prompt = 10, .max_tokens = 0});
+  score.prompt_logprobs = true;
+  ASSERT_EQ(scheduler_->Submit(score), absl::OkStatus());
+  RunToEnd(1);
+  EXPECT_EQ(Pages(), "0 + 2");
+  score.id = 2;
+  ASSERT_EQ(scheduler_->Submit(score), absl::OkStatus());
+  EXPECT_EQ(Step(), "2[0,8)");
+  EXPECT_EQ(outputs_.at(0).prompt_scores.size(), 8u);
+  EXPECT_EQ(Step(), "2[8,10)");
+  EXPECT_EQ(outputs_.at(0).cached_tokens, 0);
+  EXPECT_EQ(scheduler_->stats().prefix_queries, 0u);
+  Submit(3, {.prompt = 10});
+  EXPECT_EQ(Step(), "3[8,10)");
+}
+
+TEST_F(PrefixCacheTest, RungsShareNothing) {
+  Rung dropped = ladder_.rung(0);
+  for (KeepProfile* profile : {&dropped.prefill, &dropped.decode}) {
+    profile->Keep(1, SiteKind::kHeads, 0);
+  }
+  dropped.decode.Keep(0, SiteKind::kChannels, 4);
+  ASSERT_TRUE(ladder_.Append(dropped));
+  const FixedPolicy hard(1);
+  policy_ = &hard;
+  Make(8);
+  Answer(1, {.prompt = 6, .max_tokens = 4});  // its second page has rows of the decode profile
+  EXPECT_EQ(scheduler_->stats().pages_cached, 1);
+  Request dense = MakeRequest(2, {.prompt = 6});
+  dense.bounds.never = true;
+  ASSERT_EQ(scheduler_->Submit(dense), absl::OkStatus());
+  EXPECT_EQ(Step(), "2[0,6)");
+  Submit(3, {.prompt = 6});
+  EXPECT_EQ(Step(), "2@6 3[4,6)");
+}
+
+TEST_F(PrefixCacheTest, ThePagesInUseAreNotPromisedTwice) {
+  for (const auto& [pages, running] : {std::pair(6, 1), std::pair(7, 2)}) {
+    Make(pages, {.max_batch_tokens = 16, .reserve_output = 1});
+    Submit(1, {.prompt = 16, .max_tokens = 4});  // 5 pages of each layer
+    Step();
+    Submit(2, {.prompt = 16, .max_tokens = 4});  // 3 of them, and 2 of its own
+    Step();
+    EXPECT_EQ(scheduler_->stats().running, running) << pages;
+    RunToEnd(1);
+    EXPECT_EQ(scheduler_->stats().preemptions, 0u);
+  }
+}
+
+TEST_F(PrefixCacheTest, KeptPagesAreNoPressure) {
+  Make(4);
+  Answer(1, {.prompt = 12, .max_tokens = 4});
+  EXPECT_EQ(Pages(), "0 + 3");
+  EXPECT_EQ(scheduler_->Pressure(Instant{0}).kv_used, 0);
+  Submit(2, {.prompt = 16 - 4, .max_tokens = 4, .first = 300});
+  EXPECT_EQ(Step(), "2[0,8)");
 }
 
 TEST_F(SchedulerTest, PressureIsInSharesOfTheLimits) {
