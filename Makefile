@@ -27,6 +27,10 @@ bench: build ## Prefill and decode speed, and their share of this machine's roof
 bench-serve: build ## What serving costs beside computing, 32 streams over gRPC
 	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/serve_bench "$$model" $(ARGS)
 
+bench-peers: build ## Beside llama.cpp and OpenVINO GenAI, TURNS=3 in turns; installs them once
+	@model=$$($(SCRIPTS)/fetch_model.sh) && exec python3 tests/bench/peers/peers.py --model "$$model" \
+	  --turns $(or $(TURNS),3) $(ARGS)
+
 build: ## Build release into build/release
 	@$(SCRIPTS)/build.sh release
 
