@@ -220,7 +220,8 @@ class Lifecycle(unittest.TestCase):
             channel.close()
 
     def test_drain_refuses_the_new(self):
-        with Server(BINARY, MODEL, "--max-sequences", "2") as server:
+        # Sanitizers on a slow machine need more than the default's 30 s for all of them.
+        with Server(BINARY, MODEL, "--max-sequences", "2", "--drain-timeout", "300") as server:
             # Enough behind each other to keep the drain going for a while.
             calls = [server.stub.Generate(text_request(f"{i}", 440)) for i in range(120)]
             server.wait_for_load(lambda load: load.running_requests > 0)
@@ -242,7 +243,7 @@ class Lifecycle(unittest.TestCase):
                     self.assertEqual(error.code(), grpc.StatusCode.UNAVAILABLE)
             self.assertGreaterEqual(served, load.running_requests + load.waiting_requests)
             self.assertGreater(served, 0)
-            self.assertEqual(server.process.wait(40), 0, server.log())
+            self.assertEqual(server.process.wait(60), 0, server.log())
 
     def test_second_signal_ends_at_once(self):
         with Server(BINARY, MODEL, "--max-sequences", "1") as server:
