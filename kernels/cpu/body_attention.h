@@ -62,12 +62,18 @@ struct Block {
   const uint8_t* keys[kBlockPages];
   const uint8_t* values[kBlockPages];
   const uint8_t* value_scales[kBlockPages];  // int8: of tokens, [16] fp32
+  int first_token = 0;
   int pages = 0;                             // that are seen
   int key_bits = 32;                         // where the pointers are: widened ones have 32
   int value_bits = 32;
   int value_stride = 0;  // values from a token to the next
   PagesAhead ahead;
 };
+
+// How many of a block's tokens a query sees.
+int Visible(const AttentionTask& t, int query, int first_token) {
+  return Least(kBlockTokens, t.queries[query].position + 1 - first_token);
+}
 
 // Bytes: where the tokens' scales end and the values begin.
 constexpr int64_t kScalesBytes = kPage * sizeof(float);
@@ -169,13 +175,14 @@ void ByteScores(const AttentionTask& t, int first, int page, Block* block) {
   }
 }
 
+// Pages that pass together: as many as registers hold, or half of them. Integers, which have two
+// sums of each, take half.
 template <int R>
 void ScoreBlock(const AttentionTask& t, int first, Block* block) {
-  // P at least half of what passes together: two pages' sums for int8, which has two of each.
   constexpr int kMany = kVecs, kFew = kVecs > 1 ? kVecs / 2 : 1;
   for (int page = 0; page < block->pages;) {
     if (block->key_bits == 8) {
-      ByteScores<R, kFew>(t, first, page, block);
+      if constexpr (R <= kDotRows) ByteScores<R, kFew>(t, first, page, block);
       page += kFew;
     } else if (block->pages - page <= kFew) {
       block->key_bits == 16 ? Scores<R, kFew, 16>(t, first, page, block)
@@ -224,29 +231,46 @@ void Soften(const QueryState& state, int visible, const Block& block) {
 }
 
 // out[r][v] = out[r][v] * shrink[r] + weights[r] . values for R queries and V registers of values.
+// A weight of zero does not excuse a query from an infinity behind what it sees, so the tokens that
+// the first of them, who sees least, does not see are added one by one to those who do.
 template <int R, int V, int kBits>
-void AddValues(const AttentionTask& t, int first, int tokens, int d, Block* block) {
+void AddValues(const AttentionTask& t, int first, int d, Block* block) {
   F sum[R][V];
   const float* weights[R];
+  int seen[R];
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     const QueryState state = StateOf(t, first + r);
+    seen[r] = Visible(t, first + r, block->first_token);
     const F shrink = Set1(*state.shrink);
     weights[r] = state.weights;
     for (int v = 0; v < V; ++v) sum[r][v] = Load(state.out + d + 16 * v) * shrink;
   }
-  for (int from = 0; from < tokens; from += kStepsBetween) {
+  const auto load = [&](int token, F (&x)[V]) {
+    const uint8_t* values = block->values[token / kPage];
+    const int64_t at = static_cast<int64_t>(token % kPage) * block->value_stride + d;
+    for (int v = 0; v < V; ++v) x[v] = LoadValues<kBits>(values, at + 16 * v);
+  };
+  for (int from = 0; from < seen[0]; from += kStepsBetween) {
     block->ahead.Fetch(kLinesAhead);
-    const int to = Least(tokens, from + kStepsBetween);
-    const uint8_t* values = block->values[from / kPage];
+    const int to = Least(seen[0], from + kStepsBetween);
     for (int token = from; token < to; ++token) {
       F x[V];
-      const int64_t at = static_cast<int64_t>(token % kPage) * block->value_stride + d;
-      for (int v = 0; v < V; ++v) x[v] = LoadValues<kBits>(values, at + 16 * v);
+      load(token, x);
       for (int r = 0; r < R; ++r) {
         const F weight = Set1(weights[r][token]);
         for (int v = 0; v < V; ++v) sum[r][v] = Fma(weight, x[v], sum[r][v]);
       }
+    }
+  }
+  for (int token = seen[0]; token < seen[R - 1]; ++token) {
+    F x[V];
+    load(token, x);
+#pragma GCC unroll 4
+    for (int r = 1; r < R; ++r) {
+      if (token >= seen[r]) continue;
+      const F weight = Set1(weights[r][token]);
+      for (int v = 0; v < V; ++v) sum[r][v] = Fma(weight, x[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 4
@@ -257,26 +281,26 @@ void AddValues(const AttentionTask& t, int first, int tokens, int d, Block* bloc
 }
 
 template <int R, int V>
-void AddSomeValues(const AttentionTask& t, int first, int tokens, int d, Block* block) {
+void AddSomeValues(const AttentionTask& t, int first, int d, Block* block) {
   switch (block->value_bits) {
     case 8:
-      return AddValues<R, V, 8>(t, first, tokens, d, block);
+      return AddValues<R, V, 8>(t, first, d, block);
     case 16:
-      return AddValues<R, V, 16>(t, first, tokens, d, block);
+      return AddValues<R, V, 16>(t, first, d, block);
     default:
-      return AddValues<R, V, 32>(t, first, tokens, d, block);
+      return AddValues<R, V, 32>(t, first, d, block);
   }
 }
 
 template <int R>
-void AddBlock(const AttentionTask& t, int first, int tokens, Block* block) {
+void AddBlock(const AttentionTask& t, int first, Block* block) {
   const int padded = static_cast<int>(PaddedHeadDim(t.head_dim));
   int d = 0;
   for (; d + 16 * kVecs <= padded; d += 16 * kVecs) {
-    AddSomeValues<R, kVecs>(t, first, tokens, d, block);
+    AddSomeValues<R, kVecs>(t, first, d, block);
   }
   if (kVecs > 1) {
-    for (; d < padded; d += 16) AddSomeValues<R, 1>(t, first, tokens, d, block);
+    for (; d < padded; d += 16) AddSomeValues<R, 1>(t, first, d, block);
   }
 }
 
@@ -367,6 +391,7 @@ PagesAhead LinesOf(const AttentionTask& t, BlockPlace place, int pages) {
 // The block of which `tokens` are seen by any query; `next` is what will be seen after it.
 Block OpenBlock(const AttentionTask& t, BlockPlace place, int tokens, BlockPlace next, int pages) {
   Block block;
+  block.first_token = place.page * kPage;
   block.pages = (tokens + kPage - 1) / kPage;
   block.key_bits = block.value_bits = t.bits;
   block.value_stride = t.head_dim;
@@ -384,14 +409,12 @@ Block OpenBlock(const AttentionTask& t, BlockPlace place, int tokens, BlockPlace
 
 constexpr void (*kScoreBlock[])(const AttentionTask&, int, Block*) = {ScoreBlock<1>, ScoreBlock<2>,
                                                                       ScoreBlock<3>, ScoreBlock<4>};
-constexpr void (*kAddBlock[])(const AttentionTask&, int, int, Block*) = {AddBlock<1>, AddBlock<2>,
-                                                                         AddBlock<3>, AddBlock<4>};
+constexpr void (*kAddBlock[])(const AttentionTask&, int, Block*) = {AddBlock<1>, AddBlock<2>,
+                                                                    AddBlock<3>, AddBlock<4>};
 
 // Lets queries [q, end), which share their KV head, see what they may of a block.
 void SeeBlock(const AttentionTask& t, int q, int end, int first_page, BlockPlace next, int pages) {
-  const auto visible = [&](int query) {
-    return Least(kBlockTokens, t.queries[query].position + 1 - first_page * kPage);
-  };
+  const auto visible = [&](int query) { return Visible(t, query, first_page * kPage); };
   while (q < end && visible(q) <= 0) ++q;
   if (q == end) return;
   const int tokens = visible(end - 1);
@@ -407,8 +430,7 @@ void SeeBlock(const AttentionTask& t, int q, int end, int first_page, BlockPlace
                                    : Soften<kBlockPages>(StateOf(t, i), visible(i), block);
   }
   for (int i = q; i < end; i += kFmaRows) {
-    const int rows = Least(kFmaRows, end - i);
-    kAddBlock[rows - 1](t, i, visible(i + rows - 1), &block);
+    kAddBlock[Least(kFmaRows, end - i) - 1](t, i, &block);
   }
 }
 

@@ -131,6 +131,12 @@ class Sequences {
 
   const KvPool& pool() const { return pool_; }
 
+  // Of what Step will store.
+  void SetValue(int sequence, int token, float value) {
+    const int width = heads_.kv_heads * heads_.dim;
+    std::fill_n(v_[sequence].begin() + int64_t{token} * width, width, value);
+  }
+
  private:
   Backend* backend_;
   const Heads heads_;
@@ -227,6 +233,27 @@ TEST_P(AttentionTest, ChunksAndCrowdsGiveTheSameBits) {
         chunked.insert(chunked.end(), out.begin() + heads.heads * heads.dim, out.end());
       }
       EXPECT_TRUE(BitEqual(whole, chunked)) << "chunks of " << size;
+    }
+  }
+}
+
+// Nor does a fault in a token behind them.
+TEST_P(AttentionTest, FaultsAreSeenOnlyFromTheirTokenOn) {
+  const Sequences::Heads heads{9, 3, 64};
+  const auto all = ChannelSelection::All(9);
+  constexpr int kTokens = 75, kWidth = 9 * 64;
+  const std::vector<float> clean =
+      Sequences(backend_.get(), heads, GetParam().type, 1, kTokens).Step({{0, 0, kTokens}}, all);
+  for (const int token : {1, 20, 63, 66}) {
+    for (const float fault : {NAN, INFINITY}) {
+      Sequences sequences(backend_.get(), heads, GetParam().type, 1, kTokens);
+      sequences.SetValue(0, token, fault);
+      const std::vector<float> out = sequences.Step({{0, 0, kTokens}}, all);
+      EXPECT_TRUE(BitEqual(std::span(out).first(token * kWidth),
+                           std::span(clean).first(token * kWidth)))
+          << fault << " in token " << token;
+      const bool saturates = GetParam().type == KvType::kF16 && std::isinf(fault);
+      EXPECT_EQ(std::isfinite(out[token * kWidth]), saturates) << fault << " in token " << token;
     }
   }
 }
