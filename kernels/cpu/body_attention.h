@@ -63,8 +63,8 @@ struct Block {
   const uint8_t* values[kBlockPages];
   const uint8_t* value_scales[kBlockPages];  // int8: of tokens, [16] fp32
   int first_token = 0;
-  int pages = 0;                             // that are seen
-  int key_bits = 32;                         // where the pointers are: widened ones have 32
+  int pages = 0;      // that are seen
+  int key_bits = 32;  // where the pointers are: widened ones have 32
   int value_bits = 32;
   int value_stride = 0;  // values from a token to the next
   PagesAhead ahead;
@@ -246,7 +246,7 @@ void AddValues(const AttentionTask& t, int first, int d, Block* block) {
     weights[r] = state.weights;
     for (int v = 0; v < V; ++v) sum[r][v] = Load(state.out + d + 16 * v) * shrink;
   }
-  const auto load = [&](int token, F (&x)[V]) {
+  const auto load = [&](int token, F(&x)[V]) {
     const uint8_t* values = block->values[token / kPage];
     const int64_t at = static_cast<int64_t>(token % kPage) * block->value_stride + d;
     for (int v = 0; v < V; ++v) x[v] = LoadValues<kBits>(values, at + 16 * v);

@@ -188,11 +188,12 @@ QuantizedRows CpuBackend::Reserve(int rows, int groups, QuantizedBuffer* buffer)
   // An odd number of cache lines: rows that start 1,536 bytes apart share half the sets of an L1.
   constexpr int64_t kLine = 64;
   const int64_t stride = ((int64_t{groups} * kGroup + kLine - 1) / kLine | 1) * kLine;
-  GrowTo(&buffer->values, rows * stride);
+  GrowTo(&buffer->values, rows * stride + kLine - 1);
   GrowTo(&buffer->scales, all);
   GrowTo(&buffer->sums, all);
   GrowTo(&buffer->counts, all);
-  return {.values = buffer->values.data(),
+  const auto begin = reinterpret_cast<uintptr_t>(buffer->values.data());
+  return {.values = buffer->values.data() + (-begin & (kLine - 1)),
           .stride = stride,
           .scales = buffer->scales.data(),
           .sums = buffer->sums.data(),
@@ -232,11 +233,20 @@ const uint8_t* CpuBackend::TaskStrips(const MatMulTarget& target, int first, int
   return gathered;
 }
 
+int CpuBackend::RowsOfTask(int rows, int tasks_wide) const {
+  constexpr int kLeastRows = 32;
+  int most = std::min(rows, kMaxTaskRows);
+  const auto splits = [&] { return (rows + most - 1) / most; };
+  while (most > kLeastRows && tasks_wide * splits() < wanted_tasks()) {
+    most = std::max(kLeastRows, most / 2);
+  }
+  return (rows + splits() - 1) / splits();
+}
+
 void CpuBackend::RunTasks(MatMulArgs::Output output, std::span<const MatMulTarget> targets,
                           const PlacedInput& input, const QuantizedRows& quantized) {
   // Few strips: narrower tasks, then with fewer rows, so that every worker has some of them and the
   // last to end is not much later than the rest.
-  const int wanted = 4 * pool_.threads();
   const auto tasks_of = [](const MatMulTarget& target, int outputs) {
     return (target.out.cols + outputs - 1) / outputs;
   };
@@ -244,20 +254,14 @@ void CpuBackend::RunTasks(MatMulArgs::Output output, std::span<const MatMulTarge
   for (;; task_outputs /= 2) {
     tasks_wide = 0;
     for (const MatMulTarget& target : targets) tasks_wide += tasks_of(target, task_outputs);
-    if (tasks_wide >= wanted || task_outputs == kStripOutputs * 2) break;
+    if (tasks_wide >= wanted_tasks() || task_outputs == kStripOutputs * 2) break;
   }
-  constexpr int kLeastRows = 32;
-  const int rows = input.x.rows;
-  int task_rows = std::min(rows, kMaxTaskRows);
-  const auto splits = [&] { return (rows + task_rows - 1) / task_rows; };
-  while (task_rows > kLeastRows && tasks_wide * splits() < wanted) {
-    task_rows = std::max(kLeastRows, task_rows / 2);
-  }
-  const int splits_per_task = splits();
+  const int rows = input.x.rows, task_rows = RowsOfTask(rows, tasks_wide);
+  const int splits = (rows + task_rows - 1) / task_rows;
   GrowTo(&task_ends_, targets.size());
   int tasks = 0;
   for (size_t i = 0; i < targets.size(); ++i) {
-    task_ends_[i] = tasks += tasks_of(targets[i], task_outputs) * splits_per_task;
+    task_ends_[i] = tasks += tasks_of(targets[i], task_outputs) * splits;
   }
   GrowGatherScratch(targets);
   struct Place {
@@ -268,8 +272,7 @@ void CpuBackend::RunTasks(MatMulArgs::Output output, std::span<const MatMulTarge
     size_t which = 0;
     while (task >= task_ends_[which]) ++which;
     if (which > 0) task -= task_ends_[which - 1];
-    return {&targets[which], task / splits_per_task * task_outputs,
-            task % splits_per_task * task_rows};
+    return {&targets[which], task / splits * task_outputs, task % splits * task_rows};
   };
   pool_.Run(tasks, [&](int worker, int task) {
     const auto [place, first, row] = place_of(task);
@@ -324,27 +327,24 @@ void CpuBackend::GatedMlp(const GatedMlpArgs& args) {
   const QuantizedRows quantized = Quantize(input);
   const QuantizedRows made = Reserve(args.x.rows, GroupsOf(channels), &quantized_channels_);
   const int rows = args.x.rows;
-  const int pieces = (channels + kTaskOutputs - 1) / kTaskOutputs;
   // Whole groups to a task, so that it can quantise them.
   static_assert(kTaskOutputs % kGroup == 0);
-  constexpr int kLeastRows = 32;
-  int task_rows = std::min(rows, kMaxTaskRows);
-  const auto splits = [&] { return (rows + task_rows - 1) / task_rows; };
-  while (task_rows > kLeastRows && pieces * splits() < 4 * pool_.threads()) {
-    task_rows = std::max(kLeastRows, task_rows / 2);
-  }
-  const int splits_per_piece = splits();
-  pool_.Run(pieces * splits_per_piece, [&](int worker, int task) {
-    const int first = task / splits_per_piece * kTaskOutputs;
-    const int row = task % splits_per_piece * task_rows;
-    const int outputs = std::min(kTaskOutputs, channels - first);
+  const auto pieces_of = [&](int outputs) { return (channels + outputs - 1) / outputs; };
+  const int task_outputs = pieces_of(kTaskOutputs) < wanted_tasks() ? kGroup : kTaskOutputs;
+  const int pieces = pieces_of(task_outputs);
+  const int task_rows = RowsOfTask(rows, pieces), splits = (rows + task_rows - 1) / task_rows;
+  const int tasks = pieces * splits;
+  const auto first_of = [&](int task) { return task / splits * task_outputs; };
+  pool_.Run(tasks, [&](int worker, int task) {
+    const int first = first_of(task), row = task % splits * task_rows;
+    const int outputs = std::min(task_outputs, channels - first);
     auto* tile = static_cast<ChannelsTile*>(channels_scratch_[worker].get());
     for (const MatMulTarget& target : wide) {
       const bool gate = &target == wide;
       const MatMulTarget& next = wide[gate ? 1 : 0];
-      const int next_first = gate ? first : std::min(first + kTaskOutputs, channels - 1);
+      const int next_first = gate ? first : first_of(std::min(task + 1, tasks - 1));
       kernels_.matmul({.bits = BitsOf(target.weight->type),
-                       .strips = TaskStrips(target, first, outputs, worker),
+                       .strips = StripsInPlace(target, first),
                        .strip_bytes = StripBytes(*target.weight),
                        .next_strips = StripsInPlace(next, next_first),
                        .next_strip_bytes = StripBytes(*next.weight),

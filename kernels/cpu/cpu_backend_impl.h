@@ -88,6 +88,9 @@ class CpuBackend final : public Backend {
     std::vector<int32_t> counts;
   };
   static QuantizedRows Reserve(int rows, int groups, QuantizedBuffer* buffer);
+  // Rows of one task: even parts, few enough that `tasks_wide` tasks of each give all workers some.
+  int RowsOfTask(int rows, int tasks_wide) const;
+  int wanted_tasks() const { return 4 * pool_.threads(); }
   QuantizedRows Quantize(const PlacedInput& input);
   // `quantized` is read if the weights are integers.
   void RunTasks(MatMulArgs::Output output, std::span<const MatMulTarget> targets,

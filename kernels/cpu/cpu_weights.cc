@@ -93,7 +93,9 @@ std::shared_ptr<void> AllocateAligned(size_t bytes) {
 }
 
 std::shared_ptr<void> CpuBackend::AllocateLasting(size_t bytes) {
-  constexpr size_t kSlab = 4 * kHugePage, kWorthIt = size_t{64} << 10;
+  // What is left of a slab for a matrix that does not fit is lost: of 32 MiB a sixteenth at most.
+  // Its end is not touched before it is used, and costs nothing until then.
+  constexpr size_t kSlab = 16 * kHugePage, kWorthIt = size_t{64} << 10;
   const size_t size = RoundUp(bytes, 64);
   if (size < kWorthIt || size >= kHugePage) return AllocateAligned(bytes);
   if (size > slab_left_) {

@@ -77,16 +77,19 @@ void WorkerPool::TakeIndices(int worker) {
   const int parts = static_cast<int>(parts_.size());
   for (int i = 0; i < parts; ++i) {
     Part& part = parts_[(worker + i) % parts];
-    for (int index; (index = part.next.fetch_add(1, std::memory_order_relaxed)) < part.end;) {
-      task_(context_, worker, index);
+    // Read first: most parts are empty when others come, and a write would take the line away.
+    while (part.next.load(std::memory_order_relaxed) < part.end) {
+      const int index = part.next.fetch_add(1, std::memory_order_relaxed);
+      if (index < part.end) task_(context_, worker, index);
     }
   }
 }
 
-// Waits for an open job that is not job `done`; returns the state seen.
+// Waits for an open job that is not job `done`, or for the end; returns the state seen. Who sleeps
+// through exactly 2^16 jobs misses one, which others do then.
 uint32_t WorkerPool::AwaitOpen(uint32_t done) const {
-  const auto worth_joining = [done](uint32_t state) {
-    return (state & kOpen) != 0 && state / kJob != done;
+  const auto worth_joining = [&](uint32_t state) {
+    return ((state & kOpen) != 0 && state / kJob != done) || stop_.load(std::memory_order_relaxed);
   };
   uint32_t state = state_.load(std::memory_order_acquire);
   for (int spin = 0; spin < kSpins && !worth_joining(state); ++spin) {

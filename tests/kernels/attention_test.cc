@@ -249,8 +249,8 @@ TEST_P(AttentionTest, FaultsAreSeenOnlyFromTheirTokenOn) {
       Sequences sequences(backend_.get(), heads, GetParam().type, 1, kTokens);
       sequences.SetValue(0, token, fault);
       const std::vector<float> out = sequences.Step({{0, 0, kTokens}}, all);
-      EXPECT_TRUE(BitEqual(std::span(out).first(token * kWidth),
-                           std::span(clean).first(token * kWidth)))
+      EXPECT_TRUE(
+          BitEqual(std::span(out).first(token * kWidth), std::span(clean).first(token * kWidth)))
           << fault << " in token " << token;
       const bool saturates = GetParam().type == KvType::kF16 && std::isinf(fault);
       EXPECT_EQ(std::isfinite(out[token * kWidth]), saturates) << fault << " in token " << token;
