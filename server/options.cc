@@ -221,6 +221,7 @@ const std::vector<Setting>& Settings() {
        Choice<std::optional<Isa>>(&O::isa, {{"auto", {}},
                                             {"portable", Isa::kPortable},
                                             {"avx2", Isa::kAvx2},
+                                            {"avxvnni", Isa::kAvxVnni},
                                             {"avx512", Isa::kAvx512Vnni},
                                             {"amx", Isa::kAmx}})},
       {kModel, "threads", "Compute threads; 0: the cores this process may use",

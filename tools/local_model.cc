@@ -34,7 +34,7 @@ void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options) {
   choice("--kv", options->kv, "How keys and values are kept; auto: f32 with f32 weights, else int8",
          {"auto", "int8", "f16", "f32"});
   choice("--isa", options->isa, "Instruction set; auto: the best this machine has",
-         {"auto", "portable", "avx2", "avx512", "amx"});
+         {"auto", "portable", "avx2", "avxvnni", "avx512", "amx"});
   sub.add_option("--threads", options->threads,
                  "Compute threads; 0: the cores this process may use")
       ->type_name("COUNT")

@@ -29,6 +29,7 @@ const PeakLoops& LoopsOf(Isa isa) {
 #ifdef ESPALIER_X86
   // The ceiling of AVX-512 is told for AMX too: what tiles add depends on the group's length.
   if (isa == Isa::kAvx512Vnni || isa == Isa::kAmx) return kAvx512PeakLoops;
+  if (isa == Isa::kAvxVnni) return kAvxVnniPeakLoops;
   if (isa == Isa::kAvx2) return kAvx2PeakLoops;
 #endif
   (void)isa;

@@ -16,6 +16,7 @@ struct PeakLoops {
 extern const PeakLoops kPortablePeakLoops;
 #ifdef ESPALIER_X86
 extern const PeakLoops kAvx2PeakLoops;
+extern const PeakLoops kAvxVnniPeakLoops;
 extern const PeakLoops kAvx512PeakLoops;
 #endif
 

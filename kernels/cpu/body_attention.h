@@ -407,6 +407,7 @@ Block OpenBlock(const AttentionTask& t, BlockPlace place, int tokens, BlockPlace
   return block;
 }
 
+static_assert(kDotRows <= 4 && kFmaRows <= 4);
 constexpr void (*kScoreBlock[])(const AttentionTask&, int, Block*) = {ScoreBlock<1>, ScoreBlock<2>,
                                                                       ScoreBlock<3>, ScoreBlock<4>};
 constexpr void (*kAddBlock[])(const AttentionTask&, int, Block*) = {AddBlock<1>, AddBlock<2>,

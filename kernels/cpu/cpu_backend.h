@@ -12,9 +12,9 @@
 
 namespace espalier {
 
-enum class Isa { kPortable, kAvx2, kAvx512Vnni, kAmx };
+enum class Isa { kPortable, kAvx2, kAvxVnni, kAvx512Vnni, kAmx };
 
-// "portable", "avx2", "avx512", "amx".
+// "portable", "avx2", "avxvnni", "avx512", "amx".
 std::string_view IsaName(Isa isa);
 absl::StatusOr<Isa> ParseIsa(std::string_view name);
 

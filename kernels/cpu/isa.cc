@@ -1,7 +1,9 @@
 #include "kernels/cpu/isa.h"
 
-#if defined(ESPALIER_AMX)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(ESPALIER_AMX)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -11,6 +13,14 @@
 
 namespace espalier {
 namespace {
+
+#if defined(__x86_64__)
+// VPDPBUSD on AVX2's registers; GCC 12 has no name for it.
+bool HasAvxVnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & 1u << 4) != 0;
+}
+#endif
 
 #if defined(ESPALIER_AMX)
 // Of a machine with AVX-512. Linux saves tiles only for processes that ask, since they are 8 KiB a
@@ -37,6 +47,8 @@ std::string_view IsaName(Isa isa) {
       return "portable";
     case Isa::kAvx2:
       return "avx2";
+    case Isa::kAvxVnni:
+      return "avxvnni";
     case Isa::kAvx512Vnni:
       return "avx512";
     case Isa::kAmx:
@@ -46,11 +58,11 @@ std::string_view IsaName(Isa isa) {
 }
 
 absl::StatusOr<Isa> ParseIsa(std::string_view name) {
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx}) {
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kAmx}) {
     if (name == IsaName(isa)) return isa;
   }
-  return absl::InvalidArgumentError(
-      fmt::format("instruction set: expected portable, avx2, avx512 or amx, got '{}'", name));
+  return absl::InvalidArgumentError(fmt::format(
+      "instruction set: expected portable, avx2, avxvnni, avx512 or amx, got '{}'", name));
 }
 
 std::vector<Isa> SupportedIsas() {
@@ -63,6 +75,7 @@ std::vector<Isa> SupportedIsas() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
   if (avx2) isas.push_back(Isa::kAvx2);
+  if (avx2 && HasAvxVnni()) isas.push_back(Isa::kAvxVnni);
   if (avx2 && avx512) isas.push_back(Isa::kAvx512Vnni);
 #if defined(ESPALIER_AMX)
   static const bool tiles = avx512 && AskForTiles();
@@ -75,6 +88,7 @@ std::vector<Isa> SupportedIsas() {
 const KernelTable& KernelsOf([[maybe_unused]] Isa isa) {
 #if defined(__x86_64__)
   if (isa == Isa::kAvx2) return Avx2Kernels();
+  if (isa == Isa::kAvxVnni) return AvxVnniKernels();
   if (isa == Isa::kAvx512Vnni) return Avx512Kernels();
 #if defined(ESPALIER_AMX)
   if (isa == Isa::kAmx) {

@@ -162,6 +162,7 @@ constexpr int64_t AttentionScratchFloats(int head_dim) {
 const KernelTable& PortableKernels();
 #if defined(__x86_64__)
 const KernelTable& Avx2Kernels();
+const KernelTable& AvxVnniKernels();
 const KernelTable& Avx512Kernels();
 #if defined(ESPALIER_AMX)
 void AmxMatMul(const MatMulTask& task, MatMulScratch* scratch);

@@ -9,6 +9,7 @@ namespace {
 
 // clang-format off: the order matters
 #include "kernels/cpu/lanes_avx2.h"
+#include "kernels/cpu/dots_avx2.h"
 #include "kernels/cpu/body_exp.h"
 #include "kernels/cpu/no_tiles.h"
 #include "kernels/cpu/body_matmul.h"

@@ -1,14 +1,10 @@
 // Times the CPU kernels on the shapes of SmolLM2-135M beside what the machine itself can do, prints
 // a table and writes the figures as flat JSON.
 //
-//   kernel_bench [--isa portable|avx2|avx512|amx] [--threads N] [--out FILE]
+//   kernel_bench [--isa portable|avx2|avxvnni|avx512|amx] [--threads N] [--out FILE]
 //
 // Each figure is the best of a few passes, by the wall clock; products pass over thirty layers'
 // weights, so that these come from memory as they do when a model runs.
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -28,6 +24,7 @@
 
 #include "fmt/format.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "tools/machine.h"
 
 namespace espalier {
 namespace {
@@ -60,60 +57,10 @@ std::string ReadLine(const std::string& command) {
   return line;
 }
 
-std::string ProcessorName() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);) {
-    if (line.starts_with("model name")) return line.substr(line.find(':') + 2);
-  }
-  return "unknown";
-}
-
-// Sums of products as fast as registers allow: the ceiling of int8 work, in operations a second.
-#if defined(__x86_64__)
-constexpr int kPeakSteps = 2'000'000, kChains = 12;
-
-__attribute__((target("avx512f,avx512vnni"))) void Avx512Peak() {
-  __m512i sums[kChains] = {}, b = _mm512_set1_epi8(1);
-  for (int i = 0; i < kPeakSteps; ++i) {
-#pragma GCC unroll 12
-    for (__m512i& sum : sums) asm volatile("vpdpbusd %1, %1, %0" : "+v"(sum) : "v"(b));
-  }
-}
-
-__attribute__((target("avx2"))) void Avx2Peak() {
-  __m256i sums[kChains] = {}, b = _mm256_set1_epi8(1), ones = _mm256_set1_epi16(1);
-  for (int i = 0; i < kPeakSteps; ++i) {
-#pragma GCC unroll 12
-    for (__m256i& sum : sums) {
-      __m256i pairs;
-      asm volatile("vpmaddubsw %2, %2, %1\n\tvpmaddwd %3, %1, %1\n\tvpaddd %1, %0, %0"
-                   : "+x"(sum), "=&x"(pairs)
-                   : "x"(b), "x"(ones));
-    }
-  }
-}
-#endif
-
-void Ceilings(Backend* backend, Isa isa, int threads) {
-  const size_t words = size_t{32} << 20;  // 256 MiB
-  std::vector<uint64_t> memory(words, 1);
-  std::vector<uint64_t> sums(64);
-  const double read = BestSeconds(5, [&] {
-    backend->ParallelFor(64, [&](int part) {
-      const auto from = memory.begin() + part * (words / 64);
-      sums[part] = std::accumulate(from, from + words / 64, uint64_t{0});
-    });
-  });
-  figures["ceiling.read_gb_s"] = static_cast<double>(words) * 8 / read / 1e9;
-#if defined(__x86_64__)
-  if (isa == Isa::kPortable) return;
-  const double seconds = BestSeconds(5, [&] {
-    backend->ParallelFor(threads,
-                         [&](int) { isa >= Isa::kAvx512Vnni ? Avx512Peak() : Avx2Peak(); });
-  });
-  figures["ceiling.int8_gop_s"] =
-      2.0 * threads * kPeakSteps * kChains * (isa >= Isa::kAvx512Vnni ? 64 : 32) / seconds / 1e9;
-#endif
+void Ceilings(Isa isa, int threads) {
+  const MachineCeilings ceilings = MeasureCeilings(isa, threads, 0, [](int, int) {}).all;
+  figures["ceiling.read_gb_s"] = ceilings.read_bytes_per_s / 1e9;
+  figures["ceiling.int8_gop_s"] = ceilings.int8_ops_per_s / 1e9;
 }
 
 // All workers meet in each job, so this is the whole way: publish, see, join, leave, be seen.
@@ -216,13 +163,13 @@ void Products(Backend* backend, WeightType type) {
   fmt::print("\n\n");
 }
 
-void Attention(Backend* backend) {
+void Attention(Backend* backend, KvType type) {
   constexpr int kWidth = kHeads * kHeadDim;
   for (const auto& [sequences, rows, context] :
        {std::array{1, 1, 192}, {1, 1, 4096}, {32, 1, 192}, {1, 128, 128}, {1, 512, 2048}}) {
     const int pages = context / kPageTokens;
     absl::StatusOr<KvPool> pool = backend->CreateKvPool(
-        {.pages = pages * sequences, .kv_heads = kKvHeads, .head_dim = kHeadDim});
+        {.type = type, .pages = pages * sequences, .kv_heads = kKvHeads, .head_dim = kHeadDim});
     if (!pool.ok()) continue;
     std::fill_n(pool->data, pool->shape.page_bytes() * pool->shape.pages, std::byte{0x11});
     std::vector<std::vector<int32_t>> tables(sequences);
@@ -251,12 +198,12 @@ void Attention(Backend* backend) {
                       }
                     }) /
         5;
-    const std::string key =
-        fmt::format("attention.sequences{}.rows{}.context{}", sequences, rows, context);
+    const std::string key = fmt::format("attention.{}.sequences{}.rows{}.context{}",
+                                        KvTypeName(type), sequences, rows, context);
     figures[key + ".us"] = seconds * 1e6;
     fmt::print(
-        "attention, fp16 pages: {:>2} x {:>3} rows, context {:>4}: {:>8.1f} us, {:.1f} GB/s\n",
-        sequences, rows, context, seconds * 1e6,
+        "attention, {:>4} pages: {:>2} x {:>3} rows, context {:>4}: {:>8.1f} us, {:.1f} GB/s\n",
+        KvTypeName(type), sequences, rows, context, seconds * 1e6,
         static_cast<double>(pool->shape.page_bytes()) * pages * sequences / seconds / 1e9);
   }
 }
@@ -293,25 +240,23 @@ int Run(int argc, char** argv) {
     return 2;
   }
   const std::string commit = ReadLine("git -C " ESPALIER_SOURCE_DIR " describe --always --dirty");
-  fmt::print("{}\n{}\ncommit {}\n", (*backend)->Describe(), ProcessorName(), commit);
+  fmt::print("{}\n{}\ncommit {}\n", (*backend)->Describe(), MachineName(), commit);
   const Isa isa = options.isa.value_or(SupportedIsas().back());
-  Ceilings(backend->get(), isa, options.threads);
-  fmt::print("machine: {:.1f} GB/s read", figures["ceiling.read_gb_s"]);
-  if (figures.contains("ceiling.int8_gop_s")) {
-    fmt::print(", {:.0f} GOP/s int8", figures["ceiling.int8_gop_s"]);
-  }
-  fmt::print("\n");
+  Ceilings(isa, options.threads);
+  fmt::print("machine: {:.1f} GB/s read, {:.0f} GOP/s int8\n", figures["ceiling.read_gb_s"],
+             figures["ceiling.int8_gop_s"]);
   ForkJoin(backend->get(), options.threads);
   Products(backend->get(), WeightType::kInt4);
   Products(backend->get(), WeightType::kInt8);
   Products(backend->get(), WeightType::kBf16);
   Products(backend->get(), WeightType::kF32);
-  Attention(backend->get());
+  Attention(backend->get(), KvType::kInt8);
+  Attention(backend->get(), KvType::kF16);
 
   std::filesystem::create_directories(std::filesystem::path(out).parent_path());
   std::ofstream file(out);
   file << fmt::format("{{\n  \"machine\": \"{}\",\n  \"commit\": \"{}\",\n  \"isa\": \"{}\",\n",
-                      ProcessorName(), commit, IsaName(isa));
+                      MachineName(), commit, IsaName(isa));
   file << fmt::format("  \"threads\": {}", options.threads);
   for (const auto& [key, value] : figures) file << fmt::format(",\n  \"{}\": {:.6g}", key, value);
   file << "\n}\n";

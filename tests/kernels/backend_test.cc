@@ -36,7 +36,7 @@ TEST(SupportedIsasTest, TellsWhatIsRun) {
     EXPECT_EQ(ParseIsa(IsaName(isa)).value(), isa);
     EXPECT_THAT(MakeBackend(isa)->Describe(), HasSubstr(std::string(IsaName(isa))));
   }
-  for (Isa isa : {Isa::kAvx2, Isa::kAvx512Vnni, Isa::kAmx}) {
+  for (Isa isa : {Isa::kAvx2, Isa::kAvxVnni, Isa::kAvx512Vnni, Isa::kAmx}) {
     if (std::find(isas.begin(), isas.end(), isa) != isas.end()) continue;
     std::cout << "[ NOT RUN  ] " << IsaName(isa) << ": not on this machine\n";
     EXPECT_EQ(CreateCpuBackend({.isa = isa}).status().code(), absl::StatusCode::kInvalidArgument);
