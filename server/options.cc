@@ -151,6 +151,14 @@ Value Choice(T ServerOptions::* field, const std::vector<std::pair<std::string, 
           }};
 }
 
+std::vector<std::pair<std::string, WeightPlan>> WeightPlans() {
+  std::vector<std::pair<std::string, WeightPlan>> plans;
+  for (const std::string_view name : kWeightPlanNames) {
+    plans.emplace_back(name, static_cast<WeightPlan>(plans.size()));
+  }
+  return plans;
+}
+
 Value Flag(bool ServerOptions::* field) {
   Value value = Choice<bool>(field, {{"false", false}, {"true", true}});
   value.alone = "true";
@@ -202,13 +210,10 @@ const std::vector<Setting>& Settings() {
        Text(&O::model_name, "NAME", "any text")},
       {kModel, "weights",
        "Type of the weights in memory; auto: int4 where the file has Q4_0 or Q4_1, else int8; "
-       "int4: the layers, embedding and LM head int8; bf16: all, for little loss at half of f32's "
-       "memory; f32 is the reference",
-       Choice<WeightPlan>(&O::weights, {{"auto", WeightPlan::kAuto},
-                                        {"int4", WeightPlan::kInt4},
-                                        {"int8", WeightPlan::kInt8},
-                                        {"bf16", WeightPlan::kBf16},
-                                        {"f32", WeightPlan::kF32}})},
+       "int4: the layers, embedding and LM head int8; bf16: all, which is exact for a bf16 file, "
+       "at "
+       "half of f32's memory; f32 is the reference",
+       Choice<WeightPlan>(&O::weights, WeightPlans())},
       {kModel, "kv-type", "Type of keys and values; auto: f32 with f32 weights, else int8",
        Choice<std::optional<KvType>>(
            &O::kv_type,

@@ -76,9 +76,7 @@ struct ServerOptions {
   bool log_prompts = false;
 
   // kv_type, with auto resolved.
-  KvType effective_kv_type() const {
-    return kv_type.value_or(DefaultKvType(weights));
-  }
+  KvType effective_kv_type() const { return kv_type.value_or(DefaultKvType(weights)); }
 };
 
 // "0.1.0", as the build says.

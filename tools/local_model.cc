@@ -2,6 +2,8 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -28,9 +30,9 @@ void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options) {
   choice(
       "--weights", options->weights,
       "How weights are kept; auto: int4 where the file has Q4_0 or Q4_1, else int8; int4: the "
-      "layers, embedding and LM head int8; bf16: all, for little loss at half of f32's memory; f32 "
-      "is the reference",
-      {"auto", "int4", "int8", "bf16", "f32"});
+      "layers, embedding and LM head int8; bf16: all, which is exact for a bf16 file, at half of "
+      "f32's memory; f32 is the reference",
+      {std::begin(kWeightPlanNames), std::end(kWeightPlanNames)});
   choice("--kv", options->kv, "How keys and values are kept; auto: f32 with f32 weights, else int8",
          {"auto", "int8", "f16", "f32"});
   choice("--isa", options->isa, "Instruction set; auto: the best this machine has",
@@ -54,11 +56,11 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
   if (!file.ok()) return file.status();
   model.file = *std::move(file);
 
-  const WeightPlan weights = options.weights == "f32"    ? WeightPlan::kF32
-                             : options.weights == "bf16" ? WeightPlan::kBf16
-                             : options.weights == "int8" ? WeightPlan::kInt8
-                             : options.weights == "int4" ? WeightPlan::kInt4
-                                                         : WeightPlan::kAuto;
+  const auto* const name = std::ranges::find(kWeightPlanNames, options.weights);
+  if (name == std::end(kWeightPlanNames)) {
+    return absl::InvalidArgumentError("--weights: no such type: " + options.weights);
+  }
+  const auto weights = static_cast<WeightPlan>(name - std::begin(kWeightPlanNames));
   model.kv = options.kv == "int8"  ? KvType::kInt8
              : options.kv == "f16" ? KvType::kF16
              : options.kv == "f32" ? KvType::kF32

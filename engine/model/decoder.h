@@ -1,7 +1,8 @@
 // The decoder of the llama family: weights on a backend, and one forward pass over a step's rows.
 //
 // Dense is the keep profile that keeps everything: the pass always asks the selector, and there is
-// no other path. Heads and channels are rows of q, gate, up and (as files have them, columns) o, down.
+// no other path. Heads and channels are rows of q, gate, up and (as files have them, columns) o,
+// down.
 #pragma once
 
 #include <cstdint>

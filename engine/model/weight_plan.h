@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 #include "engine/model/files/quant_blocks.h"
 #include "kernels/backend.h"
@@ -17,6 +18,12 @@ enum class WeightPlan : uint8_t {
   kBf16,  // half the memory of f32; loses nothing of a bf16 file
   kF32,   // the reference
 };
+
+// As options spell them, in the order of the enum.
+constexpr std::string_view kWeightPlanNames[] = {"auto", "int4", "int8", "bf16", "f32"};
+constexpr std::string_view WeightPlanName(WeightPlan plan) {
+  return kWeightPlanNames[static_cast<int>(plan)];
+}
 
 // Measured on SmolLM2-135M: an LM head in int4 alone costs 6 % perplexity.
 constexpr WeightType TypeOf(WeightPlan plan, BlockType in_file, bool of_a_layer) {

@@ -82,8 +82,8 @@ struct Served {
   }
 };
 
-Served Serve(const ServerProcess& server, int metrics_port, const RemoteOptions& remote,
-             int vocabulary, int seed, bool scrape) {
+absl::StatusOr<Served> Serve(const ServerProcess& server, int metrics_port,
+                             const RemoteOptions& remote, int vocabulary, int seed, bool scrape) {
   const auto stub = v1::EspalierService::NewStub(Connect(remote));
   std::atomic<bool> done = false;
   std::thread scraper([&] {
@@ -108,6 +108,10 @@ Served Serve(const ServerProcess& server, int metrics_port, const RemoteOptions&
   for (const auto& [name, seconds] : before) served.threads[name] -= seconds;
   served.tokens_per_s = static_cast<double>(report.tokens) / report.seconds;
   served.step_seconds = Metric(Scrape(metrics_port), "espalier_step_seconds_sum") - steps_before;
+  if (report.finished != kStreams || served.step_seconds <= 0) {
+    return absl::UnavailableError(fmt::format("{} of {} streams finished, in {} s of steps",
+                                              report.finished, kStreams, served.step_seconds));
+  }
   return served;
 }
 
@@ -124,12 +128,15 @@ absl::Status Run(const std::string& model_path, int turns) {
   const BenchShape shape{.batch = kStreams, .prompt = kPrompt, .generate = kGenerate};
 
   const int metrics_port = FreePort();
-  const ServerProcess server(ESPALIER_SERVER, {"--model", model_path, "--log-level", "warning",
-                                               "--metrics-port", fmt::format("{}", metrics_port)});
+  ServerProcess server(ESPALIER_SERVER, {"--model", model_path, "--log-level", "warning",
+                                         "--metrics-port", fmt::format("{}", metrics_port)});
   const RemoteOptions remote{.address = fmt::format("127.0.0.1:{}", server.port())};
   v1::GetLoadResponse load;
-  while (
-      !UnaryCall(remote, &v1::EspalierService::Stub::GetLoad, v1::GetLoadRequest(), &load).ok()) {
+  for (int i = 0;; ++i) {
+    const absl::Status up =
+        UnaryCall(remote, &v1::EspalierService::Stub::GetLoad, v1::GetLoadRequest(), &load);
+    if (up.ok()) break;
+    if (i == 1000) return up;  // 20 s, and what the calls took
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
   }
 
@@ -142,16 +149,18 @@ absl::Status Run(const std::string& model_path, int turns) {
         RunBench(alone, shape, turn + 1, [](int64_t, int64_t) {});
     if (!result.ok()) return result.status();
     engine.push_back(result->total_tokens_per_s(shape));
-    const Served plain = Serve(server, metrics_port, remote, vocabulary, turn + 1, false);
-    const Served watched = Serve(server, metrics_port, remote, vocabulary, turn + 1001, true);
-    served.push_back(plain.tokens_per_s);
-    scraped.push_back(watched.tokens_per_s);
-    front.push_back(plain.front() / plain.step_seconds);
-    front_scraped.push_back(watched.front() / watched.step_seconds);
-    share.push_back(plain.tokens_per_s / engine.back());
-    price.push_back(1 - watched.tokens_per_s / plain.tokens_per_s);
-    for (const auto& [name, seconds] : plain.threads) threads[name] += seconds;
-    step_seconds += plain.step_seconds;
+    const auto plain = Serve(server, metrics_port, remote, vocabulary, turn + 1, false);
+    if (!plain.ok()) return plain.status();
+    const auto watched = Serve(server, metrics_port, remote, vocabulary, turn + 1001, true);
+    if (!watched.ok()) return watched.status();
+    served.push_back(plain->tokens_per_s);
+    scraped.push_back(watched->tokens_per_s);
+    front.push_back(plain->front() / plain->step_seconds);
+    front_scraped.push_back(watched->front() / watched->step_seconds);
+    share.push_back(plain->tokens_per_s / engine.back());
+    price.push_back(1 - watched->tokens_per_s / plain->tokens_per_s);
+    for (const auto& [name, seconds] : plain->threads) threads[name] += seconds;
+    step_seconds += plain->step_seconds;
     fmt::print("turn {}: engine alone {:.0f} tokens/s, served {:.0f}, scraped {:.0f}\n", turn + 1,
                engine.back(), served.back(), scraped.back());
   }

@@ -1,6 +1,7 @@
 // What the real server holds in memory against what its ledger says that it must.
 #include <fmt/format.h>
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <string>
 
@@ -13,10 +14,10 @@ namespace {
 
 TEST(Memory, ServerThatServedAFullBatchHoldsLittleMoreThanWeightsAndKv) {
   ESPALIER_PATH_OR_SKIP(model, "ESPALIER_MODEL");
-  constexpr int kStreams = 32, kTokens = 128;  // prompt and output: 32 of 128 tokens fill the pool
-  const ServerProcess server(ESPALIER_SERVER,
-                             {"--model", model, "--metrics-port", "-1", "--log-level", "warning",
-                              "--kv-memory", "96MiB", "--kv-type", "f16", "--reserve-output", "1"});
+  constexpr int kStreams = 32, kTokens = 256;  // prompt and output: together they fill the pool
+  ServerProcess server(ESPALIER_SERVER,
+                       {"--model", model, "--metrics-port", "-1", "--log-level", "warning",
+                        "--kv-memory", "96MiB", "--reserve-output", "1"});
   ASSERT_NE(server.port(), 0);
   const RemoteOptions remote{.address = fmt::format("127.0.0.1:{}", server.port())};
   const auto stub = v1::EspalierService::NewStub(Connect(remote));

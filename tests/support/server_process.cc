@@ -12,6 +12,11 @@
 #include <thread>
 
 namespace espalier {
+namespace {
+
+constexpr std::chrono::milliseconds kPoll{10};
+
+}  // namespace
 
 ServerProcess::ServerProcess(const std::string& binary, const std::vector<std::string>& arguments) {
   static int count = 0;
@@ -31,16 +36,27 @@ ServerProcess::ServerProcess(const std::string& binary, const std::vector<std::s
 }
 
 ServerProcess::~ServerProcess() {
+  std::error_code none;
+  std::filesystem::remove(port_file_, none);
+  if (child_ <= 0) return;
   kill(child_, SIGTERM);
+  // Its own drain takes 30 s at most.
+  for (int i = 0; i < 4000 && !Ended(); ++i) std::this_thread::sleep_for(kPoll);
+  if (Ended()) return;
+  kill(child_, SIGKILL);
   waitpid(child_, nullptr, 0);
-  std::filesystem::remove(port_file_);
 }
 
-int ServerProcess::port() const {
-  for (int i = 0; i < 2000; ++i) {
+bool ServerProcess::Ended() {
+  if (child_ > 0 && waitpid(child_, nullptr, WNOHANG) != 0) child_ = -1;
+  return child_ <= 0;
+}
+
+int ServerProcess::port() {
+  for (int i = 0; i < 2000 && !Ended(); ++i) {
     int port = 0;
     if (std::ifstream(port_file_) >> port) return port;
-    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    std::this_thread::sleep_for(kPoll);
   }
   return 0;
 }
@@ -54,12 +70,12 @@ uint64_t ServerProcess::resident_bytes() const {
 std::map<std::string, double> ServerProcess::thread_seconds() const {
   std::map<std::string, double> seconds;
   std::error_code gone;  // a thread may end while it is looked at
-  for (const auto& task :
-       std::filesystem::directory_iterator(fmt::format("/proc/{}/task", child_), gone)) {
+  std::filesystem::directory_iterator task(fmt::format("/proc/{}/task", child_), gone);
+  for (; !gone && task != std::filesystem::directory_iterator(); task.increment(gone)) {
     std::string name;
     int64_t nanoseconds = 0;
-    std::getline(std::ifstream(task.path() / "comm"), name);
-    std::ifstream(task.path() / "schedstat") >> nanoseconds;
+    std::getline(std::ifstream(task->path() / "comm"), name);
+    std::ifstream(task->path() / "schedstat") >> nanoseconds;
     seconds[name] += 1e-9 * static_cast<double>(nanoseconds);
   }
   return seconds;

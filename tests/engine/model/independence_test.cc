@@ -59,15 +59,11 @@ std::vector<Path> AllPaths() {
 
 std::string PathName(const Path& path) {
   const std::string_view architecture = std::string_view(path.model).substr(5, 5);
-  return fmt::format("{}_{}_{}", architecture, IsaName(path.isa),
-                     path.weights == WeightPlan::kF32    ? "fp32"
-                     : path.weights == WeightPlan::kBf16 ? "bf16"
-                     : path.weights == WeightPlan::kInt8 ? "int8"
-                                                         : "int4");
+  return fmt::format("{}_{}_{}", architecture, IsaName(path.isa), WeightPlanName(path.weights));
 }
 
 KvType KvOf(const Path& path) {
-  return path.weights == WeightPlan::kF32 ? KvType::kF32 : KvType::kF16;
+  return path.weights == WeightPlan::kBf16 ? KvType::kF16 : DefaultKvType(path.weights);
 }
 
 class IndependenceTest : public ::testing::TestWithParam<Path> {

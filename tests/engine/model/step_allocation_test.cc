@@ -8,6 +8,7 @@
 
 #include "engine/engine.h"
 #include "engine/model/model_executor.h"
+#include "fmt/format.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "server/token_stream.h"
@@ -36,6 +37,7 @@ Request MakeRequest(int i, RequestId id) {
   request.sampling.top_p = i == 3 ? 0.7f : 1.0f;
   request.sampling.min_p = i == 4 ? 0.1f : 0.0f;
   request.sampling.repetition_penalty = i == 5 ? 1.2f : 1.0f;
+  if (i == 1) request.prompt_logprobs = true;
   return request;
 }
 
@@ -102,26 +104,25 @@ void StepAllocationTest::Serve(ModelExecutor* executor, bool prefix_cache) {
 
 std::string CaseName(const ::testing::TestParamInfo<Case>& info) {
   const auto& [name, weights, kv, isa] = info.param;
-  constexpr const char* kPlans[] = {"auto", "int4", "int8", "f32"};
   std::string file(name);
   file = file.substr(5, file.find('.') - 5);
   std::erase(file, '-');
-  return file + "_" + kPlans[static_cast<int>(weights)] + "_kv_" + std::string(KvTypeName(kv)) +
-         "_" + std::string(IsaName(isa));
+  return fmt::format("{}_{}_kv_{}_{}", file, WeightPlanName(weights), KvTypeName(kv), IsaName(isa));
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Types, StepAllocationTest,
-    ::testing::Combine(::testing::Values("tiny-llama.gguf"),
-                       ::testing::Values(WeightPlan::kInt4, WeightPlan::kInt8, WeightPlan::kF32),
-                       ::testing::Values(KvType::kInt8, KvType::kF16, KvType::kF32),
-                       ::testing::ValuesIn(SupportedIsas())),
-    CaseName);
+INSTANTIATE_TEST_SUITE_P(Types, StepAllocationTest,
+                         ::testing::Combine(::testing::Values("tiny-llama.gguf"),
+                                            ::testing::Values(WeightPlan::kInt4, WeightPlan::kInt8,
+                                                              WeightPlan::kBf16, WeightPlan::kF32),
+                                            ::testing::Values(KvType::kInt8, KvType::kF16,
+                                                              KvType::kF32),
+                                            ::testing::ValuesIn(SupportedIsas())),
+                         CaseName);
 
 INSTANTIATE_TEST_SUITE_P(
     Architectures, StepAllocationTest,
     ::testing::Combine(::testing::Values("tiny-qwen2-quantized.gguf", "tiny-qwen3-quantized.gguf"),
-                       ::testing::Values(WeightPlan::kAuto), ::testing::Values(KvType::kF16),
+                       ::testing::Values(WeightPlan::kAuto), ::testing::Values(KvType::kInt8),
                        ::testing::ValuesIn(SupportedIsas())),
     CaseName);
 
