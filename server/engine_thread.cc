@@ -102,9 +102,11 @@ void EngineThread::Run() {
     ready_->Post(&posts_);
     next_load_.stats = (*report)->stats;
     ++next_load_.steps;
-    const bool progress = (*report)->did_work();
-    if (progress) last_progress_.store(now.count(), std::memory_order_relaxed);
-    wait = progress ? Instant::zero() : now + kRetry;
+    // Requests that only run out of time in the queue are no progress.
+    if ((*report)->decode_rows + (*report)->prefill_rows > 0) {
+      last_progress_.store(now.count(), std::memory_order_relaxed);
+    }
+    wait = (*report)->did_work() ? Instant::zero() : now + kRetry;
     Publish(now);
     if (hooks_.on_step) {
       hooks_.on_step(**report, next_load_,

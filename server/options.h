@@ -23,9 +23,9 @@ struct ServerOptions {
   std::string model;
   // Name in answers and metrics; empty: as the model's file says.
   std::string model_name;
-  // int8 quantised on loading (default), or f32, the reference.
+  // How the model's matrices are kept; auto goes by their types in the file.
   WeightPlan weights = WeightPlan::kAuto;
-  // How keys and values are kept; none (auto): f32 with f32 weights, else f16.
+  // How keys and values are kept; none (auto): f32 with f32 weights, else int8.
   std::optional<KvType> kv_type;
   // Bytes for KV pages; 0 (auto): ModelOptions::kv_bytes says what is taken.
   uint64_t kv_memory = 0;

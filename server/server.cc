@@ -224,12 +224,12 @@ class Server {
     Watchdog watchdog(options_.stall_timeout);
     while (!stop_->WaitFor(watchdog.interval())) {
       const double still = thread_->seconds_without_progress();
-      if (lost_ || !watchdog.Look(still)) continue;
+      if (!watchdog.Look(still)) continue;
       SetHealth(&Health::stuck, watchdog.stuck());
       metrics_->OnStall(watchdog.stuck());
       if (watchdog.stuck()) {
         Log(LogLevel::kError, "the engine makes no progress", {{"seconds", still}});
-      } else {
+      } else if (!lost_) {
         Log(LogLevel::kInfo, "the engine is back");
       }
     }

@@ -10,7 +10,8 @@ class Watchdog {
   // An engine that gets nowhere for longer than `bound` is stuck; 0: none ever is.
   explicit Watchdog(std::chrono::milliseconds bound) : bound_(bound) {}
 
-  // How often to look, so that a stall is told no later than a quarter of the bound after it.
+  // How often to look, so that a stall is told no later than a quarter of the bound after it, or a
+  // millisecond if that is longer.
   std::chrono::milliseconds interval() const;
 
   // Told EngineThread::seconds_without_progress(). True if `stuck` has changed.
