@@ -214,7 +214,8 @@ const std::vector<Setting>& Settings() {
        "at "
        "half of f32's memory; f32 is the reference",
        Choice<WeightPlan>(&O::weights, WeightPlans())},
-      {kModel, "kv-type", "Type of keys and values; auto: f32 with f32 weights, else int8",
+      {kModel, "kv-type",
+       "Type of keys and values; auto: f32 with f32 weights, f16 where keys have a bias, else int8",
        Choice<std::optional<KvType>>(
            &O::kv_type,
            {{"auto", {}}, {"int8", KvType::kInt8}, {"f16", KvType::kF16}, {"f32", KvType::kF32}})},

@@ -25,7 +25,7 @@ struct ServerOptions {
   std::string model_name;
   // How the model's matrices are kept; auto goes by their types in the file.
   WeightPlan weights = WeightPlan::kAuto;
-  // How keys and values are kept; none (auto): f32 with f32 weights, else int8.
+  // How keys and values are kept; none (auto): DefaultKvType.
   std::optional<KvType> kv_type;
   // Bytes for KV pages; 0 (auto): ModelOptions::kv_bytes says what is taken.
   uint64_t kv_memory = 0;
@@ -74,9 +74,6 @@ struct ServerOptions {
   LogFormat log_format = LogFormat::kText;
   // Prompts appear in the request log.
   bool log_prompts = false;
-
-  // kv_type, with auto resolved.
-  KvType effective_kv_type() const { return kv_type.value_or(DefaultKvType(weights)); }
 };
 
 // "0.1.0", as the build says.

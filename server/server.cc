@@ -117,7 +117,7 @@ class Server {
     model_.name = options_.model_name.empty() ? model_.config.name : options_.model_name;
     model_.max_sequence_tokens = engine_->scheduler().max_sequence_tokens();
     model_.weight_type = executor_->weight_types();
-    model_.kv_type = KvTypeName(options_.effective_kv_type());
+    model_.kv_type = KvTypeName(executor_->kv_type());
     model_.device = backend_->Describe();
     Log(LogLevel::kInfo, "model loaded",
         {{"model", model_.name},
@@ -154,7 +154,7 @@ class Server {
     absl::StatusOr<std::unique_ptr<ModelExecutor>> executor =
         ModelExecutor::Load(file, backend_.get(),
                             {.weights = options_.weights,
-                             .kv = options_.effective_kv_type(),
+                             .kv = options_.kv_type,
                              .kv_bytes = options_.kv_memory,
                              .max_batch_tokens = options_.max_batch_tokens},
                             ShowProgress);

@@ -33,8 +33,11 @@ void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options) {
       "layers, embedding and LM head int8; bf16: all, which is exact for a bf16 file, at half of "
       "f32's memory; f32 is the reference",
       {std::begin(kWeightPlanNames), std::end(kWeightPlanNames)});
-  choice("--kv", options->kv, "How keys and values are kept; auto: f32 with f32 weights, else int8",
-         {"auto", "int8", "f16", "f32"});
+  choice(
+      "--kv", options->kv,
+      "How keys and values are kept; auto: f32 with f32 weights, f16 where keys have a bias, else "
+      "int8",
+      {"auto", "int8", "f16", "f32"});
   choice("--isa", options->isa, "Instruction set; auto: the best this machine has",
          {"auto", "portable", "avx2", "avxvnni", "avx512", "amx"});
   sub.add_option("--threads", options->threads,
@@ -58,13 +61,13 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
 
   const auto* const name = std::ranges::find(kWeightPlanNames, options.weights);
   if (name == std::end(kWeightPlanNames)) {
-    return absl::InvalidArgumentError("--weights: no such type: " + options.weights);
+    return absl::InvalidArgumentError(fmt::format("--weights: no such type: {}", options.weights));
   }
   const auto weights = static_cast<WeightPlan>(name - std::begin(kWeightPlanNames));
   model.kv = options.kv == "int8"  ? KvType::kInt8
              : options.kv == "f16" ? KvType::kF16
              : options.kv == "f32" ? KvType::kF32
-                                   : DefaultKvType(weights);
+                                   : DefaultKvType(weights, model.file->config().qkv_bias);
   model.isa = SupportedIsas().back();
   if (options.isa != "auto") {
     absl::StatusOr<Isa> isa = ParseIsa(options.isa);

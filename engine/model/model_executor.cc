@@ -24,8 +24,10 @@ constexpr int kDefaultKvTokens = 32 * 1024;
 constexpr int kSamplerLanes = 8;
 
 absl::StatusOr<KvPoolShape> ChoosePool(const ModelConfig& config, const ModelOptions& options) {
-  KvPoolShape shape{
-      .type = options.kv, .pages = 0, .kv_heads = config.kv_heads, .head_dim = config.head_dim};
+  KvPoolShape shape{.type = options.kv.value_or(DefaultKvType(options.weights, config.qkv_bias)),
+                    .pages = 0,
+                    .kv_heads = config.kv_heads,
+                    .head_dim = config.head_dim};
   const uint64_t page_bytes = shape.page_bytes();
   const uint64_t layer_pages_bytes = page_bytes * config.layers;  // 16 tokens in every layer
   uint64_t bytes = options.kv_bytes;
@@ -175,6 +177,8 @@ absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
 }
 
 const ModelConfig& ModelExecutor::config() const { return impl_->model->config(); }
+
+KvType ModelExecutor::kv_type() const { return impl_->pool.shape.type; }
 
 KvGeometry ModelExecutor::kv_geometry() const {
   return {.layers = config().layers,

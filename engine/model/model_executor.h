@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -19,7 +20,7 @@ namespace espalier {
 
 struct ModelOptions {
   WeightPlan weights = WeightPlan::kAuto;
-  KvType kv = KvType::kInt8;
+  std::optional<KvType> kv;  // none: DefaultKvType
   // Bytes for KV pages, rounded down to whole pages; 0: enough for 32 sequences of 1,024 tokens or
   // one of the model's context, whichever is more, but at most half of the memory available.
   uint64_t kv_bytes = 0;
@@ -44,6 +45,7 @@ class ModelExecutor final : public Executor {
 
   const ModelConfig& config() const;
   KvGeometry kv_geometry() const;
+  KvType kv_type() const;
   const Ladder& ladder() const;
 
   // Weights and workspace, and what the pool is worth with `stats` pages used, cached and free.

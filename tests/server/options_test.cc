@@ -93,10 +93,10 @@ TEST_F(OptionsTest, DefaultsAreTheStructs) {
   EXPECT_TRUE(options.prefix_cache);
 }
 
-TEST_F(OptionsTest, KvTypeFollowsWeightsUnlessSaid) {
-  EXPECT_EQ(Read({}).effective_kv_type(), KvType::kInt8);
-  EXPECT_EQ(Read({"--weights=f32"}).effective_kv_type(), KvType::kF32);
-  EXPECT_EQ(Read({"--weights=f32", "--kv-type=f16"}).effective_kv_type(), KvType::kF16);
+TEST_F(OptionsTest, KvTypeIsTheModelsAffairUnlessSaid) {
+  EXPECT_FALSE(Read({}).kv_type.has_value());
+  EXPECT_FALSE(Read({"--kv-type=auto"}).kv_type.has_value());
+  EXPECT_EQ(Read({"--weights=f32", "--kv-type=f16"}).kv_type, KvType::kF16);
 }
 
 TEST_F(OptionsTest, ReadsEveryKindOfValue) {

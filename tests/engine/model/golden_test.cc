@@ -212,7 +212,8 @@ TEST_F(RealModelTest, PerplexityOfTheFirstWindows) {
   };
   EXPECT_LE(measure(WeightPlan::kF32, KvType::kF32, kFp32Windows), 1e-4);
   // As served by default, and each quantisation by itself.
-  EXPECT_LE(measure(WeightPlan::kAuto, DefaultKvType(WeightPlan::kAuto), kInt8Windows), 5e-3);
+  EXPECT_LE(measure(WeightPlan::kAuto, DefaultKvType(WeightPlan::kAuto, false), kInt8Windows),
+            5e-3);
   EXPECT_LE(measure(WeightPlan::kAuto, KvType::kF16, kInt8Windows), 5e-3);
   EXPECT_LE(measure(WeightPlan::kInt8, KvType::kF16, kInt8Windows), 5e-3);
 }

@@ -63,7 +63,7 @@ std::string PathName(const Path& path) {
 }
 
 KvType KvOf(const Path& path) {
-  return path.weights == WeightPlan::kBf16 ? KvType::kF16 : DefaultKvType(path.weights);
+  return path.weights == WeightPlan::kBf16 ? KvType::kF16 : DefaultKvType(path.weights, false);
 }
 
 class IndependenceTest : public ::testing::TestWithParam<Path> {

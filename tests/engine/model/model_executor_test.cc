@@ -71,6 +71,21 @@ TEST_F(ModelExecutorTest, RefusesAWorkspaceThatNoMachineHas) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("steps of 2147483647 rows"));
 }
 
+TEST_F(ModelExecutorTest, KvTypeFollowsWeightsAndBiasUnlessSaid) {
+  const auto backend = CreateCpuBackend({}).value();
+  const auto type_of = [&](const std::string& name, ModelOptions options) {
+    options.kv_bytes = 1 << 20;
+    const auto file = ModelFile::Open(ESPALIER_GOLDEN_DATA "/" + name + ".gguf").value();
+    return ModelExecutor::Load(*file, backend.get(), options).value()->kv_type();
+  };
+  EXPECT_EQ(type_of("tiny-llama", {}), KvType::kInt8);
+  EXPECT_EQ(type_of("tiny-llama", {.weights = WeightPlan::kF32}), KvType::kF32);
+  EXPECT_EQ(type_of("tiny-llama", {.weights = WeightPlan::kF32, .kv = KvType::kF16}), KvType::kF16);
+  EXPECT_EQ(type_of("tiny-qwen2-quantized", {}), KvType::kF16) << "keys have a bias";
+  EXPECT_EQ(type_of("tiny-qwen2-quantized", {.kv = KvType::kInt8}), KvType::kInt8);
+  EXPECT_EQ(type_of("tiny-qwen3-quantized", {}), KvType::kInt8);
+}
+
 TEST_F(ModelExecutorTest, CountsPagesAndBytes) {
   // Keys and values of 16 tokens, one KV head of 8 in int8, and a scale for each.
   constexpr uint64_t kPageBytes = 2 * 16 * (8 + 4);
