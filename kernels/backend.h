@@ -189,13 +189,9 @@ class Backend {
   // Bytes of scratch held for the ops, which grows with the largest call seen; for the ledger.
   virtual uint64_t workspace_bytes() const = 0;
 
-  // Packs and, for integers, quantises a matrix given in fp32 output by output, as files hold it.
-  // `read_output(n, dst)` fills the values that output n sums: row n of kOutputRows (`cols`
-  // values), column n of kInputRows (`rows` values). It is called from several threads, each output
-  // once.
-  virtual absl::StatusOr<Weight> UploadWeight(
-      WeightType type, WeightLayout layout, int rows, int cols,
-      const std::function<void(int output, float* dst)>& read_output) = 0;
+  // Packs and, for integers, quantises a matrix.
+  virtual absl::StatusOr<Weight> UploadWeight(WeightType type, WeightLayout layout, int rows,
+                                              int cols, const WeightSource& source) = 0;
 
   // A panel: the selected rows gathered into a weight of their own, to be used with All(count).
   // Bit-equal to multiplying by the list, without gathering in every call. Of kInputRows it keeps

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string_view>
 
@@ -41,6 +42,24 @@ enum class WeightLayout : uint8_t {
 // on SmolLM2-135M, perplexity above fp32 with exact weights and activations in int8 by groups of
 // 32 / 64 / 128 / a row: 0.22 / 0.20 / 0.97 / 2.9 %. 32 is what 4-bit files use.
 inline constexpr int kQuantGroup = 32;
+
+// A group of a 4-bit source: scale * u + minimum. It is a block of Q4_1.
+struct FourBitGroup {
+  uint16_t scale;              // fp16
+  uint16_t minimum;            // fp16
+  uint8_t u[kQuantGroup / 2];  // of value i in the low nibble, of value i + 16 in the high one
+};
+
+// A matrix as files hold it, output by output: what an output sums lies together. Called from
+// several threads, each output once.
+struct WeightSource {
+  // Fills the values that output n sums: row n of kOutputRows (`cols` values), column n of
+  // kInputRows (`rows` values).
+  std::function<void(int output, float* dst)> read_values;
+  // The same as groups, where the source is made of whole ones; else empty. int4 keeps them bit for
+  // bit, in a tenth of the time.
+  std::function<void(int output, FourBitGroup* dst)> read_groups = {};
+};
 
 // Owned by the backend that made it; immutable after Backend::UploadWeight.
 struct Weight {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <string>
 #include <utility>
 
@@ -63,9 +64,16 @@ class Loader {
     const StoredTensor* tensor = Find(name, outputs, depth);
     if (tensor == nullptr) return;
     const bool output_rows = layout == WeightLayout::kOutputRows;
-    absl::StatusOr<Weight> weight = backend_->UploadWeight(
-        TypeFor(*tensor), layout, output_rows ? outputs : depth, output_rows ? depth : outputs,
-        [&](int output, float* dst) { tensor->ReadRow(output, dst); });
+    WeightSource source = {.read_values = [tensor](int n, float* dst) { tensor->ReadRow(n, dst); }};
+    if (tensor->type == BlockType::kQ4_1) {
+      static_assert(sizeof(FourBitGroup) == 20);  // of a block
+      source.read_groups = [tensor, depth](int n, FourBitGroup* dst) {
+        std::memcpy(dst, tensor->row(n), depth / kQuantGroup * sizeof(FourBitGroup));
+      };
+    }
+    absl::StatusOr<Weight> weight =
+        backend_->UploadWeight(TypeFor(*tensor), layout, output_rows ? outputs : depth,
+                               output_rows ? depth : outputs, source);
     if (!weight.ok()) {
       status_ = absl::Status(weight.status().code(), fmt::format("{}: tensor {}: {}", file_.path(),
                                                                  name, weight.status().ToString()));

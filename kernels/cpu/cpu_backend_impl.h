@@ -28,9 +28,8 @@ class CpuBackend final : public Backend {
 
   std::string Describe() const override;
   uint64_t workspace_bytes() const override;
-  absl::StatusOr<Weight> UploadWeight(
-      WeightType type, WeightLayout layout, int rows, int cols,
-      const std::function<void(int output, float* dst)>& read_output) override;
+  absl::StatusOr<Weight> UploadWeight(WeightType type, WeightLayout layout, int rows, int cols,
+                                      const WeightSource& source) override;
   absl::StatusOr<Weight> GatherRows(const Weight& weight,
                                     const ChannelSelection& selection) override;
   absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) override;

@@ -108,9 +108,8 @@ std::shared_ptr<void> CpuBackend::AllocateLasting(size_t bytes) {
   return std::shared_ptr<void>(slab_, at);
 }
 
-absl::StatusOr<Weight> CpuBackend::UploadWeight(
-    WeightType type, WeightLayout layout, int rows, int cols,
-    const std::function<void(int output, float* dst)>& read_output) {
+absl::StatusOr<Weight> CpuBackend::UploadWeight(WeightType type, WeightLayout layout, int rows,
+                                                int cols, const WeightSource& source) {
   if (rows < 0 || cols < 0) {
     return absl::InvalidArgumentError(fmt::format("weight of {} rows by {} columns", rows, cols));
   }
@@ -122,16 +121,23 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(
   const int bits = BitsOf(type);
   const int64_t strip_bytes = StripBytes(*weight), block_bytes = BlockBytes(bits);
   std::atomic<int> first_bad = INT_MAX, first_large = INT_MAX;
-  pool_.Run(static_cast<int>(StripsOf(*weight)), [&](int, int strip) {
-    const int begin = strip * kStripOutputs;
-    const int count = std::min(kStripOutputs, outputs - begin);
+  const bool as_groups = bits == 4 && source.read_groups && depth % kGroup == 0;
+
+  const auto pack_groups = [&](int begin, int count, uint8_t* strip) {
+    std::vector<FourBitGroup> groups(weight->groups);
+    if (count < kStripOutputs) std::memset(strip, 0, strip_bytes);
+    for (int lane = 0; lane < count; ++lane) {
+      source.read_groups(begin + lane, groups.data());
+      if (!PackGroups(groups, lane, strip)) return Note(begin + lane, &first_bad);
+    }
+  };
+  const auto pack_values = [&](int begin, int count, uint8_t* block) {
     const auto values = std::make_unique_for_overwrite<float[]>(int64_t{count} * depth);
     for (int lane = 0; lane < count; ++lane) {
       float* output = values.get() + int64_t{lane} * depth;
-      read_output(begin + lane, output);
+      source.read_values(begin + lane, output);
       if (!AllFinite(output, depth)) return Note(begin + lane, &first_bad);
     }
-    uint8_t* block = MutableBlocks(*weight) + strip * strip_bytes;
     float turned[kGroup][kStripOutputs] = {};
     bool fits = true;
     for (int k = 0; k < depth; k += kGroup, block += block_bytes) {
@@ -143,6 +149,11 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(
       fits &= PackBlock(kernels_, bits, turned, some, block);
     }
     if (!fits) Note(begin, &first_large);
+  };
+  pool_.Run(static_cast<int>(StripsOf(*weight)), [&](int, int strip) {
+    const int begin = strip * kStripOutputs, count = std::min(kStripOutputs, outputs - begin);
+    uint8_t* const to = MutableBlocks(*weight) + strip * strip_bytes;
+    as_groups ? pack_groups(begin, count, to) : pack_values(begin, count, to);
   });
   if (first_bad != INT_MAX) {
     return absl::InvalidArgumentError(

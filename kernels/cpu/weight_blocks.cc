@@ -48,6 +48,22 @@ bool PackBlock(const KernelTable& kernels, int bits, const float (*values)[kLane
   return true;
 }
 
+bool PackGroups(std::span<const FourBitGroup> groups, int lane, uint8_t* strip) {
+  constexpr uint16_t kExponent = 0x7c00;  // all ones: not finite
+  bool finite = true;
+  uint8_t* block = strip;
+  for (const FourBitGroup& group : groups) {
+    finite &= (group.scale & kExponent) != kExponent && (group.minimum & kExponent) != kExponent;
+    std::memcpy(block + 2 * lane, &group.scale, 2);
+    std::memcpy(block + 2 * (kLanes + lane), &group.minimum, 2);
+    for (int quad = 0; quad < 4; ++quad) {
+      std::memcpy(block + kBlockHeader + 4 * (quad * kLanes + lane), group.u + 4 * quad, 4);
+    }
+    block += BlockBytes(4);
+  }
+  return finite;
+}
+
 void CopyOutput(int bits, const uint8_t* from, int from_lane, int groups, uint8_t* to, int lane) {
   for (int group = 0; group < groups; ++group) {
     const uint8_t* source = BlockAt(from, bits, group);

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 
 #include "kernels/cpu/kernel_table.h"
 #include "kernels/weight.h"
@@ -34,6 +35,10 @@ constexpr int64_t StripBytes(const Weight& weight) {
 // Packs values[k][output] for k < depth, 0 < depth <= kGroup. False if the block cannot hold them.
 bool PackBlock(const KernelTable& kernels, int bits, const float (*values)[kStripOutputs],
                int depth, uint8_t* block);
+
+// Lays an output's groups into a strip of 4 bits, bit for bit. False if a scale or minimum is not
+// finite.
+bool PackGroups(std::span<const FourBitGroup> groups, int lane, uint8_t* strip);
 
 // to[lane] = from[from_lane], through the `groups` blocks of two strips.
 void CopyOutput(int bits, const uint8_t* from, int from_lane, int groups, uint8_t* to, int lane);

@@ -112,10 +112,10 @@ void Products(Backend* backend, WeightType type) {
       for (int n : product.outputs) {
         const int rows = output_rows ? n : product.depth, cols = output_rows ? product.depth : n;
         auto weight =
-            backend->UploadWeight(type, product.layout, rows, cols, [&](int output, float* to) {
-              for (int k = 0; k < product.depth; ++k)
-                to[k] = static_cast<float>((output * 31 + k * 17) % 101 - 50);
-            });
+            backend->UploadWeight(type, product.layout, rows, cols, {[&](int output, float* to) {
+                                    for (int k = 0; k < product.depth; ++k)
+                                      to[k] = static_cast<float>((output * 31 + k * 17) % 101 - 50);
+                                  }});
         if (!weight.ok()) {
           fmt::print(stderr, "kernel_bench: {}\n", weight.status().ToString());
           std::exit(1);

@@ -213,7 +213,7 @@ TEST_P(BackendTest, GatheredPanelGivesTheSameBitsAsAList) {
 TEST_P(BackendTest, UploadSaysWhatIsWrong) {
   const auto zeros = [](int, float*) {};
   const auto upload = [&](int rows, int cols, const std::function<void(int, float*)>& read) {
-    return backend_->UploadWeight(type_, WeightLayout::kOutputRows, rows, cols, read).status();
+    return backend_->UploadWeight(type_, WeightLayout::kOutputRows, rows, cols, {read}).status();
   };
   EXPECT_EQ(upload(-1, 4, zeros).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(upload(4, -1, zeros).code(), absl::StatusCode::kInvalidArgument);
@@ -227,6 +227,58 @@ TEST_P(BackendTest, UploadSaysWhatIsWrong) {
   EXPECT_EQ(bad.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(bad.message()), HasSubstr("output 7"));
   EXPECT_TRUE(upload(0, 5, zeros).ok());
+}
+
+// A source of groups gives what its values give, and is read as the one or the other.
+TEST_P(BackendTest, GroupsAndTheirValuesMultiplyAlike) {
+  constexpr int kOutputs = 70, kDepth = 96;
+  const auto group_at = [](int output, int g) {
+    FourBitGroup group{.scale = static_cast<uint16_t>(0x2c00 + output * 8 + g),
+                       .minimum = static_cast<uint16_t>(0xb400 + g)};
+    for (int i = 0; i < 16; ++i) group.u[i] = static_cast<uint8_t>(output * 31 + g * 7 + i * 53);
+    group.u[2] = 0xf0;  // both ends are in use, so values tell the steps
+    return group;
+  };
+  const auto half = [](uint16_t bits) {
+    return std::ldexp(1024.0f + (bits & 1023), (bits >> 10 & 31) - 25);
+  };
+  WeightSource source;
+  source.read_values = [&](int output, float* to) {
+    for (int k = 0; k < kDepth; ++k) {
+      const FourBitGroup group = group_at(output, k / 32);
+      const int i = k % 32, u = i < 16 ? group.u[i] & 15 : group.u[i - 16] >> 4;
+      to[k] = half(group.scale) * static_cast<float>(u) - half(group.minimum);
+    }
+  };
+  const Weight by_values =
+      backend_->UploadWeight(type_, WeightLayout::kOutputRows, kOutputs, kDepth, source).value();
+  source.read_groups = [&](int output, FourBitGroup* to) {
+    for (int g = 0; g < kDepth / 32; ++g) to[g] = group_at(output, g);
+  };
+  const Weight by_groups =
+      backend_->UploadWeight(type_, WeightLayout::kOutputRows, kOutputs, kDepth, source).value();
+  const auto x = RandomValues(3 * kDepth, 2);
+  std::vector<float> values(3 * kOutputs), groups(3 * kOutputs);
+  MatMulTarget target{.weight = &by_values,
+                      .selection = ChannelSelection::All(kOutputs),
+                      .out = Matrix(values.data(), 3, kOutputs)};
+  backend_->MatMul({.x = View(x, 3, kDepth), .targets = {&target, 1}});
+  target.weight = &by_groups;
+  target.out = Matrix(groups.data(), 3, kOutputs);
+  backend_->MatMul({.x = View(x, 3, kDepth), .targets = {&target, 1}});
+  EXPECT_TRUE(BitEqual(values, groups));
+
+  source.read_groups = [&](int output, FourBitGroup* to) {
+    for (int g = 0; g < kDepth / 32; ++g) to[g] = group_at(output, g);
+    if (output == 33) to[1].scale = 0x7c00;
+  };
+  const absl::Status bad =
+      backend_->UploadWeight(type_, WeightLayout::kOutputRows, kOutputs, kDepth, source).status();
+  if (type_ == WeightType::kInt4) {
+    EXPECT_THAT(std::string(bad.message()), HasSubstr("output 33"));
+  } else {
+    EXPECT_TRUE(bad.ok()) << "other types read values";
+  }
 }
 
 TEST_P(BackendTest, UploadCountsItsBytes) {

@@ -80,13 +80,13 @@ inline reference::HostWeight RandomWeight(WeightType type, WeightLayout layout, 
 
 inline Weight Upload(Backend* backend, const reference::HostWeight& host) {
   const bool output_rows = host.layout == WeightLayout::kOutputRows;
-  absl::StatusOr<Weight> weight =
-      backend->UploadWeight(host.type, host.layout, host.rows, host.cols, [&](int n, float* to) {
+  absl::StatusOr<Weight> weight = backend->UploadWeight(
+      host.type, host.layout, host.rows, host.cols, {[&](int n, float* to) {
         const float* from = host.values.data() + (output_rows ? int64_t{n} * host.cols : n);
         for (int k = 0; k < (output_rows ? host.cols : host.rows); ++k) {
           to[k] = from[output_rows ? k : int64_t{k} * host.cols];
         }
-      });
+      }});
   EXPECT_TRUE(weight.ok()) << weight.status();
   return *std::move(weight);
 }

@@ -64,6 +64,39 @@ TEST(WeightBlocks, KeepWhatA4BitFileHolds) {
   }
 }
 
+// Whatever it holds: unused ends, a negative or subnormal scale, a constant.
+TEST(WeightBlocks, GroupsOfASourceAreKeptBitForBit) {
+  std::mt19937 random(5);
+  constexpr int kGroups = 40, kLane = 11;
+  std::vector<FourBitGroup> groups(kGroups);
+  for (FourBitGroup& group : groups) {
+    group.scale = random() % 4 == 0 ? random() % 64 : 0x2400 + random() % 64;
+    if (random() % 3 == 0) group.scale |= 0x8000;
+    group.minimum = 0xa800 + random() % 256;
+    for (uint8_t& u : group.u) u = random() % 2 == 0 ? 0x77 : random();
+  }
+  alignas(64) uint8_t strip[kGroups * BlockBytes(4)] = {};
+  EXPECT_TRUE(PackGroups(groups, kLane, strip));
+  std::vector<float> out(kGroups * kGroup);
+  UnpackOutput(4, strip, kLane, kGroups * kGroup, out.data());
+  const auto wide = [](uint16_t half) {
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
+    const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                          : std::ldexp(1024.0f + fraction, exponent - 25);
+    return half >> 15 ? -magnitude : magnitude;
+  };
+  for (int k = 0; k < kGroups * kGroup; ++k) {
+    const FourBitGroup& group = groups[k / kGroup];
+    const int i = k % kGroup, u = i < 16 ? group.u[i] & 15 : group.u[i - 16] >> 4;
+    EXPECT_EQ(out[k], wide(group.scale) * static_cast<float>(u) + wide(group.minimum)) << k;
+  }
+  groups[7].minimum = 0x7c01;
+  EXPECT_FALSE(PackGroups(groups, kLane, strip));
+  groups[7].minimum = 0;
+  groups[8].scale = 0xfc00;
+  EXPECT_FALSE(PackGroups(groups, kLane, strip));
+}
+
 // As in Q4_0: multiples of a scale around zero, whose ends are not all in use.
 TEST(WeightBlocks, FindTheStepsOfASourceThatDoesNotUseItsEnds) {
   std::mt19937 random(2);

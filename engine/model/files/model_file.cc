@@ -32,9 +32,7 @@ absl::StatusOr<std::unique_ptr<ModelFile>> OpenAnyFormat(const std::string& path
 
 }  // namespace
 
-void StoredTensor::ReadRow(int r, float* dst) const {
-  Dequantize(type, data + bytes / rows * r, cols, dst);
-}
+void StoredTensor::ReadRow(int r, float* dst) const { Dequantize(type, row(r), cols, dst); }
 
 absl::StatusOr<std::unique_ptr<ModelFile>> ModelFile::Open(const std::string& path) {
   absl::StatusOr<std::unique_ptr<ModelFile>> file = OpenAnyFormat(path);

@@ -25,7 +25,9 @@ struct StoredTensor {
   const std::byte* data = nullptr;
   size_t bytes = 0;
 
-  // Values of row r, dequantised exactly. dst holds cols floats.
+  // Row r as stored, bytes / rows of them.
+  const std::byte* row(int r) const { return data + bytes / rows * r; }
+  // Its values, dequantised exactly. dst holds cols floats.
   void ReadRow(int r, float* dst) const;
 };
 
