@@ -302,7 +302,7 @@ void CpuBackend::RunTasks(MatMulArgs::Output output, std::span<const MatMulTarge
 }
 
 // The channels of a task are made and quantised while they are in the worker's cache: as fp32 in
-// memory they would be written and read twice, an eighth of prefill. They have the bits of the ops
+// memory they would be written and read twice. They have the bits of the ops
 // they stand for.
 void CpuBackend::GatedMlp(const GatedMlpArgs& args) {
   const int channels = args.selection.count();
