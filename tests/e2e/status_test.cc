@@ -64,7 +64,7 @@ std::vector<BadField> BadFields() {
       {"stop.stop[0]", [](R* r) { r->mutable_stop()->add_stop(std::string(257, 's')); }},
       {"stop.stop",
        [](R* r) {
-         for (int i = 0; i < 17; ++i) r->mutable_stop()->add_stop("s");
+         for (int i = 0; i < 17; ++i) r->mutable_stop()->add_stop(std::string(1, 's'));
        }},
       {"stop.stop_token_ids[0]", [](R* r) { r->mutable_stop()->add_stop_token_ids(1 << 30); }},
       {"stop.stop_token_ids",

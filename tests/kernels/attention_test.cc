@@ -16,7 +16,7 @@ class Sequences {
   };
 
   Sequences(Backend* backend, Heads heads, KvType type, int sequences, int tokens)
-      : backend_(backend), heads_(heads), tokens_(tokens) {
+      : backend_(backend), heads_(heads) {
     const int pages = (tokens + kPageTokens - 1) / kPageTokens;
     pool_ = backend
                 ->CreateKvPool({.type = type,
@@ -140,7 +140,6 @@ class Sequences {
  private:
   Backend* backend_;
   const Heads heads_;
-  const int tokens_;
   KvPool pool_;
   std::vector<std::vector<int32_t>> tables_;
   std::vector<std::vector<float>> q_, k_, v_;
