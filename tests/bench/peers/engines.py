@@ -249,6 +249,7 @@ def _cold_start_llama(setup, attention):
                           env=_ENVIRONMENT) as process:
         token = process.stdout.read(1)
         completion = time.perf_counter() - began
+        process.stdout.read()  # or the rest of its output kills it
     if not token or process.returncode != 0:
         raise Failure(f"llama-completion: exit code {process.returncode}, no token")
     return min(server, completion)
