@@ -21,7 +21,6 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "kernels/channel_selection.h"
 #include "kernels/tensor.h"
 #include "kernels/weight.h"
 
@@ -96,19 +95,23 @@ struct RmsNormArgs {
   Matrix out;  // [rows, cols]; may be x itself
 };
 
-// One weight of a MatMul and where its result goes.
+// One weight of a MatMul, the rows of x that meet it and where its result goes. Rows of a step that
+// keep different numbers of channels are targets of one call: the staircase.
 struct MatMulTarget {
+  static constexpr int kAll = -1;
+
   const Weight* weight = nullptr;
-  ChannelSelection selection = ChannelSelection::All(0);  // of the weight's rows
-  Matrix out;
-  std::span<const float> bias;  // [out cols] or empty; not for kInputRows with kAdd
+  Matrix out;                        // out.rows rows of x take part
+  int first_row = 0;                 // row r of out is made of row first_row + r of x
+  int channels = kAll;               // the first so many weight rows take part
+  std::span<const float> bias = {};  // [out cols] or empty; not for kInputRows with kAdd
 };
 
 // Products of one input with one or more weights (q, k, v share theirs; so do gate and up), so that
 // the input is quantised once. Each target:
-//   kOutputRows: out [rows, selection.count()]; x [rows, weight.cols].
-//   kInputRows:  out [rows, weight.cols];       x [rows, selection.count()], compact: column i
-//                belongs to weight row selection[i].
+//   kOutputRows: out [its rows, channels];    x [rows, weight.cols].
+//   kInputRows:  out [its rows, weight.cols]; the first `channels` columns of x, which are all or,
+//                for integers, whole groups of kQuantGroup. What lies beyond is not looked at.
 // Integer weights quantise x per row and group of kQuantGroup (symmetric int8, round to nearest
 // even) and sum groups in fp32, in order; float weights take x as it is. All targets of one call
 // share their layout, and are all floats or all integers.
@@ -127,18 +130,27 @@ struct SwiGluArgs {
   Matrix out;        // [rows, channels]
 };
 
-// out += down(silu(gate(x)) * up(x)) over the selected channels: MatMul, SwiGlu and MatMul to the
+// Consecutive rows that keep the same channels: the first `channels` of gate and up, and of their
+// own `down`, whose rows may be corrected for what left.
+struct MlpStep {
+  int rows = 0;
+  int channels = 0;              // for integers whole groups of kQuantGroup, or all of gate's rows
+  const Weight* down = nullptr;  // kInputRows [at least channels, hidden]
+};
+
+// out += down(silu(gate(x)) * up(x)), each step over its channels: MatMul, SwiGlu and MatMul to the
 // bit, but what lies between them need not be written to memory. Whether it is depends on the
-// weights: the rooms' contents are undefined afterwards.
+// weights: the rooms' contents are undefined afterwards. Gate and up are computed once for all
+// steps; channel c for the rows up to the last step that keeps it, so steps in order of falling
+// counts cost the area under their staircase.
 struct GatedMlpArgs {
-  ConstMatrix x;                                          // [rows, hidden]
-  const Weight& gate;                                     // kOutputRows [channels, hidden]
-  const Weight& up;                                       // kOutputRows [channels, hidden]
-  const Weight& down;                                     // kInputRows [channels, hidden]
-  ChannelSelection selection = ChannelSelection::All(0);  // of all three
-  Matrix gate_room;                                       // [rows, selection.count()]
-  Matrix up_room;                                         // [rows, selection.count()]
-  Matrix out;                                             // [rows, hidden]
+  ConstMatrix x;                   // [rows, hidden]
+  const Weight& gate;              // kOutputRows [at least the most channels, hidden]
+  const Weight& up;                // kOutputRows, as gate
+  std::span<const MlpStep> steps;  // their rows add up to x.rows
+  Matrix gate_room;                // [rows, the most channels of a step]
+  Matrix up_room;                  // [rows, the most channels of a step]
+  Matrix out;                      // [rows, hidden]
 };
 
 // Rotates q and k in place by their positions and writes k and v to the sequences' pages.
@@ -159,12 +171,12 @@ struct RopeAndStoreArgs {
 struct AttentionArgs {
   std::span<const AttentionSpan> spans;
   std::span<const std::span<const int32_t>> page_tables;  // [spans][pages]
-  ConstMatrix q;  // [rows, heads_kept.count() * head_dim], rotated
-  ChannelSelection heads_kept = ChannelSelection::All(0);  // of `heads` query heads
-  int heads = 0;                                           // full number of query heads
-  float scale = 0;                                         // usually 1 / sqrt(head_dim)
+  ConstMatrix q;                        // [rows, heads_kept.size() * head_dim], rotated
+  std::span<const int32_t> heads_kept;  // the query head of each slot of q, none twice
+  int heads = 0;                        // full number of query heads
+  float scale = 0;                      // usually 1 / sqrt(head_dim)
   const KvPool* pool = nullptr;
-  Matrix out;  // [rows, heads_kept.count() * head_dim]
+  Matrix out;  // [rows, heads_kept.size() * head_dim]
 };
 
 // Per row of logits: the largest value, where it is (the lowest index wins a tie), and
@@ -193,11 +205,12 @@ class Backend {
   virtual absl::StatusOr<Weight> UploadWeight(WeightType type, WeightLayout layout, int rows,
                                               int cols, const WeightSource& source) = 0;
 
-  // A panel: the selected rows gathered into a weight of their own, to be used with All(count).
-  // Bit-equal to multiplying by the list, without gathering in every call. Of kInputRows it keeps
-  // whole groups of kQuantGroup rows, so a scattered selection makes it no smaller.
+  // A panel: the listed rows, each in [0, weight.rows), gathered in the order listed into a weight
+  // of their own. kOutputRows keep their type and their values bit for bit. Rows of kInputRows form
+  // new groups, whose scales are fitted anew: integers become int8, within 1/480 of a new group's
+  // range of what they were.
   virtual absl::StatusOr<Weight> GatherRows(const Weight& weight,
-                                            const ChannelSelection& selection) = 0;
+                                            std::span<const int32_t> rows) = 0;
 
   // ResourceExhausted, with the bytes asked for, if the device cannot hold it.
   virtual absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) = 0;

@@ -70,8 +70,6 @@ struct Weight {
   int groups = 0;                   // of the summed dimension, as stored
   std::shared_ptr<void> storage;    // device memory
   const uint8_t* blocks = nullptr;  // [strips of outputs, groups] in the device's own order
-  const int32_t* places = nullptr;  // panels of kInputRows: where each row lies among the
-                                    // groups * kQuantGroup summed values; null: row by row
   size_t bytes = 0;                 // of storage, for the ledger
 };
 

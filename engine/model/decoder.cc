@@ -4,6 +4,8 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
+#include <numeric>
 #include <string>
 #include <utility>
 
@@ -98,15 +100,27 @@ class Loader {
   uint64_t bytes_ = 0;
 };
 
+// Panels of the same rows of several weights.
+absl::Status Gather(std::initializer_list<std::pair<const Weight*, Weight*>> weights,
+                    std::span<const int32_t> rows, Backend* backend) {
+  for (const auto& [from, to] : weights) {
+    absl::StatusOr<Weight> panel = backend->GatherRows(*from, rows);
+    if (!panel.ok()) return panel.status();
+    *to = *std::move(panel);
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 Decoder::Decoder(const ModelConfig& config, Backend* backend)
     : config_(config),
       backend_(backend),
       layers_(config.layers),
-      inverse_frequency_(InverseFrequencies(config)) {
-  head_rows_.reserve(static_cast<size_t>(config.heads) * config.head_dim);
-  head_bias_.reserve(head_rows_.capacity());
+      inverse_frequency_(InverseFrequencies(config)),
+      all_heads_(config.heads),
+      panels_(config.layers) {
+  std::iota(all_heads_.begin(), all_heads_.end(), 0);
 }
 
 absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
@@ -173,33 +187,79 @@ std::string Decoder::weight_types() const {
   return names;
 }
 
-ChannelSelection Decoder::HeadRows(const ChannelSelection& heads) {
-  const int dim = config_.head_dim;
-  if (heads.all()) return ChannelSelection::All(heads.count() * dim);
-  head_rows_.clear();
-  for (int i = 0; i < heads.count(); ++i) {
-    for (int d = 0; d < dim; ++d) head_rows_.push_back(heads[i] * dim + d);
+absl::Status Decoder::MakePanels(const Ladder& ladder, const ChannelSelector& selector) {
+  std::vector<Panels> made(config_.layers);
+  for (int layer = 0; layer < config_.layers; ++layer) {
+    int heads = 0, channels = 0;  // the most that a rung keeps of some
+    for (int i = 0; i < ladder.size(); ++i) {
+      for (const KeepProfile* keep : {&ladder.rung(i).prefill, &ladder.rung(i).decode}) {
+        const int kept_heads = keep->kept(layer, SiteKind::kHeads);
+        const int kept_channels = keep->kept(layer, SiteKind::kChannels);
+        if (kept_channels % kQuantGroup != 0 && kept_channels != config_.channels) {
+          return absl::InvalidArgumentError(
+              fmt::format("rung {}, layer {}: keeps {} channels; expected a multiple of {}, or {}",
+                          i, layer, kept_channels, kQuantGroup, config_.channels));
+        }
+        if (kept_heads < config_.heads) heads = std::max(heads, kept_heads);
+        if (kept_channels < config_.channels) channels = std::max(channels, kept_channels);
+      }
+    }
+    const auto first = [&](SiteKind kind, int count) {
+      return selector.Ranking(layer, kind).first(count);
+    };
+    absl::Status status = MakeHeadPanels(layer, first(SiteKind::kHeads, heads), &made[layer]);
+    status.Update(MakeChannelPanels(layer, first(SiteKind::kChannels, channels), &made[layer]));
+    if (!status.ok()) {
+      return absl::Status(status.code(),
+                          fmt::format("panels of layer {}: {}", layer, status.ToString()));
+    }
   }
-  return ChannelSelection::Of(head_rows_);
+  panels_ = std::move(made);
+  panel_bytes_ = 0;
+  for (const Panels& panels : panels_) {
+    for (const Weight* weight : {&panels.q, &panels.o, &panels.gate, &panels.up, &panels.down}) {
+      panel_bytes_ += weight->bytes;
+    }
+  }
+  return absl::OkStatus();
 }
 
-std::span<const float> Decoder::HeadBias(std::span<const float> bias,
-                                         const ChannelSelection& head_rows) {
-  if (bias.empty() || head_rows.all()) return bias;
-  head_bias_.clear();
-  for (int i = 0; i < head_rows.count(); ++i) head_bias_.push_back(bias[head_rows[i]]);
-  return head_bias_;
+absl::Status Decoder::MakeHeadPanels(int layer, std::span<const int32_t> heads,
+                                     Panels* panels) const {
+  if (heads.empty()) return absl::OkStatus();
+  const Layer& weights = layers_[layer];
+  panels->heads.assign(heads.begin(), heads.end());
+  std::vector<int32_t> rows;  // head_dim of q and o for each head
+  for (const int32_t head : heads) {
+    for (int d = 0; d < config_.head_dim; ++d) rows.push_back(head * config_.head_dim + d);
+  }
+  for (const int32_t row : rows) {
+    if (!weights.q_bias.empty()) panels->q_bias.push_back(weights.q_bias[row]);
+  }
+  return Gather({{&weights.q, &panels->q}, {&weights.o, &panels->o}}, rows, backend_);
+}
+
+absl::Status Decoder::MakeChannelPanels(int layer, std::span<const int32_t> channels,
+                                        Panels* panels) const {
+  if (channels.empty()) return absl::OkStatus();
+  const Layer& weights = layers_[layer];
+  return Gather(
+      {{&weights.gate, &panels->gate}, {&weights.up, &panels->up}, {&weights.down, &panels->down}},
+      channels, backend_);
 }
 
 void Decoder::NormHeads(std::span<const float> weight, const Matrix& x) {
   if (weight.empty()) return;
-  // Rows lie end to end, so a head is a row of this view.
-  const Matrix heads(x.data, x.rows * (x.cols / config_.head_dim), config_.head_dim);
-  backend_->RmsNorm({.x = heads, .weight = weight, .eps = config_.rms_eps, .out = heads});
+  const auto norm = [&](const Matrix& rows) {
+    const Matrix heads(rows.data, rows.rows * (rows.cols / config_.head_dim), config_.head_dim);
+    backend_->RmsNorm({.x = heads, .weight = weight, .eps = config_.rms_eps, .out = heads});
+  };
+  if (x.stride == x.cols) return norm(x);  // rows lie end to end, so heads are rows of a matrix
+  for (int r = 0; r < x.rows; ++r) norm(Matrix(x.row(r), 1, x.cols));
 }
 
-void Decoder::Forward(const StepPlan& plan, const KeepProfile& keep, ChannelSelector* selector,
-                      KvPool* pool, Activations* activations, PhaseTimes* phases) {
+void Decoder::Forward(const StepPlan& plan, KvPool* pool, Activations* activations,
+                      PhaseTimes* phases) {
   const int rows = static_cast<int>(plan.tokens.size());
   const Matrix residual(activations->residual.data(), rows, config_.hidden);
   {
@@ -207,29 +267,50 @@ void Decoder::Forward(const StepPlan& plan, const KeepProfile& keep, ChannelSele
     backend_->Embed({.tokens = plan.tokens, .table = embedding_, .out = residual});
   }
   for (int layer = 0; layer < config_.layers; ++layer) {
-    const auto choose = [&](SiteKind kind) {
-      return selector->Choose(layer, kind, keep.kept(layer, kind));
-    };
-    AttentionBlock(layer, plan, choose(SiteKind::kHeads), pool, activations, phases);
-    MlpBlock(layer, choose(SiteKind::kChannels), rows, activations, phases);
+    AttentionBlock(layer, plan, pool, activations, phases);
+    MlpBlock(layer, plan, activations, phases);
     if (observer_) observer_(layer, residual);
   }
 }
 
-void Decoder::AttentionBlock(int layer, const StepPlan& plan, const ChannelSelection& heads,
-                             KvPool* pool, Activations* activations, PhaseTimes* phases) {
-  if (heads.count() == 0) return;  // a dropped block writes no KV
+int Decoder::FindHeadRuns(int layer, const StepPlan& plan) {
+  head_runs_.clear();
+  int rows = 0, spans = 0;
+  for (const PlanStep& step : plan.steps) {
+    if (!step.rung->HoldsKv(layer)) break;  // nor does any after it
+    const int heads = step.kept(layer, SiteKind::kHeads);
+    if (head_runs_.empty() || head_runs_.back().heads != heads) {
+      head_runs_.push_back({.first_row = rows, .first_span = spans, .heads = heads});
+    }
+    head_runs_.back().rows += step.rows;
+    head_runs_.back().spans += step.spans;
+    rows += step.rows;
+    spans += step.spans;
+  }
+  return rows;
+}
+
+void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
+                             Activations* activations, PhaseTimes* phases) {
+  const int rows = FindHeadRuns(layer, plan);
+  if (rows == 0) return;  // dropped blocks write no KV
   const Layer& weights = layers_[layer];
-  const int rows = static_cast<int>(plan.tokens.size());
-  const int kv_width = config_.kv_heads * config_.head_dim;
-  const ChannelSelection head_rows = HeadRows(heads);
-  const auto tables = plan.tables.subspan(layer * plan.spans.size(), plan.spans.size());
+  const Panels& panels = panels_[layer];
+  const int dim = config_.head_dim;
+  const int q_width = config_.heads * dim, kv_width = config_.kv_heads * dim;
+  const size_t spans = head_runs_.back().first_span + head_runs_.back().spans;
+  const auto step_spans = plan.spans.first(spans);
+  const auto tables = plan.tables.subspan(layer * plan.spans.size(), spans);
   const Matrix residual(activations->residual.data(), rows, config_.hidden);
   const Matrix normed(activations->normed.data(), rows, config_.hidden);
-  const Matrix q(activations->q.data(), rows, head_rows.count());
+  const Matrix q(activations->q.data(), rows, q_width);
   const Matrix k(activations->k.data(), rows, kv_width);
   const Matrix v(activations->v.data(), rows, kv_width);
-  const Matrix attended(activations->attention.data(), rows, head_rows.count());
+  const Matrix attended(activations->attention.data(), rows, q_width);
+  // The rows of a run, of which the heads kept lie to the left.
+  const auto part = [&](const Matrix& m, const HeadRun& run) {
+    return Matrix(m.row(run.first_row), run.rows, run.heads * dim, m.stride);
+  };
   {
     PhaseTimer timer(&phases->norm);
     backend_->RmsNorm(
@@ -237,31 +318,30 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, const ChannelSelec
   }
   {
     PhaseTimer timer(&phases->attention_projections);
-    const std::array<MatMulTarget, 3> targets = {
-        MatMulTarget{.weight = &weights.q,
-                     .selection = head_rows,
-                     .out = q,
-                     .bias = HeadBias(weights.q_bias, head_rows)},
-        MatMulTarget{.weight = &weights.k,
-                     .selection = ChannelSelection::All(kv_width),
-                     .out = k,
-                     .bias = weights.k_bias},
-        MatMulTarget{.weight = &weights.v,
-                     .selection = ChannelSelection::All(kv_width),
-                     .out = v,
-                     .bias = weights.v_bias},
-    };
-    backend_->MatMul({.x = normed, .targets = targets});
+    projections_.clear();
+    for (const HeadRun& run : head_runs_) {
+      if (run.heads == 0) continue;
+      const std::vector<float>& bias = AllHeads(run) ? weights.q_bias : panels.q_bias;
+      projections_.push_back({.weight = AllHeads(run) ? &weights.q : &panels.q,
+                              .out = part(q, run),
+                              .first_row = run.first_row,
+                              .channels = run.heads * dim,
+                              .bias = bias.empty() ? std::span<const float>()
+                                                   : std::span(bias).first(run.heads * dim)});
+    }
+    projections_.push_back({.weight = &weights.k, .out = k, .bias = weights.k_bias});
+    projections_.push_back({.weight = &weights.v, .out = v, .bias = weights.v_bias});
+    backend_->MatMul({.x = normed, .targets = projections_});
   }
   {
     PhaseTimer timer(&phases->norm);
-    NormHeads(weights.q_norm, q);
+    for (const HeadRun& run : head_runs_) NormHeads(weights.q_norm, part(q, run));
     NormHeads(weights.k_norm, k);
   }
   {
     PhaseTimer timer(&phases->attention);
     backend_->RopeAndStore(
-        {.spans = plan.spans,
+        {.spans = step_spans,
          .page_tables = tables,
          .q = q,
          .k = k,
@@ -269,43 +349,77 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, const ChannelSelec
          .inverse_frequency = inverse_frequency_,
          .pairing = config_.rope_interleaved ? RopePairing::kInterleaved : RopePairing::kHalfSplit,
          .pool = pool});
-    backend_->Attention({.spans = plan.spans,
-                         .page_tables = tables,
-                         .q = q,
-                         .heads_kept = heads,
-                         .heads = config_.heads,
-                         .scale = 1.0f / std::sqrt(static_cast<float>(config_.head_dim)),
-                         .pool = pool,
-                         .out = attended});
+    for (const HeadRun& run : head_runs_) {
+      backend_->Attention(
+          {.spans = step_spans.subspan(run.first_span, run.spans),
+           .page_tables = tables.subspan(run.first_span, run.spans),
+           .q = Matrix(q.data, rows, run.heads * dim, q.stride),
+           .heads_kept = std::span(AllHeads(run) ? all_heads_ : panels.heads).first(run.heads),
+           .heads = config_.heads,
+           .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
+           .pool = pool,
+           .out = Matrix(attended.data, rows, run.heads * dim, attended.stride)});
+    }
   }
   PhaseTimer timer(&phases->attention_projections);
-  const std::array<MatMulTarget, 1> targets = {
-      MatMulTarget{.weight = &weights.o, .selection = head_rows, .out = residual}};
-  backend_->MatMul({.x = attended, .targets = targets, .output = MatMulArgs::Output::kAdd});
+  for (const HeadRun& run : head_runs_) {
+    if (run.heads == 0) continue;
+    const std::array<MatMulTarget, 1> targets = {
+        MatMulTarget{.weight = AllHeads(run) ? &weights.o : &panels.o,
+                     .out = Matrix(residual.row(run.first_row), run.rows, config_.hidden),
+                     .channels = run.heads * dim}};
+    backend_->MatMul(
+        {.x = part(attended, run), .targets = targets, .output = MatMulArgs::Output::kAdd});
+  }
 }
 
-void Decoder::MlpBlock(int layer, const ChannelSelection& channels, int rows,
-                       Activations* activations, PhaseTimes* phases) {
-  if (channels.count() == 0) return;
+void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations,
+                       PhaseTimes* phases) {
   const Layer& weights = layers_[layer];
-  const Matrix residual(activations->residual.data(), rows, config_.hidden);
-  const Matrix normed(activations->normed.data(), rows, config_.hidden);
-  const Matrix gate(activations->gate.data(), rows, channels.count());
-  const Matrix up(activations->up.data(), rows, channels.count());
-  {
-    PhaseTimer timer(&phases->norm);
-    backend_->RmsNorm(
-        {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
+  const Panels& panels = panels_[layer];
+  // Runs of steps that keep all channels, or some, or none.
+  const auto kind_of = [&](const PlanStep& step) {
+    const int kept = step.kept(layer, SiteKind::kChannels);
+    return kept == config_.channels ? 2 : kept > 0 ? 1 : 0;
+  };
+  int first_row = 0;
+  for (size_t begin = 0, end; begin < plan.steps.size(); begin = end) {
+    const int kind = kind_of(plan.steps[begin]);
+    const Weight& down = kind == 2 ? weights.down : panels.down;
+    int rows = 0, most = 0;
+    mlp_steps_.clear();
+    for (end = begin; end < plan.steps.size() && kind_of(plan.steps[end]) == kind; ++end) {
+      const int kept = plan.steps[end].kept(layer, SiteKind::kChannels);
+      if (mlp_steps_.empty() || mlp_steps_.back().channels != kept) {
+        mlp_steps_.push_back({.channels = kept, .down = &down});
+      }
+      mlp_steps_.back().rows += plan.steps[end].rows;
+      rows += plan.steps[end].rows;
+      most = std::max(most, kept);
+    }
+    const auto part = [&](const AlignedFloats& buffer, int width, int cols) {
+      return Matrix(buffer.data() + int64_t{first_row} * width, rows, cols);
+    };
+    const Matrix residual = part(activations->residual, config_.hidden, config_.hidden);
+    const Matrix normed = part(activations->normed, config_.hidden, config_.hidden);
+    const Matrix gate = part(activations->gate, config_.channels, most);
+    const Matrix up = part(activations->up, config_.channels, most);
+    first_row += rows;
+    if (kind == 0) continue;
+    {
+      PhaseTimer timer(&phases->norm);
+      backend_->RmsNorm(
+          {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
+    }
+    PhaseTimer timer(&phases->mlp);
+    backend_->GatedMlp({.x = normed,
+                        .gate = kind == 2 ? weights.gate : panels.gate,
+                        .up = kind == 2 ? weights.up : panels.up,
+                        .steps = mlp_steps_,
+                        .gate_room = gate,
+                        .up_room = up,
+                        .out = residual});
   }
-  PhaseTimer timer(&phases->mlp);
-  backend_->GatedMlp({.x = normed,
-                      .gate = weights.gate,
-                      .up = weights.up,
-                      .down = weights.down,
-                      .selection = channels,
-                      .gate_room = gate,
-                      .up_room = up,
-                      .out = residual});
 }
 
 void Decoder::Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits) {
@@ -324,8 +438,7 @@ void Decoder::Logits(std::span<const int32_t> rows, Activations* activations, Ma
                        .out = Matrix(normed.row(begin), end - begin, config_.hidden)});
     begin = end;
   }
-  const std::array<MatMulTarget, 1> targets = {MatMulTarget{
-      .weight = &head_, .selection = ChannelSelection::All(config_.vocabulary), .out = logits}};
+  const std::array<MatMulTarget, 1> targets = {MatMulTarget{.weight = &head_, .out = logits}};
   backend_->MatMul({.x = normed, .targets = targets});
 }
 

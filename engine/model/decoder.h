@@ -1,8 +1,8 @@
 // The decoder of the llama family: weights on a backend, and one forward pass over a step's rows.
 //
-// Dense is the keep profile that keeps everything: the pass always asks the selector, and there is
-// no other path. Heads and channels are rows of q, gate, up and (as files have them, columns) o,
-// down.
+// Rows of a step may be on different rungs of the ladder. Those that keep all of a site meet its
+// weights as loaded; the others panels, in which the site's channels lie in the order of their
+// ranking, so that each rung is a prefix. Dense is a step of which every row keeps all.
 #pragma once
 
 #include <cstdint>
@@ -21,15 +21,29 @@
 #include "engine/pruning/channel_selector.h"
 #include "engine/scheduling/batch.h"
 #include "kernels/backend.h"
-#include "policy/keep_profile.h"
+#include "policy/ladder.h"
 
 namespace espalier {
 
-// What attention needs to know of a step; made once and used by every layer.
+// Consecutive rows, whole spans, that are narrowed alike.
+struct PlanStep {
+  int rows = 0;
+  int spans = 0;
+  const Rung* rung = nullptr;
+  bool decode = false;
+
+  int kept(int layer, SiteKind kind) const {
+    return (decode ? rung->decode : rung->prefill).kept(layer, kind);
+  }
+};
+
+// A step; made once and used by every layer.
 struct StepPlan {
   std::span<const int32_t> tokens;  // [rows]
   std::span<const AttentionSpan> spans;
   std::span<const std::span<const int32_t>> tables;  // [layers * spans], layer-major
+  // Of all rows, in the order of their rungs: those that hold K and V of a layer come first.
+  std::span<const PlanStep> steps;
 };
 
 class Decoder {
@@ -41,17 +55,23 @@ class Decoder {
       const std::function<void(int done, int total)>& progress);
 
   const ModelConfig& config() const { return config_; }
+  // As loaded, and of the panels.
   uint64_t weight_bytes() const { return weight_bytes_; }
+  uint64_t panel_bytes() const { return panel_bytes_; }
   // The types of its matrices, e.g. "int4+int8".
   std::string weight_types() const;
 
-  // Runs all layers over the plan's rows; afterwards activations->residual holds the last layer's
-  // output and the pages hold K and V of every row. Adds its times to `phases`.
-  void Forward(const StepPlan& plan, const KeepProfile& keep, ChannelSelector* selector,
-               KvPool* pool, Activations* activations, PhaseTimes* phases);
+  // Makes the panels that the ladder's rungs need, in place of those there were. InvalidArgument,
+  // with rung and layer, for a count of channels that is neither all nor a multiple of kQuantGroup;
+  // ResourceExhausted if there is no memory. Then the old panels stay.
+  absl::Status MakePanels(const Ladder& ladder, const ChannelSelector& selector);
 
-  // Final norm and LM head of the residual rows listed (ascending); logits is [rows listed,
-  // vocabulary].
+  // Runs all layers over the plan's rows, on rungs of the ladder that panels were made for;
+  // afterwards activations->residual holds the last layer's output and the pages hold K and V of
+  // every row. Adds its times to `phases`.
+  void Forward(const StepPlan& plan, KvPool* pool, Activations* activations, PhaseTimes* phases);
+
+  // Final norm and LM head of the residual rows listed; logits is [rows listed, vocabulary].
   void Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits);
 
   // Called with the residual stream after each layer ([rows, hidden]); for tests and calibration.
@@ -71,16 +91,35 @@ class Decoder {
     Weight down;                                // [channels, hidden]
   };
 
+  // What rows are multiplied by that keep some of a site: channels in the order of its ranking, as
+  // many as the widest such rung keeps.
+  struct Panels {
+    std::vector<int32_t> heads;
+    Weight q, o;
+    std::vector<float> q_bias;
+    Weight gate, up, down;
+  };
+
+  // Consecutive rows that keep as many heads.
+  struct HeadRun {
+    int first_row = 0;
+    int rows = 0;
+    int first_span = 0;
+    int spans = 0;
+    int heads = 0;
+  };
+
   Decoder(const ModelConfig& config, Backend* backend);
 
-  void AttentionBlock(int layer, const StepPlan& plan, const ChannelSelection& heads, KvPool* pool,
-                      Activations* activations, PhaseTimes* phases);
-  void MlpBlock(int layer, const ChannelSelection& channels, int rows, Activations* activations,
-                PhaseTimes* phases);
-  // The weight rows of the listed heads, head_dim for each.
-  ChannelSelection HeadRows(const ChannelSelection& heads);
-  // The biases of those rows, if there are any.
-  std::span<const float> HeadBias(std::span<const float> bias, const ChannelSelection& head_rows);
+  absl::Status MakeHeadPanels(int layer, std::span<const int32_t> heads, Panels* panels) const;
+  absl::Status MakeChannelPanels(int layer, std::span<const int32_t> channels,
+                                 Panels* panels) const;
+  void AttentionBlock(int layer, const StepPlan& plan, KvPool* pool, Activations* activations,
+                      PhaseTimes* phases);
+  void MlpBlock(int layer, const StepPlan& plan, Activations* activations, PhaseTimes* phases);
+  // Fills head_runs_ from the steps that hold K and V of the layer; returns their rows.
+  int FindHeadRuns(int layer, const StepPlan& plan);
+  bool AllHeads(const HeadRun& run) const { return run.heads == config_.heads; }
   // RMS norm of each head for itself, in place; none if `weight` is empty.
   void NormHeads(std::span<const float> weight, const Matrix& x);
 
@@ -91,9 +130,13 @@ class Decoder {
   Weight head_;  // the embedding itself if tied
   std::vector<float> final_norm_;
   std::vector<float> inverse_frequency_;
-  std::vector<int32_t> head_rows_;  // of the block in hand, as is the next
-  std::vector<float> head_bias_;
+  std::vector<int32_t> all_heads_;  // 0, 1, ..
+  std::vector<Panels> panels_;      // [layers]
   uint64_t weight_bytes_ = 0;
+  uint64_t panel_bytes_ = 0;
+  std::vector<HeadRun> head_runs_;  // of the block in hand, as are the next
+  std::vector<MatMulTarget> projections_;
+  std::vector<MlpStep> mlp_steps_;
   std::function<void(int, ConstMatrix)> observer_;
 };
 

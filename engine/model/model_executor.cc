@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -94,20 +95,45 @@ struct ModelExecutor::Impl {
   std::vector<LogitStatsArgs::Stats> stats;  // [max_logit_rows]
   std::vector<Sampler> samplers;             // one a lane: scratch of a megabyte or so
   // The plan of the step in flight.
+  std::vector<int> order;       // of the batch's spans
+  std::vector<int> row_of;      // [batch rows]: the plan's row
+  std::vector<int32_t> tokens;  // [rows]
   std::vector<AttentionSpan> spans;
   std::vector<std::span<const int32_t>> tables;  // [layers * spans]
+  std::vector<PlanStep> steps;
   std::vector<int32_t> logit_rows;
 };
 
 void ModelExecutor::Impl::MakePlan(const Batch& batch) {
   const int layers = model->config().layers;
+  order.resize(batch.spans.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int a, int b) {
+    const auto key = [&](int i) { return std::pair(batch.spans[i].rung, i); };
+    return key(a) < key(b);
+  });
+  row_of.resize(batch.rows());
+  tokens.clear();
   spans.clear();
   tables.clear();
-  for (const BatchSpan& span : batch.spans) {
-    spans.push_back({.first_row = span.first_row, .rows = span.rows, .start = span.start});
+  steps.clear();
+  for (const int i : order) {
+    const BatchSpan& span = batch.spans[i];
+    const Rung& rung = ladder.rung(span.rung);
+    spans.push_back(
+        {.first_row = static_cast<int>(tokens.size()), .rows = span.rows, .start = span.start});
+    if (steps.empty() || steps.back().rung != &rung || steps.back().decode != span.decode) {
+      steps.push_back({.rung = &rung, .decode = span.decode});
+    }
+    steps.back().rows += span.rows;
+    ++steps.back().spans;
+    for (int row = span.first_row; row < span.first_row + span.rows; ++row) {
+      row_of[row] = static_cast<int>(tokens.size());
+      tokens.push_back(batch.tokens[row]);
+    }
   }
   for (int layer = 0; layer < layers; ++layer) {
-    for (const BatchSpan& span : batch.spans) tables.push_back(span.page_tables[layer]);
+    for (const int i : order) tables.push_back(batch.spans[i].page_tables[layer]);
   }
 }
 
@@ -154,16 +180,16 @@ absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
   result->phases = PhaseTimes{};
   if (batch.empty()) return absl::OkStatus();
   impl.MakePlan(batch);
-  // The ladder has one rung; rows on several rungs share a step by the staircase, with pruning.
-  const KeepProfile& keep = impl.ladder.rung(0).prefill;
-  impl.model->Forward({.tokens = batch.tokens, .spans = impl.spans, .tables = impl.tables}, keep,
-                      &impl.selector, &impl.pool, &impl.activations, &result->phases);
+  impl.model->Forward(
+      {.tokens = impl.tokens, .spans = impl.spans, .tables = impl.tables, .steps = impl.steps},
+      &impl.pool, &impl.activations, &result->phases);
 
   const size_t turn = impl.options.max_logit_rows;
   for (size_t begin = 0; begin < batch.logits.size(); begin += turn) {
     const size_t end = std::min(begin + turn, batch.logits.size());
     impl.logit_rows.clear();
-    for (size_t i = begin; i < end; ++i) impl.logit_rows.push_back(batch.logits[i].row);
+    for (size_t i = begin; i < end; ++i)
+      impl.logit_rows.push_back(impl.row_of[batch.logits[i].row]);
     {
       PhaseTimer timer(&result->phases.head);
       impl.model->Logits(impl.logit_rows, &impl.activations,

@@ -1,7 +1,6 @@
 #include "engine/pruning/channel_selector.h"
 
 #include <numeric>
-#include <span>
 #include <utility>
 
 namespace espalier {
@@ -9,7 +8,7 @@ namespace espalier {
 StaticSelector::StaticSelector(const SiteWidths& widths) : rankings_(2 * widths.layers) {
   for (int layer = 0; layer < widths.layers; ++layer) {
     for (SiteKind kind : {SiteKind::kHeads, SiteKind::kChannels}) {
-      std::vector<int32_t>& natural = ranking(layer, kind);
+      std::vector<int32_t>& natural = rankings_[Index(layer, kind)];
       natural.resize(kind == SiteKind::kHeads ? widths.heads : widths.channels);
       std::iota(natural.begin(), natural.end(), 0);
     }
@@ -17,7 +16,7 @@ StaticSelector::StaticSelector(const SiteWidths& widths) : rankings_(2 * widths.
 }
 
 bool StaticSelector::SetRanking(int layer, SiteKind kind, std::vector<int32_t> order) {
-  std::vector<int32_t>& current = ranking(layer, kind);
+  std::vector<int32_t>& current = rankings_[Index(layer, kind)];
   if (order.size() != current.size()) return false;
   std::vector<bool> seen(order.size(), false);
   for (int32_t channel : order) {
@@ -26,12 +25,6 @@ bool StaticSelector::SetRanking(int layer, SiteKind kind, std::vector<int32_t> o
   }
   current = std::move(order);
   return true;
-}
-
-ChannelSelection StaticSelector::Choose(int layer, SiteKind kind, int count) {
-  const std::vector<int32_t>& order = ranking(layer, kind);
-  if (count == static_cast<int>(order.size())) return ChannelSelection::All(count);
-  return ChannelSelection::Of(std::span(order).first(count));
 }
 
 }  // namespace espalier

@@ -2,9 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
-#include "kernels/channel_selection.h"
 #include "policy/keep_profile.h"
 
 namespace espalier {
@@ -13,12 +13,12 @@ class ChannelSelector {
  public:
   virtual ~ChannelSelector() = default;
 
-  // The `count` channels (or heads) of a site that take part in this step. All of them if `count`
-  // is the full width. The selection lives until the next step.
-  virtual ChannelSelection Choose(int layer, SiteKind kind, int count) = 0;
+  // A permutation of the channels (or heads) of a site, best first: of `count` that are kept, its
+  // first `count` are. Lives until the next call that changes rankings.
+  virtual std::span<const int32_t> Ranking(int layer, SiteKind kind) const = 0;
 };
 
-// One fixed ranking per site: the first `count` of it stay. Natural order until one is set.
+// One fixed ranking per site. Natural order until one is set.
 class StaticSelector final : public ChannelSelector {
  public:
   explicit StaticSelector(const SiteWidths& widths);
@@ -27,12 +27,12 @@ class StaticSelector final : public ChannelSelector {
   // if it is not.
   bool SetRanking(int layer, SiteKind kind, std::vector<int32_t> ranking);
 
-  ChannelSelection Choose(int layer, SiteKind kind, int count) override;
+  std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
+    return rankings_[Index(layer, kind)];
+  }
 
  private:
-  std::vector<int32_t>& ranking(int layer, SiteKind kind) {
-    return rankings_[2 * layer + static_cast<int>(kind)];
-  }
+  static int Index(int layer, SiteKind kind) { return 2 * layer + static_cast<int>(kind); }
 
   std::vector<std::vector<int32_t>> rankings_;  // [2 * layers]
 };

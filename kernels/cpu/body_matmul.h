@@ -135,12 +135,11 @@ Ahead AfterChunk(const MatMulTask& t, int first, int groups, int strips) {
   const int next = first + groups;
   const bool within = next < t.groups;
   const int at = within ? next : 0;
-  const int group = t.groups_kept != nullptr ? t.groups_kept[at] : at;
   const int64_t bytes = Least(kChunkGroups, within ? t.groups - next : t.groups) * block;
   const int passes = (t.rows + kDotRows - 1) / kDotRows * ((strips + kDotStrips - 1) / kDotStrips);
   constexpr int kFewPasses = 2;  // they read as fast as memory gives, and the hardware follows
   if (passes < kFewPasses || (!within && t.next_strips == nullptr)) return {.strips = 0};
-  return {.strip = (within ? t.strips : t.next_strips) + group * block,
+  return {.strip = (within ? t.strips : t.next_strips) + at * block,
           .strip_bytes = within ? t.strip_bytes : t.next_strip_bytes,
           .bytes = bytes,
           .strips = strips,
@@ -185,9 +184,8 @@ template <bool kNibbles>
 void OpenChunk(const MatMulTask& t, int first, int groups, int strips, MatMulScratch* s) {
   constexpr int64_t kBytes = BlockBytes(kNibbles ? 4 : 8);
   for (int g = 0; g < groups; ++g) {
-    const int group = t.groups_kept != nullptr ? t.groups_kept[first + g] : first + g;
     for (int v = 0; v < strips; ++v) {
-      const uint8_t* block = t.strips + v * t.strip_bytes + group * kBytes;
+      const uint8_t* block = t.strips + v * t.strip_bytes + (first + g) * kBytes;
       const uint16_t* header = reinterpret_cast<const uint16_t*>(block);
       Store(s->scales + g * kTaskOutputs + 16 * v, LoadHalf(header));
       Store(s->minimums + g * kTaskOutputs + 16 * v, LoadHalf(header + kStripOutputs));
@@ -240,10 +238,9 @@ void WidenBf16(const uint8_t* from, float* to) {
 // The same for floats, a group at a time. fp32 blocks are read in place, bf16 ones widened first.
 template <int V>
 void FmaStrips(const MatMulTask& t, int g, int strip, MatMulScratch* s) {
-  const int group = t.groups_kept != nullptr ? t.groups_kept[g] : g;
   const int depth = Least(kGroup, t.depth - g * kGroup);
   const float* x = t.x + static_cast<int64_t>(g) * kGroup;
-  const uint8_t* from = t.strips + strip * t.strip_bytes + group * BlockBytes(t.bits);
+  const uint8_t* from = t.strips + strip * t.strip_bytes + g * BlockBytes(t.bits);
   const float* block = reinterpret_cast<const float*>(from);
   int64_t step = t.strip_bytes / static_cast<int64_t>(sizeof(float));
   if (t.bits == 16) {

@@ -32,11 +32,12 @@ void CpuBackend::PrepareAngles(const RopeAndStoreArgs& args) {
       angles_.spans[span.first_row + i] = static_cast<int32_t>(s);
     }
   }
+  // A layer that some rows leave out has the first rows of the others.
   const bool same =
-      angles_.pairing == args.pairing &&
+      angles_.pairing == args.pairing && next_positions_.size() <= angles_.positions.size() &&
       std::equal(args.inverse_frequency.begin(), args.inverse_frequency.end(),
                  angles_.inverse_frequency.begin(), angles_.inverse_frequency.end()) &&
-      next_positions_ == angles_.positions;
+      std::equal(next_positions_.begin(), next_positions_.end(), angles_.positions.begin());
   if (same) return;
   angles_.positions = next_positions_;
   angles_.inverse_frequency.assign(args.inverse_frequency.begin(), args.inverse_frequency.end());
@@ -105,7 +106,7 @@ void CpuBackend::GroupHeads(const AttentionArgs& args) {
   head_slots_.clear();
   head_groups_.clear();
   for (int kv = 0; kv < kv_heads; ++kv) {
-    for (int slot = 0; slot < args.heads_kept.count(); ++slot) {
+    for (int slot = 0; slot < static_cast<int>(args.heads_kept.size()); ++slot) {
       const int head = args.heads_kept[slot];
       Require(head >= 0 && head < args.heads, "Attention: head {} of {}", head, args.heads);
       if (head / sharing != kv) continue;
@@ -125,10 +126,11 @@ void CpuBackend::Attention(const AttentionArgs& args) {
   const int dim = shape.head_dim;
   Require(args.heads > 0 && args.heads % shape.kv_heads == 0, "Attention: {} heads, {} KV heads",
           args.heads, shape.kv_heads);
-  const int width = args.heads_kept.count() * dim;
+  const auto heads_kept = static_cast<int>(args.heads_kept.size());
+  const int width = heads_kept * dim;
   Require(args.q.cols == width && args.out.cols == width && args.out.rows == args.q.rows,
           "Attention: q [{}, {}], out [{}, {}] for {} heads of {}", args.q.rows, args.q.cols,
-          args.out.rows, args.out.cols, args.heads_kept.count(), dim);
+          args.out.rows, args.out.cols, heads_kept, dim);
   Require(args.page_tables.size() == args.spans.size(), "Attention: {} page tables, {} spans",
           args.page_tables.size(), args.spans.size());
   GroupHeads(args);
@@ -146,7 +148,7 @@ void CpuBackend::Attention(const AttentionArgs& args) {
   // tables. In decode one task sees all heads, if that leaves every worker some.
   int alone = 0;
   for (const AttentionSpan& span : args.spans) alone += span.rows == 1;
-  const bool together = alone >= 2 * pool_.threads() && args.heads_kept.count() <= kMaxQueries;
+  const bool together = alone >= 2 * pool_.threads() && heads_kept <= kMaxQueries;
   const auto groups_of_task = [&](const AttentionSpan& span) {
     return together && span.rows == 1 ? groups : 1;
   };

@@ -20,29 +20,35 @@ void RequireShape(const char* what, const ConstMatrix& m, int rows, int cols) {
           m.stride);
 }
 
+// How many weight rows take part.
+int ChannelsOf(const MatMulTarget& target) {
+  return target.channels == MatMulTarget::kAll ? target.weight->rows : target.channels;
+}
+
 void RequireTarget(const MatMulArgs& args, const MatMulTarget& target) {
   const Weight& weight = *target.weight;
   const Weight& first = *args.targets[0].weight;
   Require(IsFloat(weight.type) == IsFloat(first.type) && weight.layout == first.layout,
           "MatMul: targets of one call must share their layout, and be floats or integers");
   const bool output_rows = weight.layout == WeightLayout::kOutputRows;
-  const int count = target.selection.count();
-  Require(count <= weight.rows, "MatMul: {} of {} rows selected", count, weight.rows);
-  RequireShape("MatMul x", args.x, args.x.rows, output_rows ? weight.cols : count);
-  RequireShape("MatMul out", target.out, args.x.rows, output_rows ? count : weight.cols);
+  const int channels = ChannelsOf(target), rows = target.out.rows;
+  Require(channels >= 0 && channels <= weight.rows, "MatMul: {} of {} weight rows", channels,
+          weight.rows);
+  Require(target.first_row >= 0 && rows >= 0 && target.first_row <= args.x.rows - rows,
+          "MatMul: rows {} + {} of {}", target.first_row, rows, args.x.rows);
+  RequireShape("MatMul out", target.out, rows, output_rows ? channels : weight.cols);
+  const int depth = output_rows ? weight.cols : channels;
+  const bool part = !output_rows && depth < args.x.cols;
+  Require(args.x.cols == depth || (part && (IsFloat(weight.type) || depth % kGroup == 0)),
+          "MatMul: {} values to sum of {} in x", depth, args.x.cols);
+  Require(args.x.stride >= args.x.cols, "MatMul x: {} columns with stride {}", args.x.cols,
+          args.x.stride);
   Require(target.bias.empty() || static_cast<int>(target.bias.size()) == target.out.cols,
           "MatMul: bias of {} for {} outputs", target.bias.size(), target.out.cols);
 }
 
-// Only a list of kOutputRows is gathered; of kInputRows it is x that goes where the rows lie.
-bool Gathers(const MatMulTarget& target) {
-  return target.weight->layout == WeightLayout::kOutputRows && !target.selection.all();
-}
-
-// Null if they must be gathered.
-const uint8_t* StripsInPlace(const MatMulTarget& target, int first) {
-  const Weight& weight = *target.weight;
-  return Gathers(target) ? nullptr : weight.blocks + first / kStripOutputs * StripBytes(weight);
+const uint8_t* StripsFrom(const Weight& weight, int first) {
+  return weight.blocks + first / kStripOutputs * StripBytes(weight);
 }
 
 QuantizedRows FromRow(QuantizedRows q, int row) {
@@ -86,7 +92,6 @@ CpuBackend::CpuBackend(Isa isa, bool isa_forced, int threads)
       kernels_(KernelsOf(isa)),
       pool_(threads),
       matmul_scratch_(pool_.threads()),
-      gather_scratch_(pool_.threads()),
       channels_scratch_(pool_.threads()),
       attention_scratch_(pool_.threads()) {
   GrowScratch(sizeof(MatMulScratch), &matmul_scratch_);
@@ -106,11 +111,11 @@ uint64_t CpuBackend::workspace_bytes() const {
   const auto rows = [&](const QuantizedBuffer& buffer) {
     return held(buffer.values, buffer.scales, buffer.sums, buffer.counts);
   };
-  return pool_.threads() * (sizeof(MatMulScratch) + sizeof(ChannelsTile) + gather_scratch_bytes_ +
+  return pool_.threads() * (sizeof(MatMulScratch) + sizeof(ChannelsTile) +
                             attention_scratch_floats_ * sizeof(float)) +
          rows(quantized_) + rows(quantized_channels_) +
-         held(placed_, groups_kept_, places_, angles_.positions, angles_.cosines, angles_.sines,
-              angles_.spans, next_positions_, logit_partials_);
+         held(angles_.positions, angles_.cosines, angles_.sines, angles_.spans, next_positions_,
+              logit_partials_);
 }
 
 void CpuBackend::ParallelFor(int count, const std::function<void(int)>& fn) {
@@ -150,37 +155,7 @@ void CpuBackend::SwiGlu(const SwiGluArgs& args) {
 void CpuBackend::MatMul(const MatMulArgs& args) {
   if (args.targets.empty() || args.x.rows == 0) return;
   for (const MatMulTarget& target : args.targets) RequireTarget(args, target);
-  const Weight& first = *args.targets[0].weight;
-  const auto run = [&](std::span<const MatMulTarget> targets, const PlacedInput& input) {
-    const bool integers = !IsFloat(first.type);
-    RunTasks(args.output, targets, input, integers ? Quantize(input) : QuantizedRows{});
-  };
-  if (first.layout == WeightLayout::kOutputRows) {
-    run(args.targets, {.x = args.x, .groups = GroupsOf(args.x.cols)});
-    return;
-  }
-  for (const MatMulTarget& target : args.targets) run({&target, 1}, Place(args, target));
-}
-
-// Where columns of x meet rows that do not lie one after the other, x is spread out: its columns go
-// to their rows' places among the groups that any of them lies in, and zeros between them.
-CpuBackend::PlacedInput CpuBackend::Place(const MatMulArgs& args, const MatMulTarget& target) {
-  const Weight& weight = *target.weight;
-  if (target.selection.all() && weight.places == nullptr) {
-    return {.x = args.x, .groups = weight.groups};
-  }
-  PlaceRows(weight, target.selection, &groups_kept_, &places_);
-  const int groups = static_cast<int>(groups_kept_.size());
-  const int64_t cols = int64_t{groups} * kGroup;
-  GrowTo(&placed_, args.x.rows * cols);
-  ForRows(args.x.rows, static_cast<int>(cols), [&](int r) {
-    float* to = placed_.data() + r * cols;
-    std::fill_n(to, cols, 0.0f);
-    for (int i = 0; i < args.x.cols; ++i) to[places_[i]] = args.x.row(r)[i];
-  });
-  return {.x = ConstMatrix(placed_.data(), args.x.rows, static_cast<int>(cols)),
-          .groups = groups,
-          .groups_kept = groups_kept_.data()};
+  RunTasks(args, IsFloat(args.targets[0].weight->type) ? QuantizedRows{} : Quantize(args.x));
 }
 
 QuantizedRows CpuBackend::Reserve(int rows, int groups, QuantizedBuffer* buffer) {
@@ -201,172 +176,199 @@ QuantizedRows CpuBackend::Reserve(int rows, int groups, QuantizedBuffer* buffer)
           .groups = groups};
 }
 
-QuantizedRows CpuBackend::Quantize(const PlacedInput& input) {
-  const QuantizedRows q = Reserve(input.x.rows, input.groups, &quantized_);
-  ForRows(input.x.rows, input.x.cols, [&](int r) {
+QuantizedRows CpuBackend::Quantize(const ConstMatrix& x) {
+  const QuantizedRows q = Reserve(x.rows, GroupsOf(x.cols), &quantized_);
+  ForRows(x.rows, x.cols, [&](int r) {
     const QuantizedRows row = FromRow(q, r);
-    kernels_.quantize_row(input.x.row(r), input.x.cols, row.values, row.scales, row.sums,
-                          row.counts);
+    kernels_.quantize_row(x.row(r), x.cols, row.values, row.scales, row.sums, row.counts);
   });
   return q;
-}
-
-void CpuBackend::GrowGatherScratch(std::span<const MatMulTarget> targets) {
-  int64_t bytes = 0;
-  for (const MatMulTarget& target : targets) {
-    if (Gathers(target)) bytes = std::max(bytes, kTaskStrips * StripBytes(*target.weight));
-  }
-  if (bytes <= gather_scratch_bytes_) return;
-  GrowScratch(bytes, &gather_scratch_);
-  gather_scratch_bytes_ = bytes;
-}
-
-const uint8_t* CpuBackend::TaskStrips(const MatMulTarget& target, int first, int count,
-                                      int worker) {
-  if (!Gathers(target)) return StripsInPlace(target, first);
-  const Weight& weight = *target.weight;
-  auto* gathered = static_cast<uint8_t*>(gather_scratch_[worker].get());
-  for (int n = 0; n < count; n += kStripOutputs) {
-    GatherStrip(weight, target.selection, first + n,
-                gathered + n / kStripOutputs * StripBytes(weight));
-  }
-  return gathered;
 }
 
 int CpuBackend::RowsOfTask(int rows, int tasks_wide) const {
   constexpr int kLeastRows = 32;
   int most = std::min(rows, kMaxTaskRows);
-  const auto splits = [&] { return (rows + most - 1) / most; };
-  while (most > kLeastRows && tasks_wide * splits() < wanted_tasks()) {
+  while (most > kLeastRows && tasks_wide * ((rows + most - 1) / most) < wanted_tasks()) {
     most = std::max(kLeastRows, most / 2);
   }
-  return (rows + splits() - 1) / splits();
+  return most;
 }
 
-void CpuBackend::RunTasks(MatMulArgs::Output output, std::span<const MatMulTarget> targets,
-                          const PlacedInput& input, const QuantizedRows& quantized) {
+CpuBackend::TaskBlock CpuBackend::TaskBlock::Of(int rows, int most) {
+  const int splits = (rows + most - 1) / most;
+  return {.splits = splits, .rows = rows, .part_rows = (rows + splits - 1) / splits};
+}
+
+CpuBackend::TaskPlace CpuBackend::PlaceOf(int task, int task_outputs) const {
+  const TaskBlock* block = task_blocks_.data();
+  int begin = 0;
+  for (; task >= block->end; ++block) begin = block->end;
+  const int part = (task - begin) % block->splits * block->part_rows;
+  return {.block = block,
+          .first = block->first + (task - begin) / block->splits * task_outputs,
+          .row = part,
+          .rows = std::min(block->part_rows, block->rows - part)};
+}
+
+void CpuBackend::RunTasks(const MatMulArgs& args, const QuantizedRows& quantized) {
   // Few strips: narrower tasks, then with fewer rows, so that every worker has some of them and the
   // last to end is not much later than the rest.
-  const auto tasks_of = [](const MatMulTarget& target, int outputs) {
+  const auto pieces_of = [](const MatMulTarget& target, int outputs) {
     return (target.out.cols + outputs - 1) / outputs;
   };
-  int task_outputs = kTaskOutputs, tasks_wide = 0;
+  int task_outputs = kTaskOutputs, tasks_wide = 0, rows = 0;
+  for (const MatMulTarget& target : args.targets) rows = std::max(rows, target.out.rows);
+  if (rows == 0) return;
   for (;; task_outputs /= 2) {
     tasks_wide = 0;
-    for (const MatMulTarget& target : targets) tasks_wide += tasks_of(target, task_outputs);
+    for (const MatMulTarget& target : args.targets) tasks_wide += pieces_of(target, task_outputs);
     if (tasks_wide >= wanted_tasks() || task_outputs == kStripOutputs * 2) break;
   }
-  const int rows = input.x.rows, task_rows = RowsOfTask(rows, tasks_wide);
-  const int splits = (rows + task_rows - 1) / task_rows;
-  GrowTo(&task_ends_, targets.size());
+  const int most = RowsOfTask(rows, tasks_wide);
+  task_blocks_.clear();
   int tasks = 0;
-  for (size_t i = 0; i < targets.size(); ++i) {
-    task_ends_[i] = tasks += tasks_of(targets[i], task_outputs) * splits;
+  for (const MatMulTarget& target : args.targets) {
+    if (target.out.rows == 0) continue;
+    TaskBlock block = TaskBlock::Of(target.out.rows, most);
+    block.target = &target;
+    block.end = tasks += pieces_of(target, task_outputs) * block.splits;
+    task_blocks_.push_back(block);
   }
-  GrowGatherScratch(targets);
-  struct Place {
-    const MatMulTarget* target;
-    int first, row;
-  };
-  const auto place_of = [&](int task) -> Place {
-    size_t which = 0;
-    while (task >= task_ends_[which]) ++which;
-    if (which > 0) task -= task_ends_[which - 1];
-    return {&targets[which], task / splits * task_outputs, task % splits * task_rows};
-  };
   pool_.Run(tasks, [&](int worker, int task) {
-    const auto [place, first, row] = place_of(task);
-    const MatMulTarget& target = *place;
+    const TaskPlace place = PlaceOf(task, task_outputs);
+    const TaskPlace next = PlaceOf(std::min(task + 1, tasks - 1), task_outputs);
+    const MatMulTarget& target = *place.block->target;
     const Weight& weight = *target.weight;
-    const Place next = place_of(std::min(task + 1, tasks - 1));
-    const int outputs = std::min(task_outputs, target.out.cols - first);
+    const Weight& next_weight = *next.block->target->weight;
+    const int depth = weight.layout == WeightLayout::kOutputRows ? weight.cols : ChannelsOf(target);
     kernels_.matmul({.bits = BitsOf(weight.type),
-                     .strips = TaskStrips(target, first, outputs, worker),
+                     .strips = StripsFrom(weight, place.first),
                      .strip_bytes = StripBytes(weight),
-                     .next_strips = StripsInPlace(*next.target, next.first),
-                     .next_strip_bytes = StripBytes(*next.target->weight),
-                     .groups_kept = input.groups_kept,
-                     .groups = input.groups,
-                     .depth = input.x.cols,
-                     .outputs = outputs,
-                     .rows = std::min(task_rows, rows - row),
-                     .x = input.x.row(row),
-                     .x_stride = input.x.stride,
-                     .q = FromRow(quantized, row),
-                     .out = target.out.row(row) + first,
+                     .next_strips = StripsFrom(next_weight, next.first),
+                     .next_strip_bytes = StripBytes(next_weight),
+                     .groups = GroupsOf(depth),
+                     .depth = depth,
+                     .outputs = std::min(task_outputs, target.out.cols - place.first),
+                     .rows = place.rows,
+                     .x = args.x.row(target.first_row + place.row),
+                     .x_stride = args.x.stride,
+                     .q = FromRow(quantized, target.first_row + place.row),
+                     .out = target.out.row(place.row) + place.first,
                      .out_stride = target.out.stride,
-                     .bias = target.bias.empty() ? nullptr : target.bias.data() + first,
-                     .add = output == MatMulArgs::Output::kAdd},
+                     .bias = target.bias.empty() ? nullptr : target.bias.data() + place.first,
+                     .add = args.output == MatMulArgs::Output::kAdd},
                     static_cast<MatMulScratch*>(matmul_scratch_[worker].get()));
   });
 }
 
-// The channels of a task are made and quantised while they are in the worker's cache: as fp32 in
-// memory they would be written and read twice. They have the bits of the ops
-// they stand for.
 void CpuBackend::GatedMlp(const GatedMlpArgs& args) {
-  const int channels = args.selection.count();
-  const MatMulTarget wide[] = {
-      {.weight = &args.gate, .selection = args.selection, .out = args.gate_room},
-      {.weight = &args.up, .selection = args.selection, .out = args.up_room}};
-  const MatMulTarget narrow = {.weight = &args.down, .selection = args.selection, .out = args.out};
-  const MatMulArgs widen = {.x = args.x, .targets = wide};
-  const MatMulArgs add = {
-      .x = args.gate_room, .targets = {&narrow, 1}, .output = MatMulArgs::Output::kAdd};
-  const bool placed = args.down.places != nullptr || !args.selection.all();
-  if (IsFloat(args.gate.type) || IsFloat(args.down.type) || placed) {
+  int channels = 0, rows = 0;
+  bool floats = IsFloat(args.gate.type);
+  gated_.clear();
+  narrow_.clear();
+  for (const MlpStep& step : args.steps) {
+    if (step.rows == 0 || step.channels == 0) {
+      rows += step.rows;
+      continue;
+    }
+    channels = std::max(channels, step.channels);
+    floats = floats || IsFloat(step.down->type);
+    const auto part = [&](const Matrix& m, int cols) {
+      Require(rows + step.rows <= m.rows && cols <= m.cols,
+              "GatedMlp: rows {} + {} and {} columns in [{}, {}]", rows, step.rows, cols, m.rows,
+              m.cols);
+      return Matrix(m.row(rows), step.rows, cols, m.stride);
+    };
+    for (const auto& [weight, room] :
+         {std::pair(&args.gate, &args.gate_room), std::pair(&args.up, &args.up_room)}) {
+      gated_.push_back({.weight = weight,
+                        .out = part(*room, step.channels),
+                        .first_row = rows,
+                        .channels = step.channels});
+    }
+    narrow_.push_back({.weight = step.down,
+                       .out = part(args.out, args.out.cols),
+                       .first_row = rows,
+                       .channels = step.channels});
+    rows += step.rows;
+  }
+  Require(rows == args.x.rows, "GatedMlp: steps of {} rows, {} in x", rows, args.x.rows);
+  if (narrow_.empty()) return;
+  const MatMulArgs widen = {.x = args.x, .targets = gated_};
+  const MatMulArgs add = {.x = Matrix(args.gate_room.data, rows, channels, args.gate_room.stride),
+                          .targets = narrow_,
+                          .output = MatMulArgs::Output::kAdd};
+  if (floats) {
     MatMul(widen);
-    SwiGlu({.gate = args.gate_room, .up = args.up_room, .out = args.gate_room});
+    for (size_t i = 0; i < gated_.size(); i += 2) {
+      SwiGlu({.gate = gated_[i].out, .up = gated_[i + 1].out, .out = gated_[i].out});
+    }
     MatMul(add);
     return;
   }
-  if (args.x.rows == 0) return;
-  for (const MatMulTarget& target : wide) RequireTarget(widen, target);
-  RequireTarget(add, narrow);
-  const PlacedInput input = {.x = args.x, .groups = GroupsOf(args.x.cols)};
-  const QuantizedRows quantized = Quantize(input);
-  const QuantizedRows made = Reserve(args.x.rows, GroupsOf(channels), &quantized_channels_);
-  const int rows = args.x.rows;
+  for (const MatMulTarget& target : gated_) RequireTarget(widen, target);
+  for (const MatMulTarget& target : narrow_) RequireTarget(add, target);
+  const QuantizedRows made = Reserve(rows, GroupsOf(channels), &quantized_channels_);
+  MakeChannels(args, channels, made);
+  RunTasks(add, made);
+}
+
+// The channels of a task are made and quantised while they are in the worker's cache: as fp32 in
+// memory they would be written and read twice. They have the bits of the ops they stand for.
+void CpuBackend::MakeChannels(const GatedMlpArgs& args, int channels, const QuantizedRows& made) {
+  const QuantizedRows quantized = Quantize(args.x);
   // Whole groups to a task, so that it can quantise them.
   static_assert(kTaskOutputs % kGroup == 0);
   const auto pieces_of = [&](int outputs) { return (channels + outputs - 1) / outputs; };
   const int task_outputs = pieces_of(kTaskOutputs) < wanted_tasks() ? kGroup : kTaskOutputs;
-  const int pieces = pieces_of(task_outputs);
-  const int task_rows = RowsOfTask(rows, pieces), splits = (rows + task_rows - 1) / task_rows;
-  const int tasks = pieces * splits;
-  const auto first_of = [&](int task) { return task / splits * task_outputs; };
+  const int most = RowsOfTask(args.x.rows, pieces_of(task_outputs));
+  // The staircase: the rows of a task end where nobody after them keeps its channels.
+  task_blocks_.clear();
+  int tasks = 0;
+  for (int first = 0; first < channels; first += task_outputs) {
+    int rows = 0, end = 0;
+    for (const MlpStep& step : args.steps) {
+      end += step.rows;
+      if (step.channels > first) rows = end;
+    }
+    if (task_blocks_.empty() || task_blocks_.back().rows != rows) {
+      task_blocks_.push_back(TaskBlock::Of(rows, most));
+      task_blocks_.back().first = first;
+    }
+    task_blocks_.back().end = tasks += task_blocks_.back().splits;
+  }
+  const Weight* const weights[] = {&args.gate, &args.up};
+  const int groups = GroupsOf(args.x.cols);
   pool_.Run(tasks, [&](int worker, int task) {
-    const int first = first_of(task), row = task % splits * task_rows;
-    const int outputs = std::min(task_outputs, channels - first);
+    const TaskPlace place = PlaceOf(task, task_outputs);
+    const TaskPlace next = PlaceOf(std::min(task + 1, tasks - 1), task_outputs);
+    const int outputs = std::min(task_outputs, channels - place.first);
     auto* tile = static_cast<ChannelsTile*>(channels_scratch_[worker].get());
-    for (const MatMulTarget& target : wide) {
-      const bool gate = &target == wide;
-      const MatMulTarget& next = wide[gate ? 1 : 0];
-      const int next_first = gate ? first : first_of(std::min(task + 1, tasks - 1));
-      kernels_.matmul({.bits = BitsOf(target.weight->type),
-                       .strips = StripsInPlace(target, first),
-                       .strip_bytes = StripBytes(*target.weight),
-                       .next_strips = StripsInPlace(next, next_first),
-                       .next_strip_bytes = StripBytes(*next.weight),
-                       .groups = input.groups,
-                       .depth = input.x.cols,
+    for (const bool up : {false, true}) {
+      const Weight& next_weight = *weights[!up];
+      kernels_.matmul({.bits = BitsOf(weights[up]->type),
+                       .strips = StripsFrom(*weights[up], place.first),
+                       .strip_bytes = StripBytes(*weights[up]),
+                       .next_strips = StripsFrom(next_weight, up ? next.first : place.first),
+                       .next_strip_bytes = StripBytes(next_weight),
+                       .groups = groups,
+                       .depth = args.x.cols,
                        .outputs = outputs,
-                       .rows = std::min(task_rows, rows - row),
-                       .q = FromRow(quantized, row),
-                       .out = gate ? tile->gate : tile->up,
+                       .rows = place.rows,
+                       .q = FromRow(quantized, place.row),
+                       .out = up ? tile->up : tile->gate,
                        .out_stride = kTaskOutputs},
                       static_cast<MatMulScratch*>(matmul_scratch_[worker].get()));
     }
-    for (int r = 0; r < std::min(task_rows, rows - row); ++r) {
+    for (int r = 0; r < place.rows; ++r) {
       float* gate = tile->gate + r * kTaskOutputs;
       kernels_.swiglu(gate, tile->up + r * kTaskOutputs, outputs, gate);
-      const QuantizedRows to = FromRow(made, row + r);
-      const int group = first / kGroup;
-      kernels_.quantize_row(gate, outputs, to.values + first, to.scales + group, to.sums + group,
-                            to.counts + group);
+      const QuantizedRows to = FromRow(made, place.row + r);
+      const int group = place.first / kGroup;
+      kernels_.quantize_row(gate, outputs, to.values + place.first, to.scales + group,
+                            to.sums + group, to.counts + group);
     }
   });
-  RunTasks(add.output, add.targets, {.x = args.gate_room, .groups = made.groups}, made);
 }
 
 void CpuBackend::LogitStats(const LogitStatsArgs& args) {

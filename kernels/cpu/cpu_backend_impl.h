@@ -30,8 +30,7 @@ class CpuBackend final : public Backend {
   uint64_t workspace_bytes() const override;
   absl::StatusOr<Weight> UploadWeight(WeightType type, WeightLayout layout, int rows, int cols,
                                       const WeightSource& source) override;
-  absl::StatusOr<Weight> GatherRows(const Weight& weight,
-                                    const ChannelSelection& selection) override;
+  absl::StatusOr<Weight> GatherRows(const Weight& weight, std::span<const int32_t> rows) override;
   absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) override;
   void Embed(const EmbedArgs& args) override;
   void RmsNorm(const RmsNormArgs& args) override;
@@ -72,13 +71,26 @@ class CpuBackend final : public Backend {
   // step walks over all of them and a walk of page tables waits as long as a dozen lines.
   std::shared_ptr<void> AllocateLasting(size_t bytes);
 
-  // x as a product's kernels read it.
-  struct PlacedInput {
-    ConstMatrix x;                         // [rows, summed values]
-    int groups = 0;                        // of them
-    const int32_t* groups_kept = nullptr;  // [groups]: the weight's; null: all
+  // Tasks side by side over the same rows, each in `splits` parts.
+  struct TaskBlock {
+    const MatMulTarget* target = nullptr;  // null: GatedMlp's channels
+    int first = 0;                         // first output, or channel
+    int splits = 0;
+    int rows = 0;       // of all parts
+    int part_rows = 0;  // of each but the last
+    int end = 0;        // running count of tasks
+
+    // Rows in even parts of at most `most`.
+    static TaskBlock Of(int rows, int most);
   };
-  PlacedInput Place(const MatMulArgs& args, const MatMulTarget& target);
+  struct TaskPlace {
+    const TaskBlock* block = nullptr;
+    int first = 0;  // output or channel
+    int row = 0;    // of the block's
+    int rows = 0;
+  };
+  // In task_blocks_.
+  TaskPlace PlaceOf(int task, int task_outputs) const;
   // Memory of quantised rows, which grows and is kept.
   struct QuantizedBuffer {
     std::vector<int8_t> values;
@@ -87,24 +99,17 @@ class CpuBackend final : public Backend {
     std::vector<int32_t> counts;
   };
   static QuantizedRows Reserve(int rows, int groups, QuantizedBuffer* buffer);
-  // Rows of one task: even parts, few enough that `tasks_wide` tasks of each give all workers some.
+  // The most rows of a task where `tasks_wide` of them lie side by side: few enough to give all
+  // workers some.
   int RowsOfTask(int rows, int tasks_wide) const;
   int wanted_tasks() const { return 4 * pool_.threads(); }
-  QuantizedRows Quantize(const PlacedInput& input);
-  // `quantized` is read if the weights are integers.
-  void RunTasks(MatMulArgs::Output output, std::span<const MatMulTarget> targets,
-                const PlacedInput& input, const QuantizedRows& quantized);
-  // Scratch for the lists among targets, for who will ask for strips of them.
-  void GrowGatherScratch(std::span<const MatMulTarget> targets);
-  // Strips of outputs [first, first + count), gathered if a list chooses them.
-  const uint8_t* TaskStrips(const MatMulTarget& target, int first, int count, int worker);
-  // Up to kStripOutputs selected rows, from `first` on, as a strip.
-  void GatherStrip(const Weight& weight, const ChannelSelection& selection, int first,
-                   uint8_t* strip) const;
-  // The groups of a kInputRows weight that selected rows lie in, ascending, and where in them each
-  // row lies.
-  void PlaceRows(const Weight& weight, const ChannelSelection& selection,
-                 std::vector<int32_t>* groups, std::vector<int32_t>* places) const;
+  QuantizedRows Quantize(const ConstMatrix& x);
+  // `quantized` is read if the weights are integers, else args.x.
+  void RunTasks(const MatMulArgs& args, const QuantizedRows& quantized);
+  // silu(gate(x)) * up(x), quantised; of integers.
+  void MakeChannels(const GatedMlpArgs& args, int channels, const QuantizedRows& made);
+  absl::StatusOr<Weight> GatherOutputRows(const Weight& weight, std::span<const int32_t> rows);
+  absl::StatusOr<Weight> GatherInputRows(const Weight& weight, std::span<const int32_t> rows);
 
   const Isa isa_;
   const bool isa_forced_;
@@ -113,16 +118,14 @@ class CpuBackend final : public Backend {
 
   std::shared_ptr<void> slab_;  // of AllocateLasting: the last one, and what is free at its end
   size_t slab_left_ = 0;
-  std::vector<std::shared_ptr<void>> matmul_scratch_;  // a MatMulScratch for each worker
-  std::vector<std::shared_ptr<void>> gather_scratch_;  // strips for each worker
-  int64_t gather_scratch_bytes_ = 0;
-  std::vector<float> placed_;
-  std::vector<int32_t> groups_kept_;
-  std::vector<int32_t> places_;
+  std::vector<std::shared_ptr<void>> matmul_scratch_;    // a MatMulScratch for each worker
   QuantizedBuffer quantized_;                            // a product's input
   QuantizedBuffer quantized_channels_;                   // what GatedMlp makes of it
   std::vector<std::shared_ptr<void>> channels_scratch_;  // ChannelsTile for each worker
-  std::vector<int> task_ends_;                           // running count of tasks by target or span
+  std::vector<TaskBlock> task_blocks_;
+  std::vector<MatMulTarget> gated_;   // GatedMlp's products: by gate and up,
+  std::vector<MatMulTarget> narrow_;  // and by `down`
+  std::vector<int> task_ends_;        // running count of tasks by span
   Angles angles_;
   std::vector<int32_t> next_positions_;
   std::vector<int32_t> head_slots_;

@@ -27,15 +27,13 @@ static_assert(kGroup == kQuantGroup);
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// With room for `groups` groups of the summed dimension, and for `places` of rows behind them.
+// With room for `groups` groups of the summed dimension.
 template <typename Allocate>
 absl::StatusOr<Weight> NewWeight(const Allocate& allocate, WeightType type, WeightLayout layout,
-                                 int rows, int cols, int groups, int places = 0) {
+                                 int rows, int cols, int groups) {
   Weight weight{.type = type, .layout = layout, .rows = rows, .cols = cols, .groups = groups};
-  int64_t block_bytes, total;
-  const bool sized =
-      !__builtin_mul_overflow(StripsOf(weight), StripBytes(weight), &block_bytes) &&
-      !__builtin_add_overflow(block_bytes, places * int64_t{sizeof(int32_t)}, &total);
+  int64_t total;
+  const bool sized = !__builtin_mul_overflow(StripsOf(weight), StripBytes(weight), &total);
   weight.bytes = sized ? total : 0;
   weight.storage = sized ? allocate(weight.bytes) : nullptr;
   if (weight.storage == nullptr) {
@@ -45,7 +43,6 @@ absl::StatusOr<Weight> NewWeight(const Allocate& allocate, WeightType type, Weig
               : fmt::format("a weight of {} rows by {} columns has too many bytes", rows, cols));
   }
   weight.blocks = static_cast<const uint8_t*>(weight.storage.get());
-  if (places > 0) weight.places = reinterpret_cast<const int32_t*>(weight.blocks + block_bytes);
   return weight;
 }
 
@@ -167,64 +164,42 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(WeightType type, WeightLayout la
   return weight;
 }
 
-void CpuBackend::GatherStrip(const Weight& weight, const ChannelSelection& selection, int first,
-                             uint8_t* strip) const {
-  const int count = std::min(kStripOutputs, selection.count() - first);
-  for (int lane = 0; lane < kStripOutputs; ++lane) {
-    const int row = selection[first + std::min(lane, count - 1)];  // past the end: the last again
-    Require(row >= 0 && row < weight.rows, "selection: row {} of {}", row, weight.rows);
-    CopyOutput(BitsOf(weight.type), weight.blocks + row / kStripOutputs * StripBytes(weight),
-               row % kStripOutputs, weight.groups, strip, lane);
+absl::StatusOr<Weight> CpuBackend::GatherRows(const Weight& weight, std::span<const int32_t> rows) {
+  for (const int32_t row : rows) {
+    Require(row >= 0 && row < weight.rows, "GatherRows: row {} of {}", row, weight.rows);
   }
+  return weight.layout == WeightLayout::kOutputRows ? GatherOutputRows(weight, rows)
+                                                    : GatherInputRows(weight, rows);
 }
 
-void CpuBackend::PlaceRows(const Weight& weight, const ChannelSelection& selection,
-                           std::vector<int32_t>* groups, std::vector<int32_t>* places) const {
-  const auto at = [&](int i) {
-    const int row = selection[i];
-    Require(row >= 0 && row < weight.rows, "selection: row {} of {}", row, weight.rows);
-    return weight.places != nullptr ? weight.places[row] : row;
-  };
-  GrowTo(places, selection.count());
-  groups->clear();
-  for (int i = 0; i < selection.count(); ++i) groups->push_back(at(i) / kGroup);
-  std::sort(groups->begin(), groups->end());
-  groups->erase(std::unique(groups->begin(), groups->end()), groups->end());
-  for (int i = 0; i < selection.count(); ++i) {
-    const auto group = std::lower_bound(groups->begin(), groups->end(), at(i) / kGroup);
-    (*places)[i] = static_cast<int32_t>((group - groups->begin()) * kGroup + at(i) % kGroup);
-  }
-}
-
-absl::StatusOr<Weight> CpuBackend::GatherRows(const Weight& weight,
-                                              const ChannelSelection& selection) {
-  const int count = selection.count();
-  if (weight.layout == WeightLayout::kOutputRows) {
-    absl::StatusOr<Weight> panel =
-        NewWeight(AllocateAligned, weight.type, weight.layout, count, weight.cols, weight.groups);
-    if (!panel.ok()) return panel;
-    pool_.Run(static_cast<int>(StripsOf(*panel)), [&](int, int strip) {
-      GatherStrip(weight, selection, strip * kStripOutputs,
-                  MutableBlocks(*panel) + strip * StripBytes(*panel));
-    });
-    return panel;
-  }
-  std::vector<int32_t> groups, places;
-  PlaceRows(weight, selection, &groups, &places);
-  absl::StatusOr<Weight> panel = NewWeight(AllocateAligned, weight.type, weight.layout, count,
-                                           weight.cols, static_cast<int>(groups.size()), count);
+absl::StatusOr<Weight> CpuBackend::GatherOutputRows(const Weight& weight,
+                                                    std::span<const int32_t> rows) {
+  const int count = static_cast<int>(rows.size());
+  absl::StatusOr<Weight> panel =
+      NewWeight(AllocateAligned, weight.type, weight.layout, count, weight.cols, weight.groups);
   if (!panel.ok()) return panel;
-  std::copy_n(places.begin(), count, const_cast<int32_t*>(panel->places));
-  const int64_t block_bytes = BlockBytes(BitsOf(weight.type));
-  for (int64_t strip = 0; strip < StripsOf(weight); ++strip) {
+  pool_.Run(static_cast<int>(StripsOf(*panel)), [&](int, int strip) {
     uint8_t* to = MutableBlocks(*panel) + strip * StripBytes(*panel);
-    for (const int32_t group : groups) {
-      std::memcpy(to, weight.blocks + strip * StripBytes(weight) + group * block_bytes,
-                  block_bytes);
-      to += block_bytes;
+    for (int lane = 0; lane < kStripOutputs; ++lane) {
+      const int32_t row = rows[std::min(strip * kStripOutputs + lane, count - 1)];
+      CopyOutput(BitsOf(weight.type), weight.blocks + row / kStripOutputs * StripBytes(weight),
+                 row % kStripOutputs, weight.groups, to, lane);
     }
-  }
+  });
   return panel;
+}
+
+// Values that shared a scale part, and others meet.
+absl::StatusOr<Weight> CpuBackend::GatherInputRows(const Weight& weight,
+                                                   std::span<const int32_t> rows) {
+  const auto read = [&](int output, float* to) {
+    std::vector<float> all(weight.rows);
+    UnpackOutput(BitsOf(weight.type), weight.blocks + output / kStripOutputs * StripBytes(weight),
+                 output % kStripOutputs, weight.rows, all.data());
+    for (size_t i = 0; i < rows.size(); ++i) to[i] = all[rows[i]];
+  };
+  return UploadWeight(IsFloat(weight.type) ? weight.type : WeightType::kInt8, weight.layout,
+                      static_cast<int>(rows.size()), weight.cols, {.read_values = read});
 }
 
 absl::StatusOr<KvPool> CpuBackend::CreateKvPool(const KvPoolShape& shape) {

@@ -44,10 +44,9 @@ struct MatMulTask {
   int64_t strip_bytes = 0;               // from a strip to the next
   const uint8_t* next_strips = nullptr;  // what this worker will probably be given then; null: none
   int64_t next_strip_bytes = 0;
-  const int32_t* groups_kept = nullptr;  // [groups], ascending: the weight's; null: all
-  int groups = 0;                        // of x
-  int depth = 0;                         // values of a row of x
-  int outputs = 0;                       // 1 .. kTaskOutputs
+  int groups = 0;   // summed
+  int depth = 0;    // values summed of a row of x; floats
+  int outputs = 0;  // 1 .. kTaskOutputs
 
   int rows = 0;              // 1 .. kMaxTaskRows
   const float* x = nullptr;  // floats: first row

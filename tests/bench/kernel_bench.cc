@@ -137,9 +137,7 @@ void Products(Backend* backend, WeightType type) {
           float* to = out.data();
           for (size_t i = 0; i < product.outputs.size(); ++i) {
             const Weight& weight = weights[copy * product.outputs.size() + i];
-            targets.push_back({.weight = &weight,
-                               .selection = ChannelSelection::All(weight.rows),
-                               .out = Matrix(to, rows, product.outputs[i])});
+            targets.push_back({.weight = &weight, .out = Matrix(to, rows, product.outputs[i])});
             to += int64_t{rows} * product.outputs[i];
           }
           backend->MatMul({.x = ConstMatrix(x.data(), rows, product.depth), .targets = targets});
@@ -180,6 +178,8 @@ void Attention(Backend* backend, KvType type) {
       views.push_back(tables[s]);
       spans.push_back({.first_row = s * rows, .rows = rows, .start = context - rows});
     }
+    std::vector<int32_t> heads_kept(kHeads);
+    std::iota(heads_kept.begin(), heads_kept.end(), 0);
     const int all_rows = sequences * rows;
     const std::vector<float> q(size_t{1} * all_rows * kWidth, 0.1f);
     std::vector<float> out(q.size());
@@ -190,7 +190,7 @@ void Attention(Backend* backend, KvType type) {
                         backend->Attention({.spans = spans,
                                             .page_tables = views,
                                             .q = ConstMatrix(q.data(), all_rows, kWidth),
-                                            .heads_kept = ChannelSelection::All(kHeads),
+                                            .heads_kept = heads_kept,
                                             .heads = kHeads,
                                             .scale = 0.125f,
                                             .pool = &*pool,

@@ -31,19 +31,18 @@ TEST_P(AllocationTest, StepsAfterTheFirstAllocateNothing) {
     const Matrix x(hidden.data(), rows, kHidden);
     backend->Embed({.tokens = std::span(tokens).first(rows), .table = table, .out = x});
     backend->RmsNorm({.x = x, .weight = norm, .out = x});
-    MatMulTarget target{.weight = &table,
-                        .selection = ChannelSelection::All(300),
-                        .out = Matrix(logits.data(), rows, 300)};
+    MatMulTarget target{.weight = &table, .out = Matrix(logits.data(), rows, 300)};
     backend->MatMul({.x = x, .targets = {&target, 1}});
     const Matrix gate(narrow.data(), rows, 200);
     backend->SwiGlu({.gate = gate, .up = gate, .out = gate});
-    target = {.weight = &down, .selection = ChannelSelection::All(200), .out = x};
+    target = {.weight = &down, .out = x};
     backend->MatMul({.x = gate, .targets = {&target, 1}, .output = MatMulArgs::Output::kAdd});
+    const MlpStep steps[] = {{.rows = rows - rows / 2, .channels = 200, .down = &down},
+                             {.rows = rows / 2, .channels = 64, .down = &down}};
     backend->GatedMlp({.x = x,
                        .gate = wide,
                        .up = wide,
-                       .down = down,
-                       .selection = ChannelSelection::All(200),
+                       .steps = steps,
                        .gate_room = gate,
                        .up_room = gate,
                        .out = x});
@@ -59,7 +58,7 @@ TEST_P(AllocationTest, StepsAfterTheFirstAllocateNothing) {
     backend->Attention({.spans = {&span, 1},
                         .page_tables = tables,
                         .q = queries,
-                        .heads_kept = ChannelSelection::Of(list),
+                        .heads_kept = list,
                         .heads = kHeads,
                         .scale = 0.25f,
                         .pool = &pool,

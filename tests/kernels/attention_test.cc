@@ -46,9 +46,10 @@ class Sequences {
   };
 
   // One step of the chunks: rotates, stores and attends; returns [rows, kept heads * dim].
-  std::vector<float> Step(const std::vector<Chunk>& chunks, const ChannelSelection& kept,
+  std::vector<float> Step(const std::vector<Chunk>& chunks, std::span<const int32_t> kept,
                           RopePairing pairing = RopePairing::kInterleaved) {
-    const int dim = heads_.dim, kv_width = heads_.kv_heads * dim, width = kept.count() * dim;
+    const int dim = heads_.dim, kv_width = heads_.kv_heads * dim,
+              width = static_cast<int>(kept.size()) * dim;
     std::vector<AttentionSpan> spans;
     std::vector<std::span<const int32_t>> tables;
     std::vector<float> q, k, v;
@@ -58,9 +59,8 @@ class Sequences {
       tables.push_back(tables_[chunk.sequence]);
       rows += chunk.rows;
       for (int t = chunk.start; t < chunk.start + chunk.rows; ++t) {
-        for (int h = 0; h < kept.count(); ++h) {
-          const auto from =
-              q_[chunk.sequence].begin() + (int64_t{t} * heads_.heads + kept[h]) * dim;
+        for (const int32_t head : kept) {
+          const auto from = q_[chunk.sequence].begin() + (int64_t{t} * heads_.heads + head) * dim;
           q.insert(q.end(), from, from + dim);
         }
         const int64_t at = int64_t{t} * kv_width;
@@ -89,7 +89,7 @@ class Sequences {
   }
 
   // What Step should give for one chunk.
-  std::vector<double> Expected(const Chunk& chunk, const ChannelSelection& kept,
+  std::vector<double> Expected(const Chunk& chunk, std::span<const int32_t> kept,
                                RopePairing pairing) const {
     const int end = chunk.start + chunk.rows;
     std::vector<int32_t> positions(end);
@@ -117,8 +117,8 @@ class Sequences {
     std::vector<double> want;
     for (int t = chunk.start; t < end; ++t) {
       std::vector<float> row;
-      for (int h = 0; h < kept.count(); ++h) {
-        const auto from = q.begin() + (int64_t{t} * heads_.heads + kept[h]) * heads_.dim;
+      for (const int32_t head : kept) {
+        const auto from = q.begin() + (int64_t{t} * heads_.heads + head) * heads_.dim;
         row.insert(row.end(), from, from + heads_.dim);
       }
       const auto one =
@@ -179,11 +179,9 @@ TEST_P(AttentionTest, MatchesReference) {
                                      {6, 2, 80}, {2, 2, 32}, {40, 1, 16}, {4, 2, 128}};
   int turn = 0;
   for (const Sequences::Heads& heads : shapes) {
-    for (const auto& [name, list] : SelectionLists(heads.heads)) {
+    for (const auto& [name, kept] : RowLists(heads.heads)) {
       const RopePairing pairing =
           ++turn % 2 == 0 ? RopePairing::kInterleaved : RopePairing::kHalfSplit;
-      const auto kept =
-          name == "all" ? ChannelSelection::All(heads.heads) : ChannelSelection::Of(list);
       Sequences sequences(backend_.get(), heads, GetParam().type, 3, 70);
       // A first step brings prompts of awkward lengths, the second decodes and prefills on.
       const std::vector<std::vector<Sequences::Chunk>> steps = {
@@ -195,10 +193,10 @@ TEST_P(AttentionTest, MatchesReference) {
         const std::vector<float> out = sequences.Step(chunks, kept, pairing);
         size_t at = 0;
         for (const Sequences::Chunk& chunk : chunks) {
-          const size_t size = size_t{1} * chunk.rows * kept.count() * heads.dim;
+          const size_t size = size_t{1} * chunk.rows * kept.size() * heads.dim;
           ExpectNear(
               std::span(out).subspan(at, size), sequences.Expected(chunk, kept, pairing),
-              Tolerance(), kept.count() * heads.dim,
+              Tolerance(), static_cast<int>(kept.size()) * heads.dim,
               fmt::format("{} heads over {} of {}, kept {}, sequence {} from {}", heads.heads,
                           heads.kv_heads, heads.dim, name, chunk.sequence, chunk.start));
           at += size;
@@ -212,7 +210,7 @@ TEST_P(AttentionTest, MatchesReference) {
 TEST_P(AttentionTest, ManySequencesDecodeTogether) {
   const Sequences::Heads heads{9, 3, 64};
   constexpr int kSequences = 8, kWidth = 9 * 64;
-  const auto all = ChannelSelection::All(9);
+  const std::vector<int32_t> all = Natural(9);
   Sequences sequences(backend_.get(), heads, GetParam().type, kSequences, 210);
   std::vector<Sequences::Chunk> chunks;
   for (int s = 0; s < kSequences; ++s) {
@@ -230,7 +228,7 @@ TEST_P(AttentionTest, ManySequencesDecodeTogether) {
 
 TEST_P(AttentionTest, ChunksAndCrowdsGiveTheSameBits) {
   for (const Sequences::Heads& heads : {Sequences::Heads{9, 3, 64}, Sequences::Heads{5, 1, 10}}) {
-    const auto all = ChannelSelection::All(heads.heads);
+    const std::vector<int32_t> all = Natural(heads.heads);
     constexpr int kTokens = 75;
     const auto fresh = [&](Backend* backend) {
       return Sequences(backend, heads, GetParam().type, 3, kTokens);
@@ -264,7 +262,7 @@ TEST_P(AttentionTest, ChunksAndCrowdsGiveTheSameBits) {
 // Nor does a fault in a token behind them.
 TEST_P(AttentionTest, FaultsAreSeenOnlyFromTheirTokenOn) {
   const Sequences::Heads heads{9, 3, 64};
-  const auto all = ChannelSelection::All(9);
+  const std::vector<int32_t> all = Natural(9);
   constexpr int kTokens = 75, kWidth = 9 * 64;
   const std::vector<float> clean =
       Sequences(backend_.get(), heads, GetParam().type, 1, kTokens).Step({{0, 0, kTokens}}, all);
@@ -288,8 +286,8 @@ TEST_P(AttentionTest, KeptHeadsGiveTheBitsTheyGiveAmongAll) {
   Sequences everyone(backend_.get(), heads, GetParam().type, 1, 40);
   Sequences few(backend_.get(), heads, GetParam().type, 1, 40);
   const std::vector<int32_t> list = {7, 0, 2};
-  const std::vector<float> all = everyone.Step({{0, 0, 40}}, ChannelSelection::All(9));
-  const std::vector<float> kept = few.Step({{0, 0, 40}}, ChannelSelection::Of(list));
+  const std::vector<float> all = everyone.Step({{0, 0, 40}}, Natural(9));
+  const std::vector<float> kept = few.Step({{0, 0, 40}}, list);
   for (int r = 0; r < 40; ++r) {
     for (int i = 0; i < 3; ++i) {
       EXPECT_TRUE(BitEqual(std::span(kept).subspan((r * 3 + i) * 64, 64),

@@ -64,31 +64,36 @@ TEST_P(BackendTest, MatMulMatchesReference) {
       const auto host = RandomWeight(type_, layout, shape.weight_rows, shape.weight_cols, 1);
       const Weight weight = Upload(backend_.get(), host);
       const auto bias = RandomValues(shape.weight_rows + shape.weight_cols, 2);
-      for (const auto& [name, list] : SelectionLists(shape.weight_rows)) {
-        const auto selection =
-            name == "all" ? ChannelSelection::All(shape.weight_rows) : ChannelSelection::Of(list);
-        const int depth = output_rows ? shape.weight_cols : selection.count();
-        const int outputs = output_rows ? selection.count() : shape.weight_cols;
+      // All rows of the weight and of x, then the first of the one and the middle of the other.
+      for (const bool all : {true, false}) {
+        const int part = shape.weight_rows / 2 / 32 * 32;
+        const int channels = all ? shape.weight_rows : part;
+        const int first_row = all ? 0 : shape.rows / 3;
+        const int rows = all ? shape.rows : shape.rows / 2;
+        const int x_cols = output_rows ? shape.weight_cols : shape.weight_rows;
+        const int outputs = output_rows ? channels : shape.weight_cols;
         // Rows of x and of the result lie apart, so that strides are told from widths.
-        const auto x_values = RandomValues(int64_t{shape.rows} * (depth + 3), 3);
-        const ConstMatrix x(x_values.data(), shape.rows, depth, depth + 3);
-        const auto start = RandomValues(int64_t{shape.rows} * (outputs + 5), 4);
+        const auto x_values = RandomValues(int64_t{shape.rows} * (x_cols + 3), 3);
+        const ConstMatrix x(x_values.data(), shape.rows, x_cols, x_cols + 3);
+        const auto start = RandomValues(int64_t{rows} * (outputs + 5), 4);
         const bool add = shape.rows % 2 == 1;
         const std::span<const float> used_bias =
             add && !output_rows ? std::span<const float>() : std::span(bias).first(outputs);
         std::vector<float> result = start;
         const MatMulTarget target{.weight = &weight,
-                                  .selection = selection,
-                                  .out = Matrix(result.data(), shape.rows, outputs, outputs + 5),
+                                  .out = Matrix(result.data(), rows, outputs, outputs + 5),
+                                  .first_row = first_row,
+                                  .channels = all ? MatMulTarget::kAll : channels,
                                   .bias = used_bias};
         backend_->MatMul(
             {.x = x,
              .targets = {&target, 1},
              .output = add ? MatMulArgs::Output::kAdd : MatMulArgs::Output::kOverwrite});
 
-        std::vector<double> want = reference::MatMul(x, host, selection, used_bias);
+        std::vector<double> want = reference::MatMul(
+            ConstMatrix(x.row(first_row), rows, x_cols, x.stride), host, channels, used_bias);
         std::vector<float> got;
-        for (int r = 0; r < shape.rows; ++r) {
+        for (int r = 0; r < rows; ++r) {
           for (int n = 0; n < outputs + 5; ++n) {
             const size_t at = static_cast<size_t>(r) * (outputs + 5) + n;
             if (n >= outputs) {
@@ -99,10 +104,10 @@ TEST_P(BackendTest, MatMulMatchesReference) {
             }
           }
         }
-        ExpectNear(
-            got, want, 1e-5, outputs,
-            fmt::format("{} rows x [{}, {}] {} {}", shape.rows, shape.weight_rows,
-                        shape.weight_cols, output_rows ? "output rows" : "input rows", name));
+        ExpectNear(got, want, 1e-5, outputs,
+                   fmt::format("{} of {} rows x {} of [{}, {}] {}", rows, shape.rows, channels,
+                               shape.weight_rows, shape.weight_cols,
+                               output_rows ? "output rows" : "input rows"));
       }
     }
   }
@@ -111,27 +116,33 @@ TEST_P(BackendTest, MatMulMatchesReference) {
 TEST_P(BackendTest, MatMulOfSeveralTargetsMatchesOneByOne) {
   for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
     const bool output_rows = layout == WeightLayout::kOutputRows;
-    const int rows = 9, depth = 96;
-    const auto x = RandomValues(rows * depth, 1);
-    std::vector<Weight> weights;
-    std::vector<std::vector<float>> together, apart;
-    for (int n : {200, 3, 64}) {
-      weights.push_back(Upload(backend_.get(), RandomWeight(type_, layout, output_rows ? n : depth,
-                                                            output_rows ? depth : n, n)));
-      together.emplace_back(rows * n);
-      apart.emplace_back(rows * n);
+    constexpr int kDepth = 96;
+    struct Part {
+      int outputs, first_row, rows;
+    };
+    for (const int rows : {9, 200}) {
+      const auto x = RandomValues(rows * kDepth, 1);
+      std::vector<Weight> weights;
+      std::vector<std::vector<float>> together, apart;
+      std::vector<MatMulTarget> targets;
+      for (const Part& part :
+           {Part{200, 0, rows}, Part{3, 2, rows - 4}, Part{64, rows - 1, 1}, Part{8, 1, 0}}) {
+        weights.push_back(Upload(backend_.get(),
+                                 RandomWeight(type_, layout, output_rows ? part.outputs : kDepth,
+                                              output_rows ? kDepth : part.outputs, part.outputs)));
+        together.emplace_back(part.rows * part.outputs);
+        apart.emplace_back(part.rows * part.outputs);
+        targets.push_back({.out = Matrix(apart.back().data(), part.rows, part.outputs),
+                           .first_row = part.first_row});
+      }
+      for (size_t i = 0; i < weights.size(); ++i) {
+        targets[i].weight = &weights[i];
+        backend_->MatMul({.x = View(x, rows, kDepth), .targets = {&targets[i], 1}});
+        targets[i].out.data = together[i].data();
+      }
+      backend_->MatMul({.x = View(x, rows, kDepth), .targets = targets});
+      EXPECT_EQ(together, apart);
     }
-    std::vector<MatMulTarget> targets;
-    for (size_t i = 0; i < weights.size(); ++i) {
-      const int n = static_cast<int>(apart[i].size()) / rows;
-      targets.push_back({.weight = &weights[i],
-                         .selection = ChannelSelection::All(weights[i].rows),
-                         .out = Matrix(apart[i].data(), rows, n)});
-      backend_->MatMul({.x = View(x, rows, depth), .targets = {&targets[i], 1}});
-      targets[i].out.data = together[i].data();
-    }
-    backend_->MatMul({.x = View(x, rows, depth), .targets = targets});
-    EXPECT_EQ(together, apart);
   }
 }
 
@@ -142,9 +153,7 @@ TEST_P(BackendTest, MatMulTellsInputThatIsNotFinite) {
       auto x = RandomValues(3 * 64, 2);
       x[64 + 17] = bad;  // row 1
       std::vector<float> out(3 * 64);
-      const MatMulTarget target{.weight = &weight,
-                                .selection = ChannelSelection::All(64),
-                                .out = Matrix(out.data(), 3, 64)};
+      const MatMulTarget target{.weight = &weight, .out = Matrix(out.data(), 3, 64)};
       backend_->MatMul({.x = View(x, 3, 64), .targets = {&target, 1}});
       for (int i = 0; i < 3 * 64; ++i) EXPECT_EQ(std::isfinite(out[i]), i / 64 != 1) << i;
     }
@@ -157,14 +166,11 @@ TEST_P(BackendTest, AFewLargeOutputsLeaveTheOthersPrecise) {
   auto host = RandomWeight(WeightType::kF32, WeightLayout::kInputRows, kDepth, kOutputs, 1);
   for (int r = 0; r < kDepth; ++r) host.values[r * kOutputs + 40] *= 1000;
   const auto x = RandomValues(kDepth, 2);
-  std::vector<double> exact =
-      reference::MatMul(View(x, 1, kDepth), host, ChannelSelection::All(kDepth), {});
+  std::vector<double> exact = reference::MatMul(View(x, 1, kDepth), host, kDepth, {});
   host.type = type_;
   const Weight weight = Upload(backend_.get(), host);
   std::vector<float> out(kOutputs);
-  const MatMulTarget target{.weight = &weight,
-                            .selection = ChannelSelection::All(kDepth),
-                            .out = Matrix(out.data(), 1, kOutputs)};
+  const MatMulTarget target{.weight = &weight, .out = Matrix(out.data(), 1, kOutputs)};
   backend_->MatMul({.x = View(x, 1, kDepth), .targets = {&target, 1}});
   out.erase(out.begin() + 40);
   exact.erase(exact.begin() + 40);
@@ -186,27 +192,48 @@ TEST_P(BackendTest, EmbedMatchesReference) {
   }
 }
 
-TEST_P(BackendTest, GatheredPanelGivesTheSameBitsAsAList) {
-  for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
-    const Weight weight = Upload(backend_.get(), RandomWeight(type_, layout, 150, 90, 1));
-    for (const auto& [name, list] : SelectionLists(150)) {
-      const auto selection = ChannelSelection::Of(list);
-      const absl::StatusOr<Weight> panel = backend_->GatherRows(weight, selection);
-      ASSERT_TRUE(panel.ok()) << panel.status();
-      const bool output_rows = layout == WeightLayout::kOutputRows;
-      const int depth = output_rows ? 90 : selection.count();
-      const int outputs = output_rows ? selection.count() : 90;
-      const auto x = RandomValues(5 * depth, 2);
-      std::vector<float> by_list(5 * outputs), by_panel(5 * outputs);
-      MatMulTarget target{
-          .weight = &weight, .selection = selection, .out = Matrix(by_list.data(), 5, outputs)};
-      backend_->MatMul({.x = View(x, 5, depth), .targets = {&target, 1}});
-      target = {.weight = &*panel,
-                .selection = ChannelSelection::All(selection.count()),
-                .out = Matrix(by_panel.data(), 5, outputs)};
-      backend_->MatMul({.x = View(x, 5, depth), .targets = {&target, 1}});
-      EXPECT_TRUE(BitEqual(by_list, by_panel)) << name;
+TEST_P(BackendTest, APanelOfOutputRowsHasTheirBits) {
+  constexpr int kRows = 150, kDepth = 90;
+  const Weight weight =
+      Upload(backend_.get(), RandomWeight(type_, WeightLayout::kOutputRows, kRows, kDepth, 1));
+  const auto x = RandomValues(5 * kDepth, 2);
+  std::vector<float> all(5 * kRows);
+  const MatMulTarget target{.weight = &weight, .out = Matrix(all.data(), 5, kRows)};
+  backend_->MatMul({.x = View(x, 5, kDepth), .targets = {&target, 1}});
+  for (const auto& [name, list] : RowLists(kRows)) {
+    const Weight panel = backend_->GatherRows(weight, list).value();
+    const int count = static_cast<int>(list.size());
+    std::vector<float> got(5 * count), want;
+    const MatMulTarget some{.weight = &panel, .out = Matrix(got.data(), 5, count)};
+    backend_->MatMul({.x = View(x, 5, kDepth), .targets = {&some, 1}});
+    for (int r = 0; r < 5; ++r) {
+      for (const int32_t row : list) want.push_back(all[r * kRows + row]);
     }
+    EXPECT_TRUE(BitEqual(got, want)) << name;
+  }
+}
+
+TEST_P(BackendTest, APanelOfInputRowsIsTheirValuesInNewGroups) {
+  constexpr int kRows = 150, kOutputs = 90;
+  const auto host = RandomWeight(type_, WeightLayout::kInputRows, kRows, kOutputs, 1);
+  const std::vector<float> kept = reference::Kept(host);
+  const Weight weight = Upload(backend_.get(), host);
+  for (const auto& [name, list] : RowLists(kRows)) {
+    reference::HostWeight gathered{.type = IsFloat(type_) ? type_ : WeightType::kInt8,
+                                   .layout = WeightLayout::kInputRows,
+                                   .rows = static_cast<int>(list.size()),
+                                   .cols = kOutputs};
+    for (const int32_t row : list) {
+      gathered.values.insert(gathered.values.end(), kept.begin() + row * kOutputs,
+                             kept.begin() + (row + 1) * kOutputs);
+    }
+    const Weight panel = backend_->GatherRows(weight, list).value();
+    const auto x = RandomValues(5 * list.size(), 2);
+    std::vector<float> got(5 * kOutputs);
+    const MatMulTarget target{.weight = &panel, .out = Matrix(got.data(), 5, kOutputs)};
+    backend_->MatMul({.x = View(x, 5, gathered.rows), .targets = {&target, 1}});
+    ExpectNear(got, reference::MatMul(View(x, 5, gathered.rows), gathered, gathered.rows, {}), 1e-5,
+               kOutputs, name);
   }
 }
 
@@ -259,9 +286,7 @@ TEST_P(BackendTest, GroupsAndTheirValuesMultiplyAlike) {
       backend_->UploadWeight(type_, WeightLayout::kOutputRows, kOutputs, kDepth, source).value();
   const auto x = RandomValues(3 * kDepth, 2);
   std::vector<float> values(3 * kOutputs), groups(3 * kOutputs);
-  MatMulTarget target{.weight = &by_values,
-                      .selection = ChannelSelection::All(kOutputs),
-                      .out = Matrix(values.data(), 3, kOutputs)};
+  MatMulTarget target{.weight = &by_values, .out = Matrix(values.data(), 3, kOutputs)};
   backend_->MatMul({.x = View(x, 3, kDepth), .targets = {&target, 1}});
   target.weight = &by_groups;
   target.out = Matrix(groups.data(), 3, kOutputs);
@@ -332,66 +357,73 @@ TEST_P(OpTest, SwiGluMatchesReference) {
   }
 }
 
-// Edges of a group (32), of a task's outputs (64) and rows (128), one less and one more.
+// Edges of a group (32), of a task's outputs (64) and rows (128), one less and one more; stairs
+// that fall, that do not, without rows and without channels.
 TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
   struct Shape {
-    int rows, hidden, channels;
+    int hidden, channels;
+    std::vector<std::pair<int, int>> steps;  // rows, channels
   };
-  for (const Shape& shape : {Shape{1, 64, 1}, Shape{0, 8, 8}, Shape{3, 70, 31}, Shape{33, 33, 65},
-                             Shape{129, 20, 64}, Shape{40, 96, 200}, Shape{260, 64, 97}}) {
+  const Shape shapes[] = {
+      {64, 1, {{1, 1}}},
+      {8, 8, {{0, 8}}},
+      {70, 31, {{3, 31}}},
+      {33, 65, {{33, 65}}},
+      {20, 64, {{129, 64}}},
+      {64, 97, {{260, 97}}},
+      {96, 200, {{7, 200}, {20, 160}, {1, 96}, {12, 32}}},
+      {64, 192, {{130, 192}, {0, 160}, {129, 64}, {5, 0}}},
+      {40, 160, {{3, 32}, {2, 0}, {40, 160}, {1, 96}, {2, 128}}},
+      {40, 160, {{3, 0}, {2, 0}}},
+  };
+  for (const Shape& shape : shapes) {
     const auto upload = [&](WeightLayout layout, int seed) {
       return Upload(backend_.get(),
                     RandomWeight(type_, layout, shape.channels, shape.hidden, seed));
     };
     const Weight gate = upload(WeightLayout::kOutputRows, 1);
     const Weight up = upload(WeightLayout::kOutputRows, 2);
-    const Weight down = upload(WeightLayout::kInputRows, 3);
-    const auto x_values = RandomValues(int64_t{shape.rows} * (shape.hidden + 3), 4);
-    const ConstMatrix x(x_values.data(), shape.rows, shape.hidden, shape.hidden + 3);
-    const auto start = RandomValues(int64_t{shape.rows} * shape.hidden, 5);
-    for (const auto& [name, list] : SelectionLists(shape.channels)) {
-      const auto selection =
-          name == "all" ? ChannelSelection::All(shape.channels) : ChannelSelection::Of(list);
-      const int kept = selection.count();
-      std::vector<float> a(int64_t{shape.rows} * kept), b(a.size());
-      const Matrix wide(a.data(), shape.rows, kept), other(b.data(), shape.rows, kept);
-      const auto by_ops = [&](const Weight& g, const Weight& u, const Weight& d,
-                              const ChannelSelection& all) {
-        std::vector<float> out = start;
-        const MatMulTarget targets[] = {{.weight = &g, .selection = all, .out = wide},
-                                        {.weight = &u, .selection = all, .out = other}};
-        backend_->MatMul({.x = x, .targets = targets});
-        backend_->SwiGlu({.gate = wide, .up = other, .out = wide});
-        const MatMulTarget target{
-            .weight = &d, .selection = all, .out = Matrix(out.data(), shape.rows, shape.hidden)};
-        backend_->MatMul({.x = wide, .targets = {&target, 1}, .output = MatMulArgs::Output::kAdd});
-        return out;
-      };
-      const auto at_once = [&](const Weight& g, const Weight& u, const Weight& d,
-                               const ChannelSelection& all) {
-        std::vector<float> out = start;
-        backend_->GatedMlp({.x = x,
-                            .gate = g,
-                            .up = u,
-                            .down = d,
-                            .selection = all,
-                            .gate_room = wide,
-                            .up_room = other,
-                            .out = Matrix(out.data(), shape.rows, shape.hidden)});
-        return out;
-      };
-      const std::string what =
-          fmt::format("{} rows, {} of {}, kept {}", shape.rows, shape.hidden, shape.channels, name);
-      const auto want = by_ops(gate, up, down, selection);
-      EXPECT_TRUE(BitEqual(want, at_once(gate, up, down, selection))) << what;
-      EXPECT_EQ(BitEqual(want, start), kept == 0 || shape.rows == 0) << what;
-      const auto panel = [&](const Weight& w) {
-        return backend_->GatherRows(w, selection).value();
-      };
-      EXPECT_TRUE(
-          BitEqual(want, at_once(panel(gate), panel(up), panel(down), ChannelSelection::All(kept))))
-          << what << ", panels";
+    const Weight downs[] = {upload(WeightLayout::kInputRows, 3),
+                            upload(WeightLayout::kInputRows, 4)};
+    int rows = 0, most = 0;
+    std::vector<MlpStep> steps;
+    for (const auto& [count, channels] : shape.steps) {
+      steps.push_back({.rows = count, .channels = channels, .down = &downs[steps.size() % 2]});
+      rows += count;
+      most = std::max(most, channels);
     }
+    const auto x_values = RandomValues(int64_t{rows} * (shape.hidden + 3), 4);
+    const ConstMatrix x(x_values.data(), rows, shape.hidden, shape.hidden + 3);
+    const auto start = RandomValues(int64_t{rows} * shape.hidden, 5);
+    std::vector<float> want = start, got = start;
+    std::vector<float> a(int64_t{rows} * most, NAN), b(a);
+    int first = 0;
+    for (const MlpStep& step : steps) {
+      const Matrix wide(a.data(), step.rows, step.channels);
+      const Matrix other(b.data(), step.rows, step.channels);
+      const MatMulTarget targets[] = {
+          {.weight = &gate, .out = wide, .first_row = first, .channels = step.channels},
+          {.weight = &up, .out = other, .first_row = first, .channels = step.channels}};
+      backend_->MatMul({.x = x, .targets = targets});
+      backend_->SwiGlu({.gate = wide, .up = other, .out = wide});
+      const MatMulTarget target{
+          .weight = step.down,
+          .out = Matrix(want.data() + int64_t{first} * shape.hidden, step.rows, shape.hidden),
+          .channels = step.channels};
+      backend_->MatMul({.x = wide, .targets = {&target, 1}, .output = MatMulArgs::Output::kAdd});
+      first += step.rows;
+    }
+    backend_->GatedMlp({.x = x,
+                        .gate = gate,
+                        .up = up,
+                        .steps = steps,
+                        .gate_room = Matrix(a.data(), rows, most),
+                        .up_room = Matrix(b.data(), rows, most),
+                        .out = Matrix(got.data(), rows, shape.hidden)});
+    const std::string what = fmt::format("{} rows, {} steps, hidden {}, {} channels", rows,
+                                         steps.size(), shape.hidden, shape.channels);
+    EXPECT_TRUE(BitEqual(want, got)) << what;
+    EXPECT_EQ(BitEqual(want, start), most == 0 || rows == 0) << what;
   }
 }
 

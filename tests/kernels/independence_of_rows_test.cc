@@ -8,16 +8,14 @@ class RowsTest : public ::testing::TestWithParam<KernelCase> {
  protected:
   // x times a weight in calls of `step` rows.
   static std::vector<float> Multiply(Backend* backend, const Weight& weight,
-                                     const ChannelSelection& selection, const std::vector<float>& x,
-                                     int rows, int step) {
+                                     const std::vector<float>& x, int rows, int step) {
     const bool output_rows = weight.layout == WeightLayout::kOutputRows;
-    const int depth = output_rows ? weight.cols : selection.count();
-    const int outputs = output_rows ? selection.count() : weight.cols;
+    const int depth = output_rows ? weight.cols : weight.rows;
+    const int outputs = output_rows ? weight.rows : weight.cols;
     std::vector<float> out(int64_t{rows} * outputs);
     for (int r = 0; r < rows; r += step) {
       const int count = std::min(step, rows - r);
       const MatMulTarget target{.weight = &weight,
-                                .selection = selection,
                                 .out = Matrix(out.data() + int64_t{r} * outputs, count, outputs)};
       backend->MatMul(
           {.x = ConstMatrix(x.data() + int64_t{r} * depth, count, depth), .targets = {&target, 1}});
@@ -33,17 +31,13 @@ TEST_P(RowsTest, MatMulGivesTheSameBitsHoweverRowsAndThreadsAreSplit) {
   constexpr int kRows = 150;
   for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
     const Weight weight = Upload(two.get(), RandomWeight(GetParam().type, layout, 200, 1100, 1));
-    const std::vector<int32_t> list = SelectionLists(200)[2].second;
-    for (const auto& selection : {ChannelSelection::All(200), ChannelSelection::Of(list)}) {
-      const auto x = RandomValues(int64_t{kRows} * 1100, 2);
-      const auto all = Multiply(two.get(), weight, selection, x, kRows, kRows);
-      for (int step : {1, 2, 3, 33, 64, 129}) {
-        EXPECT_TRUE(BitEqual(all, Multiply(two.get(), weight, selection, x, kRows, step)))
-            << step << " rows a call";
-      }
-      EXPECT_TRUE(BitEqual(all, Multiply(one.get(), weight, selection, x, kRows, kRows)))
-          << "one thread";
+    const auto x = RandomValues(int64_t{kRows} * 1100, 2);
+    const auto all = Multiply(two.get(), weight, x, kRows, kRows);
+    for (int step : {1, 2, 3, 33, 64, 129}) {
+      EXPECT_TRUE(BitEqual(all, Multiply(two.get(), weight, x, kRows, step)))
+          << step << " rows a call";
     }
+    EXPECT_TRUE(BitEqual(all, Multiply(one.get(), weight, x, kRows, kRows))) << "one thread";
   }
 }
 
@@ -57,8 +51,8 @@ TEST_P(RowsTest, InstructionSetsAgree) {
     ASSERT_EQ(here.bytes, there.bytes);
     EXPECT_EQ(std::memcmp(here.blocks, there.blocks, here.bytes), 0) << "stored weights differ";
     const auto x = RandomValues(9 * 600, 2);
-    const auto got = Multiply(mine.get(), here, ChannelSelection::All(130), x, 9, 9);
-    const auto want = Multiply(plain.get(), there, ChannelSelection::All(130), x, 9, 9);
+    const auto got = Multiply(mine.get(), here, x, 9, 9);
+    const auto want = Multiply(plain.get(), there, x, 9, 9);
     ExpectNear(got, std::vector<double>(want.begin(), want.end()), integers ? 2e-6 : 5e-6,
                static_cast<int>(got.size()) / 9, "against portable");
   }
@@ -79,8 +73,8 @@ TEST_P(RowsTest, InstructionSetsAgree) {
     x[i] = i % kQuantGroup == 0 ? 127.0f : std::clamp(std::round(x[i]), -127.0f, 127.0f);
   }
   const Weight weight = Upload(mine.get(), host);
-  const auto got = Multiply(mine.get(), weight, ChannelSelection::All(64), x, 4, 4);
-  const auto want = reference::MatMul(View(x, 4, 64), host, ChannelSelection::All(64), {});
+  const auto got = Multiply(mine.get(), weight, x, 4, 4);
+  const auto want = reference::MatMul(View(x, 4, 64), host, 64, {});
   for (size_t i = 0; i < got.size(); ++i) EXPECT_EQ(got[i], want[i]) << i;
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <span>
 #include <string>
@@ -122,17 +123,24 @@ inline bool BitEqual(std::span<const float> a, std::span<const float> b) {
          (a.empty() || std::memcmp(a.data(), b.data(), a.size_bytes()) == 0);
 }
 
-// Lists of every kind that a selection of n rows can be; the first stands for All(n).
-inline std::vector<std::pair<std::string, std::vector<int32_t>>> SelectionLists(int n) {
-  std::vector<int32_t> reversed(n), some;
-  for (int i = 0; i < n; ++i) reversed[i] = n - 1 - i;
+// 0, 1, .. n - 1.
+inline std::vector<int32_t> Natural(int n) {
+  std::vector<int32_t> list(n);
+  std::iota(list.begin(), list.end(), 0);
+  return list;
+}
+
+// Lists of every kind of some of n rows.
+inline std::vector<std::pair<std::string, std::vector<int32_t>>> RowLists(int n) {
+  const std::vector<int32_t> all = Natural(n), reversed(all.rbegin(), all.rend());
+  std::vector<int32_t> some;
   for (int i = 0; i < n; ++i) {
     if (i % 3 != 1) some.push_back((i * 7 + 3) % n);
   }
   std::sort(some.begin(), some.end());
   some.erase(std::unique(some.begin(), some.end()), some.end());
   std::shuffle(some.begin(), some.end(), std::mt19937(5));
-  return {{"all", {}}, {"reversed", reversed}, {"some", some}, {"one", {n / 2}}, {"none", {}}};
+  return {{"all", all}, {"reversed", reversed}, {"some", some}, {"one", {n / 2}}, {"none", {}}};
 }
 
 }  // namespace espalier

@@ -30,7 +30,8 @@ void RoundTripInt8(std::vector<float*> group) {
   }
 }
 
-// What the device keeps of a weight; a kInt4 one is made of what 4 bits can hold.
+}  // namespace
+
 std::vector<float> Kept(const HostWeight& weight) {
   std::vector<float> values = weight.values;
   if (weight.type == WeightType::kBf16) {
@@ -51,8 +52,6 @@ std::vector<float> Kept(const HostWeight& weight) {
   }
   return values;
 }
-
-}  // namespace
 
 Quantized Quantize(std::span<const float> values) {
   float max = 0;
@@ -87,23 +86,22 @@ std::vector<double> RmsNorm(const ConstMatrix& x, std::span<const float> weight,
   return out;
 }
 
-std::vector<double> MatMul(const ConstMatrix& x, const HostWeight& weight,
-                           const ChannelSelection& selection, std::span<const float> bias) {
+std::vector<double> MatMul(const ConstMatrix& x, const HostWeight& weight, int channels,
+                           std::span<const float> bias) {
   const std::vector<float> kept = Kept(weight);
   const bool output_rows = weight.layout == WeightLayout::kOutputRows;
-  const int outputs = output_rows ? selection.count() : weight.cols;
+  const int outputs = output_rows ? channels : weight.cols;
+  const int depth = output_rows ? weight.cols : channels;
   std::vector<double> out;
   for (int r = 0; r < x.rows; ++r) {
-    // Columns of x go to the rows that they belong to; the others count nothing.
-    std::vector<float> input(output_rows ? weight.cols : weight.rows);
-    for (int i = 0; i < x.cols; ++i) input[output_rows ? i : selection[i]] = x.row(r)[i];
+    const std::vector<float> input(x.row(r), x.row(r) + depth);
     const std::vector<double> exact =
         IsFloat(weight.type) ? std::vector<double>(input.begin(), input.end()) : RoundTrip(input);
     for (int n = 0; n < outputs; ++n) {
       double sum = bias.empty() ? 0 : bias[n];
       for (size_t k = 0; k < exact.size(); ++k) {
         const size_t at =
-            output_rows ? static_cast<size_t>(selection[n]) * weight.cols + k : k * weight.cols + n;
+            output_rows ? static_cast<size_t>(n) * weight.cols + k : k * weight.cols + n;
         sum += exact[k] * kept[at];
       }
       out.push_back(sum);
@@ -144,12 +142,12 @@ std::vector<double> Rotate(const ConstMatrix& x, std::span<const int32_t> positi
   return out;
 }
 
-std::vector<double> Attention(std::span<const float> q, const ChannelSelection& heads_kept,
+std::vector<double> Attention(std::span<const float> q, std::span<const int32_t> heads_kept,
                               int heads, int kv_heads, int head_dim, double scale,
                               std::span<const float> k, std::span<const float> v, int tokens) {
   std::vector<double> out(q.size());
   const int width = kv_heads * head_dim;
-  for (int i = 0; i < heads_kept.count(); ++i) {
+  for (size_t i = 0; i < heads_kept.size(); ++i) {
     const int column = heads_kept[i] / (heads / kv_heads) * head_dim;
     std::vector<double> weights(tokens);
     double max = -HUGE_VAL, sum = 0;

@@ -19,6 +19,9 @@ struct HostWeight {
   std::vector<float> values;  // [rows, cols]; kInt4: of sixteen steps in each group
 };
 
+// What the device keeps of a weight's values; a kInt4 one is made of what 4 bits can hold.
+std::vector<float> Kept(const HostWeight& weight);
+
 // Activations in symmetric int8: scale = max|v| / 127, nearest even, both in fp32 as the contract
 // says.
 struct Quantized {
@@ -30,8 +33,9 @@ Quantized Quantize(std::span<const float> values);
 // All results are row-major doubles.
 std::vector<double> Embed(const HostWeight& table, std::span<const int32_t> tokens);
 std::vector<double> RmsNorm(const ConstMatrix& x, std::span<const float> weight, double eps);
-std::vector<double> MatMul(const ConstMatrix& x, const HostWeight& weight,
-                           const ChannelSelection& selection, std::span<const float> bias);
+// `channels` as in MatMulTarget; of kInputRows the first so many columns of x are looked at.
+std::vector<double> MatMul(const ConstMatrix& x, const HostWeight& weight, int channels,
+                           std::span<const float> bias);
 std::vector<double> SwiGlu(const ConstMatrix& gate, const ConstMatrix& up);
 
 // Rotates row r of x by positions[r].
@@ -39,7 +43,7 @@ std::vector<double> Rotate(const ConstMatrix& x, std::span<const int32_t> positi
                            std::span<const float> inverse_frequency, RopePairing pairing);
 
 // One query row at the last of `tokens` positions; k and v are [tokens, kv_heads * head_dim].
-std::vector<double> Attention(std::span<const float> q, const ChannelSelection& heads_kept,
+std::vector<double> Attention(std::span<const float> q, std::span<const int32_t> heads_kept,
                               int heads, int kv_heads, int head_dim, double scale,
                               std::span<const float> k, std::span<const float> v, int tokens);
 

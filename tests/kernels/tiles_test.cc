@@ -27,7 +27,7 @@ struct Aligned {
 
 struct Shape {
   int bits, rows, outputs, groups;
-  bool listed = false;  // of a weight with more groups, some
+  bool part = false;  // of a weight with more groups, some
   bool bias = false;
   bool add = false;
 };
@@ -37,7 +37,7 @@ class Product {
  public:
   explicit Product(const Shape& shape)
       : shape_(shape),
-        strip_bytes_((shape.listed ? 2 * shape.groups + 1 : shape.groups) * BlockBytes(shape.bits)),
+        strip_bytes_((shape.part ? 2 * shape.groups + 1 : shape.groups) * BlockBytes(shape.bits)),
         stored_(kTaskStrips * strip_bytes_),
         values_(kMaxTaskRows * (shape.groups * kGroup + kPad)) {
     std::mt19937 random(shape.rows * 1000 + shape.outputs);
@@ -52,7 +52,6 @@ class Product {
       EXPECT_TRUE(PackBlock(PortableKernels(), shape.bits, block, kGroup,
                             stored_.data + i * BlockBytes(shape.bits)));
     }
-    for (int g = 0; shape.listed && g < shape.groups; ++g) kept_.push_back(2 * g + g % 2);
     scales_.resize(shape.rows * shape.groups);
     sums_.resize(scales_.size());
     counts_.resize(scales_.size());
@@ -74,7 +73,6 @@ class Product {
     matmul(MatMulTask{.bits = shape_.bits,
                       .strips = stored_.data,
                       .strip_bytes = strip_bytes_,
-                      .groups_kept = shape_.listed ? kept_.data() : nullptr,
                       .groups = shape_.groups,
                       .depth = shape_.groups * kGroup - 5,
                       .outputs = shape_.outputs,
@@ -102,7 +100,7 @@ class Product {
   Aligned<uint8_t> stored_;
   Aligned<int8_t> values_;
   std::vector<float> scales_, sums_, bias_, start_;
-  std::vector<int32_t> counts_, kept_;
+  std::vector<int32_t> counts_;
 };
 
 // Tiles of the rows that are not left to lanes, for every strip and group.
@@ -133,7 +131,7 @@ void ExpectSameBits(const KernelTable& kernels, MatMulOnTiles on_tiles) {
               });
           const std::string what =
               fmt::format("{} bits, {} rows, {} outputs, {} groups{}", bits, rows, outputs, groups,
-                          shape.listed ? ", a list" : "");
+                          shape.part ? ", the first of more groups" : "");
           ASSERT_EQ(std::memcmp(got.data(), want.data(), got.size() * sizeof(float)), 0) << what;
           ASSERT_EQ(dots, ExpectedDots(shape)) << what;
         }

@@ -27,7 +27,7 @@ ForwardHarness::ForwardHarness(const std::string& path, const Options& options)
       backend_(OrDie(CreateCpuBackend({.isa = options.isa, .threads = options.threads}))),
       decoder_(OrDie(Decoder::Load(*file_, backend_.get(), options.weights, {}))),
       selector_(file_->config().sites()),
-      keep_(KeepProfile::Dense(file_->config().sites())),
+      ladder_(Ladder::DenseOnly(file_->config().sites())),
       activations_(file_->config(), max_rows_) {
   const ModelConfig& config = file_->config();
   const int pages = (max_rows_ + kPageTokens - 1) / kPageTokens;
@@ -50,7 +50,12 @@ void ForwardHarness::Run(std::span<const Chunk> chunks,
   std::vector<int32_t> tokens;
   std::vector<AttentionSpan> spans;
   std::vector<std::span<const int32_t>> tables;
+  std::vector<PlanStep> steps;
   for (const Chunk& chunk : chunks) {
+    steps.push_back({.rows = static_cast<int>(chunk.ids.size()),
+                     .spans = 1,
+                     .rung = &ladder_.rung(chunk.rung),
+                     .decode = chunk.decode});
     spans.push_back({.first_row = static_cast<int>(tokens.size()),
                      .rows = static_cast<int>(chunk.ids.size()),
                      .start = chunk.start});
@@ -60,7 +65,7 @@ void ForwardHarness::Run(std::span<const Chunk> chunks,
     for (const Chunk& chunk : chunks) tables.push_back(pages_[layer * sequences + chunk.sequence]);
   }
   PhaseTimes phases;
-  decoder_->Forward({.tokens = tokens, .spans = spans, .tables = tables}, keep_, &selector_, &pool_,
+  decoder_->Forward({.tokens = tokens, .spans = spans, .tables = tables, .steps = steps}, &pool_,
                     &activations_, &phases);
   const int count = static_cast<int>(tokens.size());
   std::vector<float> logits(static_cast<size_t>(kLogitRows) * config.vocabulary);
@@ -84,11 +89,20 @@ std::vector<float> ForwardHarness::Step(std::span<const Chunk> chunks) {
   return all;
 }
 
-std::vector<float> ForwardHarness::Logits(std::span<const int32_t> ids, int chunk) {
+void ForwardHarness::SetLadder(Ladder ladder) {
+  ladder_ = std::move(ladder);
+  const absl::Status status = decoder_->MakePanels(ladder_, selector_);
+  if (status.ok()) return;
+  std::fprintf(stderr, "%s\n", status.ToString().c_str());
+  std::abort();
+}
+
+std::vector<float> ForwardHarness::Logits(std::span<const int32_t> ids, int chunk, int rung) {
   std::vector<float> all;
   for (int start = 0; start < static_cast<int>(ids.size()); start += chunk) {
     const Chunk step{.start = start,
-                     .ids = ids.subspan(start, std::min<int>(chunk, ids.size() - start))};
+                     .ids = ids.subspan(start, std::min<int>(chunk, ids.size() - start)),
+                     .rung = rung};
     const std::vector<float> logits = Step(std::span(&step, 1));
     all.insert(all.end(), logits.begin(), logits.end());
   }

@@ -32,13 +32,16 @@ class ForwardHarness {
     int sequence = 0;
     int start = 0;
     std::span<const int32_t> ids;
+    int rung = 0;
+    bool decode = false;  // narrowed as decode rows
   };
 
-  // One forward step over all chunks; logits of every row, [rows, vocabulary].
+  // One forward step over all chunks, in the order of their rungs; logits of every row, [rows,
+  // vocabulary].
   std::vector<float> Step(std::span<const Chunk> chunks);
 
   // Logits at every position, [ids, vocabulary], the prompt computed in steps of `chunk` rows.
-  std::vector<float> Logits(std::span<const int32_t> ids, int chunk = 1024);
+  std::vector<float> Logits(std::span<const int32_t> ids, int chunk = 1024, int rung = 0);
 
   // Negative log-likelihood of ids[1..] given what is before each, nats, summed in double.
   double NegativeLogLikelihood(std::span<const int32_t> ids);
@@ -47,7 +50,10 @@ class ForwardHarness {
   Decoder& decoder() { return *decoder_; }
   Activations& activations() { return activations_; }
   StaticSelector& selector() { return selector_; }
-  KeepProfile& keep() { return keep_; }
+  const Ladder& ladder() const { return ladder_; }
+
+  // The rungs that chunks may be on, 0 dense, with panels by the selector's rankings as they are.
+  void SetLadder(Ladder ladder);
 
  private:
   // One step; calls visit(first row, logits [rows, vocabulary]) in turns.
@@ -59,7 +65,7 @@ class ForwardHarness {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Decoder> decoder_;
   StaticSelector selector_;
-  KeepProfile keep_;
+  Ladder ladder_;
   Activations activations_;
   KvPool pool_;
   std::vector<std::vector<int32_t>> pages_;  // [layers * sequences], layer-major

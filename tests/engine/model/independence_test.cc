@@ -232,6 +232,31 @@ TEST_P(IndependenceTest, ServedTokensAreTheSameAloneInACrowdAndAfterPreemption) 
   EXPECT_GT(preemptions, 0) << "the pool was meant to be too small";
 }
 
+// The same counts in every layer.
+KeepProfile Uniform(const ModelConfig& config, int heads, int channels) {
+  KeepProfile keep = KeepProfile::Dense(config.sites());
+  for (int layer = 0; layer < config.layers; ++layer) {
+    keep.Keep(layer, SiteKind::kHeads, heads);
+    keep.Keep(layer, SiteKind::kChannels, channels);
+  }
+  return keep;
+}
+
+Ladder DenseAnd(const ModelConfig& config, const KeepProfile& keep) {
+  Ladder ladder = Ladder::DenseOnly(config.sites());
+  EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep}));
+  return ladder;
+}
+
+std::vector<int32_t> Shuffled(int n, uint64_t seed) {
+  std::vector<int32_t> ranking(n);
+  std::iota(ranking.begin(), ranking.end(), 0);
+  for (int i = n - 1; i > 0; --i) {
+    std::swap(ranking[i], ranking[static_cast<int>(UniformAt(seed, i) * (i + 1))]);
+  }
+  return ranking;
+}
+
 TEST_P(IndependenceTest, AKeepProfileDependsOnTheKeptRowsOnly) {
   ForwardHarness model(GetParam().file(), {.isa = GetParam().isa,
                                            .weights = GetParam().weights,
@@ -241,32 +266,29 @@ TEST_P(IndependenceTest, AKeepProfileDependsOnTheKeptRowsOnly) {
   const std::vector<int32_t> ids = RandomIds(20, config.vocabulary, 3);
   const std::vector<float> dense = model.Logits(ids);
 
-  const int kept = config.channels / 2 + 3;
-  for (int layer = 0; layer < config.layers; ++layer) {
-    model.keep().Keep(layer, SiteKind::kChannels, kept);
-    model.keep().Keep(layer, SiteKind::kHeads, config.heads - 1);
-  }
-  const auto rank_channels = [&](const std::vector<int32_t>& ranking) {
+  const int kept = config.channels / 64 * 32;
+  ASSERT_GT(kept, 0);
+  std::vector<int32_t> channels(config.channels), heads(config.heads);
+  std::iota(channels.begin(), channels.end(), 0);
+  std::iota(heads.begin(), heads.end(), 0);
+  const auto logits = [&] {
     for (int layer = 0; layer < config.layers; ++layer) {
-      ASSERT_TRUE(model.selector().SetRanking(layer, SiteKind::kChannels, ranking));
+      EXPECT_TRUE(model.selector().SetRanking(layer, SiteKind::kChannels, channels));
+      EXPECT_TRUE(model.selector().SetRanking(layer, SiteKind::kHeads, heads));
     }
+    model.SetLadder(DenseAnd(config, Uniform(config, config.heads - 1, kept)));
+    EXPECT_TRUE(BitEqual(dense, model.Logits(ids))) << "rung 0 beside panels";
+    return model.Logits(ids, 1024, 1);
   };
-  std::vector<int32_t> ranking(config.channels);
-  std::iota(ranking.begin(), ranking.end(), 0);
-  const std::vector<float> pruned = model.Logits(ids);
+  const std::vector<float> pruned = logits();
   EXPECT_FALSE(BitEqual(dense, pruned));
 
-  std::reverse(ranking.begin() + kept, ranking.end());  // among the dropped: no difference at all
-  rank_channels(ranking);
-  EXPECT_TRUE(BitEqual(pruned, model.Logits(ids)));
+  std::reverse(channels.begin() + kept, channels.end());  // among the dropped: no difference at all
+  EXPECT_TRUE(BitEqual(pruned, logits()));
 
-  std::reverse(ranking.begin(), ranking.begin() + kept);  // among the kept: another summing order
-  rank_channels(ranking);
-  for (int layer = 0; layer < config.layers; ++layer) {
-    ASSERT_TRUE(
-        model.selector().SetRanking(layer, SiteKind::kHeads, std::vector<int32_t>{2, 0, 1, 3}));
-  }
-  const std::vector<float> reordered = model.Logits(ids);
+  std::reverse(channels.begin(), channels.begin() + kept);  // among the kept: another summing order
+  std::swap(heads[0], heads[config.heads - 2]);
+  const std::vector<float> reordered = logits();
   double moved = 0, pruning = 0;
   for (size_t i = 0; i < pruned.size(); ++i) {
     moved = std::max<double>(moved, std::abs(reordered[i] - pruned[i]));
@@ -275,18 +297,83 @@ TEST_P(IndependenceTest, AKeepProfileDependsOnTheKeptRowsOnly) {
   EXPECT_LT(moved, GetParam().weights == WeightPlan::kF32 ? 1e-3 : 0.5 * pruning);
 }
 
+TEST_P(IndependenceTest, RowsOfAStaircaseAreAsAlone) {
+  ForwardHarness model(GetParam().file(), {.isa = GetParam().isa,
+                                           .weights = GetParam().weights,
+                                           .kv = KvOf(GetParam()),
+                                           .max_rows = 256,
+                                           .sequences = 6});
+  const ModelConfig& config = model.file().config();
+  uint64_t at_draw = 0;
+  const auto draw = [&](int least, int most) {
+    return least + static_cast<int>(UniformAt(11, at_draw++) * (most - least + 1));
+  };
+  // Random nested rungs, of which some drop blocks, others only heads or channels of some layers.
+  Ladder ladder = Ladder::DenseOnly(config.sites());
+  while (ladder.size() < 5) {
+    Rung rung = ladder.rung(ladder.size() - 1);
+    for (KeepProfile* keep : {&rung.prefill, &rung.decode}) {
+      for (int layer = 0; layer < config.layers; ++layer) {
+        if (draw(0, 2) == 0) continue;
+        keep->Keep(layer, SiteKind::kHeads, draw(0, keep->kept(layer, SiteKind::kHeads)));
+        const int channels = keep->kept(layer, SiteKind::kChannels);
+        keep->Keep(layer, SiteKind::kChannels, draw(0, channels / 32) * 32);
+      }
+    }
+    ASSERT_TRUE(ladder.Append(rung));
+  }
+  for (int layer = 0; layer < config.layers; ++layer) {
+    model.selector().SetRanking(layer, SiteKind::kHeads, Shuffled(config.heads, layer));
+    model.selector().SetRanking(layer, SiteKind::kChannels, Shuffled(config.channels, 50 + layer));
+  }
+  model.SetLadder(ladder);
+
+  const std::vector<int32_t> ids = RandomIds(60, config.vocabulary, 3);
+  const auto step_of = [&](int sequence, int turn) {
+    const int start = turn == 0 ? 0 : 15 + 7 * sequence;
+    return ForwardHarness::Chunk{
+        .sequence = sequence,
+        .start = start,
+        .ids = std::span(ids).subspan(start, turn == 0 ? 15 + 7 * sequence : sequence % 2 * 3 + 1),
+        .rung = std::min(4, sequence),
+        .decode = turn == 1 && sequence % 2 == 0};
+  };
+  std::vector<std::vector<float>> crowd;  // of each turn
+  for (const int turn : {0, 1}) {
+    std::vector<ForwardHarness::Chunk> chunks;
+    for (int sequence = 0; sequence < 6; ++sequence) chunks.push_back(step_of(sequence, turn));
+    crowd.push_back(model.Step(chunks));
+  }
+  std::vector<size_t> at(2);
+  for (int sequence = 0; sequence < 6; ++sequence) {
+    for (const int turn : {0, 1}) {
+      const ForwardHarness::Chunk alone = step_of(sequence, turn);
+      const std::vector<float> want = model.Step({&alone, 1});
+      EXPECT_TRUE(BitEqual(std::span(crowd[turn]).subspan(at[turn], want.size()), want))
+          << "sequence " << sequence << ", turn " << turn;
+      at[turn] += want.size();
+    }
+  }
+}
+
 TEST_P(IndependenceTest, WithoutBlocksARowIsItsTokenAndNothingElse) {
   ForwardHarness model(GetParam().file(), {.isa = GetParam().isa, .weights = GetParam().weights});
   const ModelConfig& config = model.file().config();
-  for (int layer = 0; layer < config.layers; ++layer) {
-    model.keep().Keep(layer, SiteKind::kChannels, 0);
-    model.keep().Keep(layer, SiteKind::kHeads, 0);
-  }
+  model.SetLadder(DenseAnd(config, Uniform(config, 0, 0)));
   const std::vector<int32_t> ids = RandomIds(6, config.vocabulary, 3);
-  const std::vector<float> together = model.Logits(ids);
-  const std::vector<float> lone = model.Logits(std::span(ids).subspan(4, 1));
+  const std::vector<float> together = model.Logits(ids, 1024, 1);
+  const std::vector<float> lone = model.Logits(std::span(ids).subspan(4, 1), 1024, 1);
   EXPECT_TRUE(BitEqual(
       std::span(together).subspan(size_t{4} * config.vocabulary, config.vocabulary), lone));
+}
+
+TEST_P(IndependenceTest, PanelsNeedWholeGroups) {
+  ForwardHarness model(GetParam().file(), {.isa = GetParam().isa, .weights = GetParam().weights});
+  const ModelConfig& config = model.file().config();
+  const absl::Status status = model.decoder().MakePanels(
+      DenseAnd(config, Uniform(config, config.heads, 33)), model.selector());
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(status.message().substr(0, 35), "rung 1, layer 0: keeps 33 channels;");
 }
 
 INSTANTIATE_TEST_SUITE_P(Paths, IndependenceTest, ::testing::ValuesIn(AllPaths()),
