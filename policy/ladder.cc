@@ -4,9 +4,9 @@
 
 namespace espalier {
 
-Ladder Ladder::DenseOnly(const SiteWidths& widths) {
+Ladder Ladder::DenseOnly(const SiteWidths& widths, const PriceTag& price) {
   Ladder ladder;
-  ladder.rungs_.push_back(Rung{KeepProfile::Dense(widths), KeepProfile::Dense(widths), PriceTag{}});
+  ladder.rungs_.push_back(Rung{KeepProfile::Dense(widths), KeepProfile::Dense(widths), price});
   return ladder;
 }
 

@@ -31,8 +31,8 @@ struct Rung {
 
 class Ladder {
  public:
-  // A ladder of one rung: the dense model.
-  static Ladder DenseOnly(const SiteWidths& widths);
+  // A ladder of one rung: the dense model. Its price loses nothing.
+  static Ladder DenseOnly(const SiteWidths& widths, const PriceTag& price = {});
 
   int size() const { return static_cast<int>(rungs_.size()); }
   const Rung& rung(int index) const { return rungs_[index]; }
