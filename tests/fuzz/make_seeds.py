@@ -94,6 +94,14 @@ MESSAGES = [
     b"\x2a\x05\x0a\x03\x01\x02\x03\x42\x05\x1a\x03a\xffb",  # token_ids; a stop that is no UTF-8
 ]
 
+LADDERS = [
+    "espalier-ladder 1\nmodel layers=2 heads=3 channels=64\nrung 0\n",
+    "espalier-ladder 1\n# by hand\n\nmodel layers=4 heads=3 channels=128\n"
+    "rung 0 loss=0 prefill_us=480.5 decode_us=3300 kv_bytes=11520\n"
+    "rung 1 loss=0.05 channels=128*1,96*3\n"
+    "rung 2 loss=3e-1 heads=3,0*1,3*2 prefill.channels=128,96*3 decode.channels=96,64*3\n",
+]
+
 REQUESTS = [
     'model: "tiny" request_id: "a" text: "hello <|im_end|>" parse_special: true priority: -1 '
     'sampling { temperature: 0.5 top_k: 40 top_p: 0.9 min_p: 0.1 repetition_penalty: 1.1 '
@@ -178,6 +186,9 @@ def seeds():
     templates = [template for template, _ in written_templates.TEMPLATES]
     for i, template in enumerate([TEMPLATE, *templates]):
         yield "chat_template", str(i), template.encode() + b"\0Hi <|im_end|>\n"
+
+    for i, ladder in enumerate(LADDERS):
+        yield "ladder", str(i), ladder.encode()
 
     for i, request in enumerate(REQUESTS):
         yield "request", str(i), request.encode()
