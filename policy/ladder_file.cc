@@ -167,9 +167,8 @@ class Parser {
       ladder_ = Ladder::DenseOnly(*widths_, rung.price);
       return true;
     }
-    return ladder_->Append(std::move(rung)) ||
-           Fail("rung " + std::to_string(ladder_->size()) +
-                " keeps more of a site than the one before");
+    return ladder_->Append(std::move(rung)) || Fail("rung " + std::to_string(ladder_->size()) +
+                                                    " keeps more of a site than the one before");
   }
 
   int number_ = 0;
@@ -217,8 +216,9 @@ std::string FormatLadder(const Ladder& ladder, std::string_view comment) {
   const SiteWidths& widths = ladder.rung(0).prefill.widths();
   std::string text = std::string(kFirstLine) + "\n";
   while (!comment.empty()) text += "# " + std::string(Cut(&comment, '\n')) + "\n";
-  text += "model layers=" + std::to_string(widths.layers) + " heads=" +
-          std::to_string(widths.heads) + " channels=" + std::to_string(widths.channels) + "\n";
+  text += "model layers=" + std::to_string(widths.layers) +
+          " heads=" + std::to_string(widths.heads) +
+          " channels=" + std::to_string(widths.channels) + "\n";
   for (int i = 0; i < ladder.size(); ++i) {
     const Rung& rung = ladder.rung(i);
     text += "rung " + std::to_string(i) + " loss=" + Number(rung.price.quality_loss_nats) +

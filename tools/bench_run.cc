@@ -1,5 +1,6 @@
 #include "tools/bench_run.h"
 
+#include <algorithm>
 #include <chrono>
 #include <random>
 #include <utility>
@@ -38,7 +39,8 @@ Request RandomRequest(RequestId id, const BenchShape& shape, int vocabulary,
 absl::StatusOr<BenchResult> RunBench(
     const BenchEngine& setup, const BenchShape& shape, uint64_t seed,
     const std::function<void(int64_t done, int64_t total)>& progress) {
-  const FixedPolicy policy(0);
+  // As hard as the request's bounds allow, and they allow its rung.
+  const FixedPolicy policy(setup.ladder->size() - 1);
   Engine engine({.max_batch_tokens = setup.step_rows,
                  .max_sequences = shape.batch,
                  .max_waiting = shape.batch,
@@ -46,8 +48,11 @@ absl::StatusOr<BenchResult> RunBench(
                 setup.geometry, *setup.ladder, setup.executor, &policy);
   std::mt19937_64 random(seed);
   for (int i = 0; i < shape.batch; ++i) {
-    const absl::Status status =
-        engine.Submit(RandomRequest(i + 1, shape, setup.vocabulary, &random));
+    Request request = RandomRequest(i + 1, shape, setup.vocabulary, &random);
+    const Rung& rung = setup.ladder->rung(shape.rungs[i % shape.rungs.size()]);
+    request.bounds.max_prune_ratio =
+        std::max(rung.prefill.prune_ratio(), rung.decode.prune_ratio());
+    const absl::Status status = engine.Submit(std::move(request));
     if (!status.ok()) return status;
   }
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/executor.h"
@@ -13,9 +14,10 @@
 namespace espalier {
 
 struct BenchShape {
-  int batch = 1;       // requests that arrive together
-  int prompt = 128;    // tokens of each, random ids
-  int generate = 128;  // tokens drawn by each, greedy, at least 1
+  int batch = 1;                 // requests that arrive together
+  int prompt = 128;              // tokens of each, random ids
+  int generate = 128;            // tokens drawn by each, greedy, at least 1
+  std::vector<int> rungs = {0};  // of the requests, in turns
 };
 
 // Steps of one kind: those with prefill rows (some decode rows ride along) or decode rows only.

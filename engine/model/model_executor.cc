@@ -12,7 +12,6 @@
 #include "engine/model/decoder.h"
 #include "engine/model/phase_timer.h"
 #include "engine/model/sampler.h"
-#include "engine/pruning/channel_selector.h"
 #include "fmt/format.h"
 
 namespace espalier {
@@ -75,7 +74,6 @@ struct ModelExecutor::Impl {
         options(model_options),
         pool(std::move(kv_pool)),
         ladder(Ladder::DenseOnly(model->config().sites())),
-        selector(model->config().sites()),
         activations(model->config(), options.max_batch_tokens),
         logits(static_cast<size_t>(options.max_logit_rows) * model->config().vocabulary),
         stats(options.max_logit_rows),
@@ -89,7 +87,6 @@ struct ModelExecutor::Impl {
   ModelOptions options;
   KvPool pool;
   Ladder ladder;
-  StaticSelector selector;
   Activations activations;
   AlignedFloats logits;                      // [max_logit_rows, vocabulary]
   std::vector<LogitStatsArgs::Stats> stats;  // [max_logit_rows]
@@ -174,6 +171,19 @@ absl::StatusOr<std::unique_ptr<ModelExecutor>> ModelExecutor::Load(const ModelFi
       std::make_unique<Impl>(*std::move(model), backend, checked, *std::move(pool))));
 }
 
+absl::Status ModelExecutor::SetLadder(Ladder ladder, const ChannelSelector& selector) {
+  const SiteWidths theirs = ladder.rung(0).prefill.widths(), ours = config().sites();
+  if (theirs != ours) {
+    return absl::InvalidArgumentError(fmt::format(
+        "the ladder is of a model of {} layers, {} heads and {} channels; this one has "
+        "{}, {} and {}",
+        theirs.layers, theirs.heads, theirs.channels, ours.layers, ours.heads, ours.channels));
+  }
+  if (absl::Status status = impl_->model->MakePanels(ladder, selector); !status.ok()) return status;
+  impl_->ladder = std::move(ladder);
+  return absl::OkStatus();
+}
+
 absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
   Impl& impl = *impl_;
   result->tokens.resize(batch.logits.size());
@@ -220,7 +230,7 @@ std::string ModelExecutor::weight_types() const { return impl_->model->weight_ty
 Ledger ModelExecutor::ledger(const SchedulerStats& stats) const {
   const uint64_t page = impl_->pool.shape.page_bytes();
   return {
-      .weights = impl_->model->weight_bytes(),
+      .weights = impl_->model->weight_bytes() + impl_->model->panel_bytes(),
       .kv_used = page * stats.pages_used,
       .kv_reusable = page * stats.pages_cached,
       .kv_free = page * stats.pages_free,

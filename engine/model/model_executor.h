@@ -12,6 +12,7 @@
 #include "engine/ledger.h"
 #include "engine/model/files/model_file.h"
 #include "engine/model/weight_plan.h"
+#include "engine/pruning/channel_selector.h"
 #include "engine/scheduling/scheduler.h"
 #include "kernels/backend.h"
 #include "policy/ladder.h"
@@ -41,6 +42,12 @@ class ModelExecutor final : public Executor {
                                                              const Progress& progress = {});
   ~ModelExecutor() override;
 
+  // The rungs that sequences may be on, with panels by the selector's rankings as they are now. Not
+  // while any sequence lives: whoever schedules takes ladder() when it starts. InvalidArgument for
+  // a ladder of another model or of counts that panels cannot have; ResourceExhausted if panels do
+  // not fit. Then all is as it was.
+  absl::Status SetLadder(Ladder ladder, const ChannelSelector& selector);
+
   absl::Status Execute(const Batch& batch, StepResult* result) override;
 
   const ModelConfig& config() const;
@@ -48,8 +55,8 @@ class ModelExecutor final : public Executor {
   KvType kv_type() const;
   const Ladder& ladder() const;
 
-  // Weights and workspace, and what the pool is worth with `stats` pages used, cached and free.
-  // `foreign` is left zero: who serves knows the machine.
+  // Weights, panels among them, and workspace, and what the pool is worth with `stats` pages used,
+  // cached and free. `foreign` is left zero: who serves knows the machine.
   Ledger ledger(const SchedulerStats& stats) const;
   // The types of the weights in memory, e.g. "int4+int8".
   std::string weight_types() const;

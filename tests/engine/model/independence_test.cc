@@ -137,10 +137,33 @@ TEST_P(IndependenceTest, LogitsAreBitEqualOnOneThreadAndTwo) {
   EXPECT_TRUE(BitEqual(one_thread.Logits(ids), two_threads.Logits(ids)));
 }
 
+// The same counts in every layer.
+KeepProfile Uniform(const ModelConfig& config, int heads, int channels) {
+  KeepProfile keep = KeepProfile::Dense(config.sites());
+  for (int layer = 0; layer < config.layers; ++layer) {
+    keep.Keep(layer, SiteKind::kHeads, heads);
+    keep.Keep(layer, SiteKind::kChannels, channels);
+  }
+  return keep;
+}
+
+// A third of the channels left out, then also the attention of a layer and heads of the others.
+Ladder TestLadder(const ModelConfig& config) {
+  Ladder ladder = Ladder::DenseOnly(config.sites());
+  KeepProfile keep = Uniform(config, config.heads, config.channels * 2 / 3 / 32 * 32);
+  EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep}));
+  for (int layer = 0; layer < config.layers; ++layer) {
+    keep.Keep(layer, SiteKind::kHeads, layer == 1 ? 0 : config.heads - 1);
+  }
+  EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep}));
+  return ladder;
+}
+
 // Runs requests through the engine as served and returns the tokens and told log-probabilities.
 class Served {
  public:
-  explicit Served(const Path& path, int kv_pages_tokens = 0) {
+  explicit Served(const Path& path, int kv_pages_tokens = 0, bool ladder = false)
+      : policy_(ladder ? 2 : 0) {
     backend_ = CreateCpuBackend({.isa = path.isa}).value();
     const auto file = ModelFile::Open(path.file()).value();
     const ModelConfig& config = file->config();
@@ -152,6 +175,11 @@ class Served {
           config.layers * (kv_pages_tokens / kPageTokens);
     }
     executor_ = ModelExecutor::Load(*file, backend_.get(), options).value();
+    if (ladder) {
+      const absl::Status status =
+          executor_->SetLadder(TestLadder(config), StaticSelector(config.sites()));
+      EXPECT_TRUE(status.ok()) << status;
+    }
     engine_ = std::make_unique<Engine>(
         SchedulerOptions{.max_batch_tokens = 48, .max_sequences = 40, .reserve_output = 0},
         executor_->kv_geometry(), executor_->ladder(), executor_.get(), &policy_);
@@ -172,6 +200,7 @@ class Served {
     std::vector<int32_t> tokens;
     std::vector<float> logprobs;  // of the token, then of its five rivals
     int preemptions = 0;
+    int rung = 0;
 
     bool operator==(const Answer& other) const {
       return tokens == other.tokens && BitEqual(logprobs, other.logprobs);
@@ -181,7 +210,11 @@ class Served {
   std::vector<Answer> Run(std::span<const RequestId> ids) {
     std::vector<Answer> answers(ids.size());
     for (RequestId id : ids) {
-      const absl::Status status = engine_->Submit(MakeRequest(id, executor_->config().vocabulary));
+      Request request = MakeRequest(id, executor_->config().vocabulary);
+      const Ladder& ladder = executor_->ladder();
+      const int rung = static_cast<int>(id) % ladder.size();
+      request.bounds.max_prune_ratio = ladder.rung(rung).prefill.prune_ratio();
+      const absl::Status status = engine_->Submit(std::move(request));
       EXPECT_TRUE(status.ok()) << status;
     }
     for (int step = 0; !engine_->idle(); ++step) {
@@ -195,6 +228,7 @@ class Served {
           for (const auto& [rival, logprob] : token.top) answer.logprobs.push_back(logprob);
         }
         answer.preemptions = std::max(answer.preemptions, output.preemptions);
+        answer.rung = output.rung;
       }
       engine_->scheduler().CheckInvariants();
       if (step > 20000) {
@@ -206,7 +240,7 @@ class Served {
   }
 
  private:
-  FixedPolicy policy_{0};
+  FixedPolicy policy_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<ModelExecutor> executor_;
   std::unique_ptr<Engine> engine_;
@@ -232,14 +266,26 @@ TEST_P(IndependenceTest, ServedTokensAreTheSameAloneInACrowdAndAfterPreemption) 
   EXPECT_GT(preemptions, 0) << "the pool was meant to be too small";
 }
 
-// The same counts in every layer.
-KeepProfile Uniform(const ModelConfig& config, int heads, int channels) {
-  KeepProfile keep = KeepProfile::Dense(config.sites());
-  for (int layer = 0; layer < config.layers; ++layer) {
-    keep.Keep(layer, SiteKind::kHeads, heads);
-    keep.Keep(layer, SiteKind::kChannels, channels);
+TEST_P(IndependenceTest, EveryRequestHasTheTokensOfItsRungWhateverTheOthersAre) {
+  std::vector<RequestId> everyone(24);
+  std::iota(everyone.begin(), everyone.end(), 1);
+  const std::vector<Served::Answer> crowd = Served(GetParam(), 0, true).Run(everyone);
+  const std::vector<Served::Answer> dense = Served(GetParam()).Run(everyone);
+  const std::vector<Served::Answer> squeezed = Served(GetParam(), 208, true).Run(everyone);
+  Served alone(GetParam(), 0, true);
+  int changed = 0, preemptions = 0;
+  for (size_t i = 0; i < everyone.size(); ++i) {
+    const RequestId id = everyone[i];
+    EXPECT_EQ(crowd[i].rung, static_cast<int>(id % 3)) << "request " << id;
+    EXPECT_EQ(squeezed[i], crowd[i]) << "request " << id;
+    preemptions += squeezed[i].preemptions;
+    EXPECT_TRUE(id % 3 != 0 || crowd[i] == dense[i]) << "request " << id;
+    changed += !(crowd[i] == dense[i]);
+    if (i >= 6) continue;
+    EXPECT_EQ(alone.Run(std::span(everyone).subspan(i, 1))[0], crowd[i]) << "request " << id;
   }
-  return keep;
+  EXPECT_EQ(changed, 16) << "pruning was meant to show";
+  EXPECT_GT(preemptions, 0) << "the pool was meant to be too small";
 }
 
 Ladder DenseAnd(const ModelConfig& config, const KeepProfile& keep) {
