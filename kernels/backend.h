@@ -136,6 +136,9 @@ struct MlpStep {
   int rows = 0;
   int channels = 0;              // for integers whole groups of kQuantGroup, or all of gate's rows
   const Weight* down = nullptr;  // kInputRows [at least channels, hidden]
+  // [channels]: the row of `down` that each channel meets; empty: its own number. So that rows
+  // which keep all, and meet `down` as loaded, can share gate and up in the order of a ranking.
+  std::span<const int32_t> places = {};
 };
 
 // out += down(silu(gate(x)) * up(x)), each step over its channels: MatMul, SwiGlu and MatMul to the

@@ -204,11 +204,10 @@ absl::Status Decoder::MakePanels(const Ladder& ladder, const ChannelSelector& se
         if (kept_channels < config_.channels) channels = std::max(channels, kept_channels);
       }
     }
-    const auto first = [&](SiteKind kind, int count) {
-      return selector.Ranking(layer, kind).first(count);
-    };
-    absl::Status status = MakeHeadPanels(layer, first(SiteKind::kHeads, heads), &made[layer]);
-    status.Update(MakeChannelPanels(layer, first(SiteKind::kChannels, channels), &made[layer]));
+    absl::Status status =
+        MakeHeadPanels(layer, selector.Ranking(layer, SiteKind::kHeads).first(heads), &made[layer]);
+    status.Update(MakeChannelPanels(layer, selector.Ranking(layer, SiteKind::kChannels), channels,
+                                    &made[layer]));
     if (!status.ok()) {
       return absl::Status(status.code(),
                           fmt::format("panels of layer {}: {}", layer, status.ToString()));
@@ -239,13 +238,15 @@ absl::Status Decoder::MakeHeadPanels(int layer, std::span<const int32_t> heads,
   return Gather({{&weights.q, &panels->q}, {&weights.o, &panels->o}}, rows, backend_);
 }
 
-absl::Status Decoder::MakeChannelPanels(int layer, std::span<const int32_t> channels,
+absl::Status Decoder::MakeChannelPanels(int layer, std::span<const int32_t> ranking, int count,
                                         Panels* panels) const {
-  if (channels.empty()) return absl::OkStatus();
+  if (count == 0) return absl::OkStatus();
   const Layer& weights = layers_[layer];
-  return Gather(
-      {{&weights.gate, &panels->gate}, {&weights.up, &panels->up}, {&weights.down, &panels->down}},
-      channels, backend_);
+  panels->channels.assign(ranking.begin(), ranking.end());
+  absl::Status status = Gather({{&weights.gate, &panels->gate}, {&weights.up, &panels->up}},
+                               panels->channels, backend_);
+  status.Update(Gather({{&weights.down, &panels->down}}, ranking.first(count), backend_));
+  return status;
 }
 
 void Decoder::NormHeads(std::span<const float> weight, const Matrix& x) {
@@ -377,21 +378,32 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
                        PhaseTimes* phases) {
   const Layer& weights = layers_[layer];
   const Panels& panels = panels_[layer];
-  // Runs of steps that keep all channels, or some, or none.
-  const auto kind_of = [&](const PlanStep& step) {
+  int whole_rows = 0, narrow_rows = 0;
+  for (const PlanStep& step : plan.steps) {
     const int kept = step.kept(layer, SiteKind::kChannels);
-    return kept == config_.channels ? 2 : kept > 0 ? 1 : 0;
+    if (kept > 0) (kept == config_.channels ? whole_rows : narrow_rows) += step.rows;
+  }
+  // Few rows that keep all channels join those that keep some at gate and up, to open those weights
+  // once. Many do better by themselves: their channels are then quantised where they are made.
+  constexpr int kFewRows = 32;
+  const bool join = narrow_rows > 0 && whole_rows <= kFewRows;
+  enum class By : uint8_t { kNothing, kPanels, kWeights };
+  const auto multiplied_by = [&](const PlanStep& step) {
+    const int kept = step.kept(layer, SiteKind::kChannels);
+    if (kept == 0) return By::kNothing;
+    return kept == config_.channels && !join ? By::kWeights : By::kPanels;
   };
   int first_row = 0;
   for (size_t begin = 0, end; begin < plan.steps.size(); begin = end) {
-    const int kind = kind_of(plan.steps[begin]);
-    const Weight& down = kind == 2 ? weights.down : panels.down;
+    const By by = multiplied_by(plan.steps[begin]);
     int rows = 0, most = 0;
     mlp_steps_.clear();
-    for (end = begin; end < plan.steps.size() && kind_of(plan.steps[end]) == kind; ++end) {
+    for (end = begin; end < plan.steps.size() && multiplied_by(plan.steps[end]) == by; ++end) {
       const int kept = plan.steps[end].kept(layer, SiteKind::kChannels);
+      const bool all = kept == config_.channels;
       if (mlp_steps_.empty() || mlp_steps_.back().channels != kept) {
-        mlp_steps_.push_back({.channels = kept, .down = &down});
+        mlp_steps_.push_back({.channels = kept, .down = all ? &weights.down : &panels.down});
+        if (all && by == By::kPanels) mlp_steps_.back().places = panels.channels;
       }
       mlp_steps_.back().rows += plan.steps[end].rows;
       rows += plan.steps[end].rows;
@@ -405,7 +417,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
     const Matrix gate = part(activations->gate, config_.channels, most);
     const Matrix up = part(activations->up, config_.channels, most);
     first_row += rows;
-    if (kind == 0) continue;
+    if (by == By::kNothing) continue;
     {
       PhaseTimer timer(&phases->norm);
       backend_->RmsNorm(
@@ -413,8 +425,8 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
     }
     PhaseTimer timer(&phases->mlp);
     backend_->GatedMlp({.x = normed,
-                        .gate = kind == 2 ? weights.gate : panels.gate,
-                        .up = kind == 2 ? weights.up : panels.up,
+                        .gate = by == By::kWeights ? weights.gate : panels.gate,
+                        .up = by == By::kWeights ? weights.up : panels.up,
                         .steps = mlp_steps_,
                         .gate_room = gate,
                         .up_room = up,

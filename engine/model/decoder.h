@@ -91,12 +91,13 @@ class Decoder {
     Weight down;                                // [channels, hidden]
   };
 
-  // What rows are multiplied by that keep some of a site: channels in the order of its ranking, as
-  // many as the widest such rung keeps.
+  // What rows are multiplied by that keep some of a site, in the order of its ranking: as many
+  // heads or channels as the widest such rung keeps, but for gate and up, which have all.
   struct Panels {
     std::vector<int32_t> heads;
     Weight q, o;
     std::vector<float> q_bias;
+    std::vector<int32_t> channels;  // all, best first
     Weight gate, up, down;
   };
 
@@ -112,7 +113,8 @@ class Decoder {
   Decoder(const ModelConfig& config, Backend* backend);
 
   absl::Status MakeHeadPanels(int layer, std::span<const int32_t> heads, Panels* panels) const;
-  absl::Status MakeChannelPanels(int layer, std::span<const int32_t> channels,
+  // For rungs that keep up to `count` of the ranked channels.
+  absl::Status MakeChannelPanels(int layer, std::span<const int32_t> ranking, int count,
                                  Panels* panels) const;
   void AttentionBlock(int layer, const StepPlan& plan, KvPool* pool, Activations* activations,
                       PhaseTimes* phases);

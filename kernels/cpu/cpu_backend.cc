@@ -264,9 +264,13 @@ void CpuBackend::RunTasks(const MatMulArgs& args, const QuantizedRows& quantized
 void CpuBackend::GatedMlp(const GatedMlpArgs& args) {
   int channels = 0, rows = 0;
   bool floats = IsFloat(args.gate.type);
+  row_places_.clear();
   gated_.clear();
   narrow_.clear();
   for (const MlpStep& step : args.steps) {
+    Require(step.places.empty() || static_cast<int>(step.places.size()) == step.channels,
+            "GatedMlp: {} places for {} channels", step.places.size(), step.channels);
+    row_places_.resize(rows + step.rows, step.places.empty() ? nullptr : step.places.data());
     if (step.rows == 0 || step.channels == 0) {
       rows += step.rows;
       continue;
@@ -301,7 +305,14 @@ void CpuBackend::GatedMlp(const GatedMlpArgs& args) {
   if (floats) {
     MatMul(widen);
     for (size_t i = 0; i < gated_.size(); i += 2) {
-      SwiGlu({.gate = gated_[i].out, .up = gated_[i + 1].out, .out = gated_[i].out});
+      const Matrix &made = gated_[i].out, &spare = gated_[i + 1].out;
+      SwiGlu({.gate = made, .up = spare, .out = made});
+      const int32_t* const places = row_places_[gated_[i].first_row];
+      if (places == nullptr) continue;
+      ForRows(made.rows, made.cols, [&](int r) {
+        for (int c = 0; c < made.cols; ++c) spare.row(r)[places[c]] = made.row(r)[c];
+        std::copy_n(spare.row(r), made.cols, made.row(r));
+      });
     }
     MatMul(add);
     return;
@@ -363,11 +374,23 @@ void CpuBackend::MakeChannels(const GatedMlpArgs& args, int channels, const Quan
     for (int r = 0; r < place.rows; ++r) {
       float* gate = tile->gate + r * kTaskOutputs;
       kernels_.swiglu(gate, tile->up + r * kTaskOutputs, outputs, gate);
+      if (const int32_t* const places = row_places_[place.row + r]; places != nullptr) {
+        float* const row = args.gate_room.row(place.row + r);
+        for (int c = 0; c < outputs; ++c) row[places[place.first + c]] = gate[c];
+        continue;
+      }
       const QuantizedRows to = FromRow(made, place.row + r);
       const int group = place.first / kGroup;
       kernels_.quantize_row(gate, outputs, to.values + place.first, to.scales + group,
                             to.sums + group, to.counts + group);
     }
+  });
+  if (std::ranges::all_of(row_places_, [](const int32_t* p) { return p == nullptr; })) return;
+  ForRows(args.x.rows, channels, [&](int r) {
+    if (row_places_[r] == nullptr) return;
+    const QuantizedRows to = FromRow(made, r);
+    kernels_.quantize_row(args.gate_room.row(r), channels, to.values, to.scales, to.sums,
+                          to.counts);
   });
 }
 

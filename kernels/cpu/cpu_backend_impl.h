@@ -123,9 +123,10 @@ class CpuBackend final : public Backend {
   QuantizedBuffer quantized_channels_;                   // what GatedMlp makes of it
   std::vector<std::shared_ptr<void>> channels_scratch_;  // ChannelsTile for each worker
   std::vector<TaskBlock> task_blocks_;
-  std::vector<MatMulTarget> gated_;   // GatedMlp's products: by gate and up,
-  std::vector<MatMulTarget> narrow_;  // and by `down`
-  std::vector<int> task_ends_;        // running count of tasks by span
+  std::vector<MatMulTarget> gated_;         // GatedMlp's products: by gate and up,
+  std::vector<MatMulTarget> narrow_;        // and by `down`
+  std::vector<const int32_t*> row_places_;  // [rows] of GatedMlp's steps; null: none
+  std::vector<int> task_ends_;              // running count of tasks by span
   Angles angles_;
   std::vector<int32_t> next_positions_;
   std::vector<int32_t> head_slots_;

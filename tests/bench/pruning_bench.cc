@@ -21,6 +21,7 @@
 #include "tools/commit.h"
 #include "tools/local_model.h"
 #include "tools/machine.h"
+#include "tools/statistics.h"
 
 namespace espalier {
 namespace {
@@ -61,17 +62,24 @@ KeepProfile Narrowed(const ModelConfig& config, double share) {
   return keep;
 }
 
-// The shortest steps seen, seconds.
-struct Best {
-  double all = HUGE_VAL;
-  double products = HUGE_VAL;  // q, k, v, o and MLP
+// A step of one run, seconds.
+struct Step {
+  double all = 0;
+  double products = 0;  // q, k, v, o and MLP
 };
 
-void Keep(const StepTotals& totals, Best* best) {
-  if (totals.steps == 0) return;
+Step StepOf(const StepTotals& totals) {
   const PhaseTimes& p = totals.phases;
-  best->all = std::min(best->all, totals.seconds / totals.steps);
-  best->products = std::min(best->products, (p.attention_projections + p.mlp) / totals.steps);
+  return {.all = totals.seconds / totals.steps,
+          .products = (p.attention_projections + p.mlp) / totals.steps};
+}
+
+// Of fn(turn) over all turns: what is compared was measured one right after the other.
+template <typename Fn>
+double MedianOf(int turns, const Fn& fn) {
+  std::vector<double> values;
+  for (int turn = 0; turn < turns; ++turn) values.push_back(fn(turn));
+  return Median(values);
 }
 
 struct Shape {
@@ -85,7 +93,7 @@ int Main(int argc, char** argv) {
     fmt::print(stderr, "usage: pruning_bench MODEL [TURNS]\n");
     return 2;
   }
-  const int turns = argc > 2 ? std::max(1, std::atoi(argv[2])) : 5;
+  const int turns = argc > 2 ? std::max(1, std::atoi(argv[2])) : 9;
   absl::StatusOr<LocalModel> model = LoadLocalModel({.model = argv[1]}, 32 * 256, kStepRows);
   if (!model.ok()) {
     fmt::print(stderr, "pruning_bench: {}\n", model.status().ToString());
@@ -119,7 +127,7 @@ int Main(int argc, char** argv) {
       {"decode_b32", {.batch = 32, .prompt = 128, .generate = 32}, false},
   };
   const std::vector<std::vector<int>> lots = {{0}, {1}, {2}, {0, 1, 2}};
-  std::map<std::pair<std::string, size_t>, Best> best;
+  std::map<std::pair<std::string, size_t>, std::vector<Step>> steps;  // [turns]
   CpuWatch watch;
   for (int turn = 0; turn < turns; ++turn) {
     for (const Shape& shape : shapes) {
@@ -132,7 +140,8 @@ int Main(int argc, char** argv) {
           fmt::print(stderr, "pruning_bench: {}\n", result.status().ToString());
           return 1;
         }
-        Keep(shape.prefill ? result->prefill : result->decode, &best[{shape.name, lot}]);
+        steps[{shape.name, lot}].push_back(
+            StepOf(shape.prefill ? result->prefill : result->decode));
       }
     }
   }
@@ -142,30 +151,36 @@ int Main(int argc, char** argv) {
       {"commit", kCommit},
       {"turns", turns},
       {"panel_bytes", panels}};
-  fmt::print("{}, {} threads, best of {} turns; panels {:.1f} MB\n\n", MachineName(),
+  fmt::print("{}, {} threads, medians of {} turns; panels {:.1f} MB\n\n", MachineName(),
              model->threads, turns, panels / 1e6);
   fmt::print("{:>14} {:>12} {:>10} {:>10} {:>10} {:>12}\n", "", "of blocks", "ms a step", "ideal",
-             "of dense", "of saving");
+             "got", "of saving");
   for (const Shape& shape : shapes) {
-    const Best& dense = best[{shape.name, 0}];
-    fmt::print("{:>14} {:>12} {:>10.3f}\n", shape.name, "dense", 1e3 * dense.all);
+    const auto step = [&](int lot, int turn) -> const Step& {
+      return steps[{shape.name, lot}][turn];
+    };
+    const auto median = [&](const auto& fn) { return MedianOf(turns, fn); };
+    const double dense = median([&](int t) { return step(0, t).all; });
+    fmt::print("{:>14} {:>12} {:>10.3f}\n", shape.name, "dense", 1e3 * dense);
     for (const int rung : {1, 2}) {
-      const Best& pruned = best[{shape.name, rung}];
       const double share = ShareOfBlocks(config, ladder.rung(rung).decode);
-      const double ideal = dense.all - share * dense.products;
-      const double saving = (dense.all - pruned.all) / (dense.all - ideal);
-      fmt::print("{:>14} {:>10.1f} % {:>10.3f} {:>10.3f} {:>8.1f} % {:>10.1f} %\n", "", 100 * share,
-                 1e3 * pruned.all, 1e3 * ideal, 100 * pruned.all / dense.all, 100 * saving);
-      figures[fmt::format("ideal_{}_{}", shape.name, rung * 20)] = saving;
+      const double ideal =
+          median([&](int t) { return 1 - share * step(0, t).products / step(0, t).all; });
+      const double got = median([&](int t) { return step(rung, t).all / step(0, t).all; });
+      fmt::print("{:>14} {:>10.1f} % {:>10.3f} {:>8.1f} % {:>8.1f} % {:>10.1f} %\n", "",
+                 100 * share, 1e3 * median([&](int t) { return step(rung, t).all; }), 100 * ideal,
+                 100 * got, 100 * (1 - got) / (1 - ideal));
+      figures[fmt::format("ideal_{}_{}", shape.name, rung * 20)] = (1 - got) / (1 - ideal);
     }
     if (shape.shape.batch < 8) continue;
-    double area = 0;
-    for (int i = 0; i < shape.shape.batch; ++i) area += best[{shape.name, i % 3}].all;
-    area /= shape.shape.batch;
-    const double mixed = best[{shape.name, 3}].all;
-    fmt::print("{:>14} {:>12} {:>10.3f} {:>10.3f} {:>8.1f} % of the area\n", "", "all three",
-               1e3 * mixed, 1e3 * area, 100 * mixed / area);
-    figures[fmt::format("staircase_over_area_{}", shape.name)] = mixed / area;
+    const double over = median([&](int t) {
+      double area = 0;
+      for (int i = 0; i < shape.shape.batch; ++i) area += step(i % 3, t).all;
+      return step(3, t).all / (area / shape.shape.batch);
+    });
+    fmt::print("{:>14} {:>12} {:>10.3f} {:>21.1f} % of the area\n", "", "all three",
+               1e3 * median([&](int t) { return step(3, t).all; }), 100 * over);
+    figures[fmt::format("staircase_over_area_{}", shape.name)] = over;
   }
   if (const auto others = watch.OthersShare()) {
     figures["others_cpu_share"] = *others;

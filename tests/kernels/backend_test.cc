@@ -363,6 +363,7 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
   struct Shape {
     int hidden, channels;
     std::vector<std::pair<int, int>> steps;  // rows, channels
+    bool placed = false;                     // the first step's channels lie in another order
   };
   const Shape shapes[] = {
       {64, 1, {{1, 1}}},
@@ -375,6 +376,8 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
       {64, 192, {{130, 192}, {0, 160}, {129, 64}, {5, 0}}},
       {40, 160, {{3, 32}, {2, 0}, {40, 160}, {1, 96}, {2, 128}}},
       {40, 160, {{3, 0}, {2, 0}}},
+      {40, 97, {{5, 97}}, true},
+      {40, 200, {{70, 200}, {3, 64}, {2, 32}}, true},
   };
   for (const Shape& shape : shapes) {
     const auto upload = [&](WeightLayout layout, int seed) {
@@ -385,6 +388,9 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
     const Weight up = upload(WeightLayout::kOutputRows, 2);
     const Weight downs[] = {upload(WeightLayout::kInputRows, 3),
                             upload(WeightLayout::kInputRows, 4)};
+    const std::vector<int32_t> list = RowLists(shape.channels)[1].second;
+    const Weight gate_panel = backend_->GatherRows(gate, list).value();
+    const Weight up_panel = backend_->GatherRows(up, list).value();
     int rows = 0, most = 0;
     std::vector<MlpStep> steps;
     for (const auto& [count, channels] : shape.steps) {
@@ -401,9 +407,15 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
     for (const MlpStep& step : steps) {
       const Matrix wide(a.data(), step.rows, step.channels);
       const Matrix other(b.data(), step.rows, step.channels);
-      const MatMulTarget targets[] = {
-          {.weight = &gate, .out = wide, .first_row = first, .channels = step.channels},
-          {.weight = &up, .out = other, .first_row = first, .channels = step.channels}};
+      const bool panel = shape.placed && first > 0;
+      const MatMulTarget targets[] = {{.weight = panel ? &gate_panel : &gate,
+                                       .out = wide,
+                                       .first_row = first,
+                                       .channels = step.channels},
+                                      {.weight = panel ? &up_panel : &up,
+                                       .out = other,
+                                       .first_row = first,
+                                       .channels = step.channels}};
       backend_->MatMul({.x = x, .targets = targets});
       backend_->SwiGlu({.gate = wide, .up = other, .out = wide});
       const MatMulTarget target{
@@ -413,9 +425,10 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
       backend_->MatMul({.x = wide, .targets = {&target, 1}, .output = MatMulArgs::Output::kAdd});
       first += step.rows;
     }
+    if (shape.placed) steps[0].places = list;
     backend_->GatedMlp({.x = x,
-                        .gate = gate,
-                        .up = up,
+                        .gate = shape.placed ? gate_panel : gate,
+                        .up = shape.placed ? up_panel : up,
                         .steps = steps,
                         .gate_room = Matrix(a.data(), rows, most),
                         .up_room = Matrix(b.data(), rows, most),
