@@ -1,6 +1,6 @@
 # The commands of this tree; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve bench bench-serve build debug asan tsan fuzz format format-check tidy \
+.PHONY: help demo test serve bench bench-serve bench-peers bench-pruning build debug asan tsan fuzz format format-check tidy \
   layering lint-proto packages clean
 
 SCRIPTS := tools/scripts
@@ -30,6 +30,9 @@ bench-serve: build ## What serving costs beside computing, 32 streams over gRPC
 bench-peers: build ## Beside llama.cpp and OpenVINO GenAI, TURNS=3 in turns; installs them once
 	@model=$$($(SCRIPTS)/fetch_model.sh) && exec python3 tests/bench/peers/peers.py --model "$$model" \
 	  --turns $(or $(TURNS),3) $(ARGS)
+
+bench-pruning: build ## What time pruned channels save, and what a batch of mixed rungs costs
+	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/pruning_bench "$$model" $(ARGS)
 
 build: ## Build release into build/release
 	@$(SCRIPTS)/build.sh release
