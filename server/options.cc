@@ -211,11 +211,11 @@ const std::vector<Setting>& Settings() {
       {kModel, "weights",
        "Type of the weights in memory; auto: int4 where the file has Q4_0 or Q4_1, else int8; "
        "int4: the layers, embedding and LM head int8; bf16: all, which is exact for a bf16 file, "
-       "at "
-       "half of f32's memory; f32 is the reference",
+       "at half of f32's memory; f32 is the reference",
        Choice<WeightPlan>(&O::weights, WeightPlans())},
       {kModel, "kv-type",
-       "Type of keys and values; auto: f32 with f32 weights, f16 where keys have a bias, else int8",
+       "Type of keys and values; auto: f32 with f32 weights, f16 with --weights int8 or bf16\n"
+       "and where keys have a bias, else int8",
        Choice<std::optional<KvType>>(
            &O::kv_type,
            {{"auto", {}}, {"int8", KvType::kInt8}, {"f16", KvType::kF16}, {"f32", KvType::kF32}})},

@@ -35,8 +35,8 @@ void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options) {
       {std::begin(kWeightPlanNames), std::end(kWeightPlanNames)});
   choice(
       "--kv", options->kv,
-      "How keys and values are kept; auto: f32 with f32 weights, f16 where keys have a bias, else "
-      "int8",
+      "How keys and values are kept; auto: f32 with f32 weights, f16 with --weights int8 or bf16 "
+      "and where keys have a bias, else int8",
       {"auto", "int8", "f16", "f32"});
   choice("--isa", options->isa, "Instruction set; auto: the best this machine has",
          {"auto", "portable", "avx2", "avxvnni", "avx512", "amx"});

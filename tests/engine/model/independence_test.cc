@@ -62,9 +62,7 @@ std::string PathName(const Path& path) {
   return fmt::format("{}_{}_{}", architecture, IsaName(path.isa), WeightPlanName(path.weights));
 }
 
-KvType KvOf(const Path& path) {
-  return path.weights == WeightPlan::kBf16 ? KvType::kF16 : DefaultKvType(path.weights, false);
-}
+KvType KvOf(const Path& path) { return DefaultKvType(path.weights, false); }
 
 class IndependenceTest : public ::testing::TestWithParam<Path> {
  protected:

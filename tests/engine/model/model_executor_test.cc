@@ -79,6 +79,9 @@ TEST_F(ModelExecutorTest, KvTypeFollowsWeightsAndBiasUnlessSaid) {
     return ModelExecutor::Load(*file, backend.get(), options).value()->kv_type();
   };
   EXPECT_EQ(type_of("tiny-llama", {}), KvType::kInt8);
+  EXPECT_EQ(type_of("tiny-llama", {.weights = WeightPlan::kInt4}), KvType::kInt8);
+  EXPECT_EQ(type_of("tiny-llama", {.weights = WeightPlan::kInt8}), KvType::kF16);
+  EXPECT_EQ(type_of("tiny-llama", {.weights = WeightPlan::kBf16}), KvType::kF16);
   EXPECT_EQ(type_of("tiny-llama", {.weights = WeightPlan::kF32}), KvType::kF32);
   EXPECT_EQ(type_of("tiny-llama", {.weights = WeightPlan::kF32, .kv = KvType::kF16}), KvType::kF16);
   EXPECT_EQ(type_of("tiny-qwen2-quantized", {}), KvType::kF16) << "keys have a bias";
