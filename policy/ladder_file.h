@@ -4,9 +4,8 @@
 //   # Comments and empty lines anywhere after the first.
 //   model layers=30 heads=9 channels=1536
 //   rung 0 loss=0 prefill_us=480 decode_us=3300 kv_bytes=11520
-//   rung 1 loss=0.05 prefill_us=430 decode_us=2900 kv_bytes=11520 channels=1536*3,1344*27
-//   rung 2 loss=0.3 prefill_us=400 decode_us=2300 kv_bytes=10368 heads=9*20,0*3,9*7 \
-//     prefill.channels=1536*3,1344*27 decode.channels=1536*3,896*27     (one line, no backslash)
+//   rung 1 loss=0.05 prefill_us=480 decode_us=2900 kv_bytes=11520 decode.channels=1536*3,1344*27
+//   rung 2 loss=0.3 kv_bytes=10368 heads=9*20,0*3,9*7 decode.channels=1536*3,896*27
 //
 // Counts are of the kept, layer by layer, runs of equal ones as COUNT*LAYERS. `heads` and
 // `channels` hold for prefill and decode rows, with `prefill.` or `decode.` before them for one of

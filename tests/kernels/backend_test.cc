@@ -90,8 +90,9 @@ TEST_P(BackendTest, MatMulMatchesReference) {
              .targets = {&target, 1},
              .output = add ? MatMulArgs::Output::kAdd : MatMulArgs::Output::kOverwrite});
 
-        std::vector<double> want = reference::MatMul(
-            ConstMatrix(x.row(first_row), rows, x_cols, x.stride), host, channels, used_bias);
+        std::vector<double> want =
+            reference::MatMul(ConstMatrix(x.data + first_row * x.stride, rows, x_cols, x.stride),
+                              host, channels, used_bias);
         std::vector<float> got;
         for (int r = 0; r < rows; ++r) {
           for (int n = 0; n < outputs + 5; ++n) {
