@@ -34,7 +34,10 @@ bool Read(std::string_view text, Number* value) {
 
 std::string Quoted(std::string_view text) {
   constexpr size_t kMost = 40;  // a line may be a megabyte
-  return "\"" + std::string(text.substr(0, kMost)) + (text.size() > kMost ? "...\"" : "\"");
+  std::string quoted = "\"";
+  quoted += text.substr(0, kMost);
+  quoted += text.size() > kMost ? "...\"" : "\"";
+  return quoted;
 }
 
 // Reads lines; after the first fault error() says what it is.
@@ -188,7 +191,10 @@ std::string RunsOf(const KeepProfile& profile, SiteKind kind) {
   for (int layer = 0, end; layer < layers; layer = end) {
     const int kept = profile.kept(layer, kind);
     for (end = layer + 1; end < layers && profile.kept(end, kind) == kept;) ++end;
-    text += (text.empty() ? "" : ",") + std::to_string(kept) + "*" + std::to_string(end - layer);
+    if (!text.empty()) text += ',';
+    text += std::to_string(kept);
+    text += '*';
+    text += std::to_string(end - layer);
   }
   return text;
 }
