@@ -143,9 +143,9 @@ struct MlpStep {
 
 // out += down(silu(gate(x)) * up(x)), each step over its channels: MatMul, SwiGlu and MatMul to the
 // bit, but what lies between them need not be written to memory. Whether it is depends on the
-// weights: the rooms' contents are undefined afterwards. Gate and up are computed once for all
-// steps; channel c for the rows up to the last step that keeps it, so steps in order of falling
-// counts cost the area under their staircase.
+// weights: but for keep_hidden the rooms' contents are undefined afterwards. Gate and up are
+// computed once for all steps; channel c for the rows up to the last step that keeps it, so steps
+// in order of falling counts cost the area under their staircase.
 struct GatedMlpArgs {
   ConstMatrix x;                   // [rows, hidden]
   const Weight& gate;              // kOutputRows [at least the most channels, hidden]
@@ -154,6 +154,9 @@ struct GatedMlpArgs {
   Matrix gate_room;                // [rows, the most channels of a step]
   Matrix up_room;                  // [rows, the most channels of a step]
   Matrix out;                      // [rows, hidden]
+  // Then up_room holds silu(gate) * up of each row's kept channels, in the order of gate's rows:
+  // what rankings and second moments are made of.
+  bool keep_hidden = false;
 };
 
 // Rotates q and k in place by their positions and writes k and v to the sequences' pages.

@@ -12,12 +12,16 @@ bool Allows(const PruneBounds& bounds, const Rung& rung) {
          rung.price.quality_loss_nats <= std::max(0.0, bounds.max_quality_loss);
 }
 
-int FixedPolicy::ChooseRung(const PressureReport&, const PruneBounds& bounds,
-                            const Ladder& ladder) const {
+int HardestAllowed(const PruneBounds& bounds, const Ladder& ladder, int rung) {
   // Rung 0 is dense and loses nothing, so the walk down always ends at an allowed rung.
-  int rung = std::clamp(rung_, 0, ladder.size() - 1);
+  rung = std::clamp(rung, 0, ladder.size() - 1);
   while (rung > 0 && !Allows(bounds, ladder.rung(rung))) --rung;
   return rung;
+}
+
+int FixedPolicy::ChooseRung(const PressureReport&, const PruneBounds& bounds,
+                            const Ladder& ladder) const {
+  return HardestAllowed(bounds, ladder, rung_);
 }
 
 }  // namespace espalier

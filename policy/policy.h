@@ -5,6 +5,7 @@
 #pragma once
 
 #include <limits>
+#include <optional>
 #include <string_view>
 
 #include "policy/ladder.h"
@@ -27,10 +28,14 @@ struct PruneBounds {
   double max_prune_ratio = 1.0;                                       // in [0, 1]
   double max_quality_loss = std::numeric_limits<double>::infinity();  // nats per token
   bool never = false;                                                 // rung 0 only
+  std::optional<int> rung;  // asked for by number, in place of the policy's choice
 };
 
 // True if serving at `rung` keeps what the caller stated.
 bool Allows(const PruneBounds& bounds, const Rung& rung);
+
+// `rung`, or the hardest milder one that the bounds allow. What is beyond the ladder is its last.
+int HardestAllowed(const PruneBounds& bounds, const Ladder& ladder, int rung);
 
 class Policy {
  public:

@@ -104,6 +104,15 @@ grpc::ServerUnaryReactor* ApiService::GetModel(grpc::CallbackServerContext* cont
         answer->set_has_chat_template(model.chat_template != nullptr);
         answer->set_device(model.device);
         answer->set_server_version(server_version_);
+        for (int i = 0; i < model.ladder.size(); ++i) {
+          const Rung& rung = model.ladder.rung(i);
+          v1::RungInfo* info = answer->add_rungs();
+          info->set_prune_ratio(static_cast<float>(rung.decode.prune_ratio()));
+          info->set_expected_loss(static_cast<float>(rung.price.quality_loss_nats));
+          info->set_prefill_us_per_token(static_cast<float>(rung.price.prefill_us_per_token));
+          info->set_decode_us_per_row(static_cast<float>(rung.price.decode_us_per_row));
+          info->set_kv_bytes_per_token(static_cast<float>(rung.price.kv_bytes_per_token));
+        }
         return std::nullopt;
       });
 }

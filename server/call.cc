@@ -85,6 +85,7 @@ std::optional<RpcError> Call::Submit(Request request, size_t stream_capacity,
   request.deadline = SteadyDeadline(context_->deadline(), SteadyNow());
   summary.prompt_tokens = static_cast<int>(request.prompt.size());
   summary.max_tokens = request.stop.max_tokens;
+  summary.rung_by = request.bounds.rung.has_value() ? "request" : std::string_view(model().policy);
   stream_ = std::make_shared<TokenStream>(summary.id, stream_capacity, std::move(reader));
   const bool taken = (*std::move(place_)).Submit({std::move(request), stream_});
   if (!taken) return Closed();
@@ -142,6 +143,9 @@ void Call::Note(const StreamProgress& progress) {
   summary.cached_tokens = progress.cached_tokens;
   summary.preemptions = progress.preemptions;
   summary.rung = progress.rung;
+  const Rung& rung = model().ladder.rung(progress.rung);
+  summary.mean_prune_ratio = rung.decode.prune_ratio();
+  summary.estimated_loss = rung.price.quality_loss_nats;
 }
 
 grpc::Status Call::End(const RpcError& error) {
@@ -181,6 +185,8 @@ v1::Served Call::WireServed(int tokens) const {
   use->set_rung(summary.rung);
   use->set_tokens(tokens);
   served.set_mean_prune_ratio(static_cast<float>(summary.mean_prune_ratio));
+  served.set_estimated_loss(static_cast<float>(summary.estimated_loss));
+  served.set_reason(std::string(summary.rung_by));
   return served;
 }
 

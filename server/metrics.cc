@@ -45,6 +45,7 @@ const Bounds kTokens = {1,   2,    5,    10,   20,    50,    100,   200,
 const Bounds kStep = {.0005, .001, .002, .005, .01, .02, .05, .1, .2, .5, 1, 2, 5};
 const Bounds kRows = {0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096};
 const Bounds kRatio = {0, .05, .1, .15, .2, .25, .3, .4, .5, .6, .8, 1};
+const Bounds kLoss = {0, .02, .05, .1, .15, .2, .3, .4, .6, 1, 2};
 
 // The share of PhaseTimes that each label stands for.
 struct Phase {
@@ -236,6 +237,9 @@ struct Metrics::Instruments : prometheus::Collectable {
   Histogram& prune_ratio =
       AddHistogram(r, "espalier_prune_ratio",
                    "Share of heads and channels left out, mean over a request.", kRatio);
+  Histogram& estimated_loss = AddHistogram(
+      r, "espalier_estimated_loss_nats",
+      "Expected loss of a request's rung above the full model, nats per token.", kLoss);
 
   // Holds the others weakly. Metrics ends it first, so that no scrape outlives what it reads.
   std::unique_ptr<prometheus::Exposer> exposer;
@@ -324,6 +328,7 @@ void Metrics::OnFinished(const RequestSummary& summary) {
   m.max_tokens.Observe(summary.max_tokens);
   m.output_tokens.Observe(summary.output_tokens);
   m.prune_ratio.Observe(summary.mean_prune_ratio);
+  m.estimated_loss.Observe(summary.estimated_loss);
   m.TokensByRung(summary.rung).Increment(summary.output_tokens);
   if (summary.output_tokens > 1) m.per_token.Observe(summary.per_token_s());
 }

@@ -16,6 +16,8 @@
 
 #include <CLI/CLI.hpp>
 
+#include "policy/ladder_file.h"
+
 namespace espalier {
 namespace {
 
@@ -159,6 +161,19 @@ std::vector<std::pair<std::string, WeightPlan>> WeightPlans() {
   return plans;
 }
 
+Value FixedRung(int ServerOptions::* field) {
+  const std::string prefix = "fixed:";
+  return {"fixed:RUNG", "fixed:RUNG, a rung from 0 to 63",
+          [=](std::string_view text, ServerOptions* options) {
+            if (!text.starts_with(prefix)) return false;
+            const std::optional<int> rung = ReadNumber<int>(text.substr(prefix.size()));
+            if (!rung || *rung < 0 || *rung >= kMostRungs) return false;
+            options->*field = *rung;
+            return true;
+          },
+          [=](const ServerOptions& options) { return fmt::format("fixed:{}", options.*field); }};
+}
+
 Value Flag(bool ServerOptions::* field) {
   Value value = Choice<bool>(field, {{"false", false}, {"true", true}});
   value.alone = "true";
@@ -201,7 +216,7 @@ Value Host(std::string ServerOptions::* field) {
 // Every setting, in the order of --help.
 const std::vector<Setting>& Settings() {
   using O = ServerOptions;
-  constexpr const char *kModel = "Model and machine", *kNetwork = "Network",
+  constexpr const char *kModel = "Model and machine", *kNetwork = "Network", *kPruning = "Pruning",
                        *kScheduling = "Scheduling", *kLogs = "Logs";
   static const std::vector<Setting> settings = {
       {kModel, "model", "The model to serve. Required",
@@ -232,6 +247,13 @@ const std::vector<Setting>& Settings() {
                                             {"amx", Isa::kAmx}})},
       {kModel, "threads", "Compute threads; 0: the cores this process may use",
        Whole(&O::threads, 0, 1024)},
+
+      {kPruning, "ladder", "The rungs that `espalier calibrate` wrote, and PATH.gguf beside it",
+       Text(&O::ladder, "PATH", "a .ladder file; empty: the full model only")},
+      {kPruning, "policy",
+       "Who chooses a request's rung; fixed: always this one, or the hardest\n"
+       "milder one that the request's bounds allow",
+       FixedRung(&O::fixed_rung)},
 
       {kNetwork, "host", "Where to listen, for gRPC and metrics", Host(&O::host)},
       {kNetwork, "port", "gRPC port; 0: a free one", Whole(&O::port, 0, 65535)},
@@ -367,6 +389,10 @@ absl::StatusOr<ServerOptions> ReadOptions(const GivenByName& given) {
   if (options.model.empty()) {
     return absl::InvalidArgumentError(
         "--model: expected a .gguf file or a Hugging Face folder, got nothing");
+  }
+  if (options.fixed_rung > 0 && options.ladder.empty()) {
+    return absl::InvalidArgumentError(
+        fmt::format("--policy: rung {} needs a ladder: --ladder", options.fixed_rung));
   }
   if (options.max_sequences > options.max_batch_tokens) {
     return absl::InvalidArgumentError(

@@ -34,6 +34,13 @@ struct ServerOptions {
   // Compute threads, 0 to 1024; 0 (auto): the cores this process may use.
   int threads = 0;
 
+  // --- Pruning.
+  // The ladder that calibration wrote, its channels beside it; empty: the full model only.
+  std::string ladder;
+  // The rung that requests without one of their own are served at, or the hardest milder one that
+  // their bounds allow; at most the ladder's last.
+  int fixed_rung = 0;
+
   // --- Network.
   // Address to listen at, for gRPC and metrics.
   std::string host = "127.0.0.1";

@@ -169,7 +169,8 @@ void ReadStop(const v1::StopParams& wire, const ServedModel& model, FieldCheck* 
   }
 }
 
-void ReadBounds(const v1::PruneBounds& wire, FieldCheck* check, PruneBounds* bounds) {
+void ReadBounds(const v1::PruneBounds& wire, const ServedModel& model, FieldCheck* check,
+                PruneBounds* bounds) {
   bounds->never = wire.never();
   if (wire.has_max_prune_ratio()) {
     check->InRange("prune.max_prune_ratio", wire.max_prune_ratio(), 0.0f, 1.0f);
@@ -181,6 +182,10 @@ void ReadBounds(const v1::PruneBounds& wire, FieldCheck* check, PruneBounds* bou
                   fmt::format("expected 0 or more, got {}", wire.max_quality_loss()));
     }
     bounds->max_quality_loss = wire.max_quality_loss();
+  }
+  if (wire.has_rung()) {
+    check->InRange("prune.rung", wire.rung(), 0, model.ladder.size() - 1);
+    bounds->rung = wire.rung();
   }
 }
 
@@ -239,7 +244,7 @@ std::optional<RpcError> ReadGenerate(const v1::GenerateRequest& message, const S
   check.AtMost("request_id", message.request_id().size(), kMaxRequestIdBytes);
   ReadSampling(message.sampling(), &check, &request.sampling);
   ReadStop(message.stop(), model, &check, input);
-  ReadBounds(message.prune(), &check, &request.bounds);
+  ReadBounds(message.prune(), model, &check, &request.bounds);
   check.InRange("logprobs.top", message.logprobs().top(), 0, kMaxTopLogprobs);
   if (message.logprobs().enabled()) {
     request.sampling.top_logprobs = message.logprobs().top();
@@ -301,7 +306,7 @@ std::optional<RpcError> ReadScore(const v1::ScoreRequest& message, const ServedM
   if (auto error = CheckModel(message.model(), model)) return error;
   FieldCheck check(model);
   check.InRange("top", message.top(), 0, kMaxTopLogprobs);
-  ReadBounds(message.prune(), &check, &request->bounds);
+  ReadBounds(message.prune(), model, &check, &request->bounds);
   if (message.input_case() == Wire::INPUT_NOT_SET)
     check.Fail("input", "expected text or token_ids");
   if (message.has_token_ids()) check.TokenIds("token_ids.ids", message.token_ids().ids());

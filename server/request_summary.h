@@ -24,8 +24,10 @@ struct RequestSummary {
   int output_tokens = 0;
   int max_tokens = 0;  // as asked for, or the default
   int preemptions = 0;
-  int rung = 0;  // the last one it was served at
-  double mean_prune_ratio = 0;
+  int rung = 0;                 // the last one it was served at
+  std::string_view rung_by;     // who chose it: the policy's name, or "request"
+  double mean_prune_ratio = 0;  // of decode rows
+  double estimated_loss = 0;    // nats per token above the full model
 
   // Seconds since arrival (tokenising included); negative: it never came to that.
   double queue_s = -1;        // first scheduled

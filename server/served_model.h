@@ -7,6 +7,7 @@
 #include "engine/model/chat/chat_template.h"
 #include "engine/model/text/tokenizer.h"
 #include "engine/model_config.h"
+#include "policy/ladder.h"
 
 namespace espalier {
 
@@ -19,6 +20,8 @@ struct ServedModel {
   std::string weight_type;
   std::string kv_type;
   std::string device;
+  Ladder ladder = Ladder::DenseOnly({});
+  std::string policy = "fixed";  // who chooses rungs
 };
 
 }  // namespace espalier

@@ -20,6 +20,7 @@
 #include "engine/engine.h"
 #include "engine/machine_memory.h"
 #include "engine/model/files/model_file.h"
+#include "engine/model/files/pruning_file.h"
 #include "engine/model/model_executor.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "server/api_service.h"
@@ -119,12 +120,16 @@ class Server {
     model_.weight_type = executor_->weight_types();
     model_.kv_type = KvTypeName(executor_->kv_type());
     model_.device = backend_->Describe();
+    model_.ladder = executor_->ladder();
+    model_.policy = fmt::format("{}:{}", policy_.name(), options_.fixed_rung);
     Log(LogLevel::kInfo, "model loaded",
         {{"model", model_.name},
          {"weights", model_.weight_type},
          {"kv", model_.kv_type},
          {"kv_pages", engine_->scheduler().stats().pages_total},
          {"max_sequence_tokens", model_.max_sequence_tokens},
+         {"rungs", model_.ladder.size()},
+         {"policy", model_.policy},
          {"device", model_.device},
          {"open_seconds", Seconds(opened - began_)},
          {"pack_seconds", Seconds(packed - opened)}});
@@ -160,6 +165,18 @@ class Server {
                             ShowProgress);
     if (!executor.ok()) return executor.status();
     executor_ = *std::move(executor);
+    if (!options_.ladder.empty()) {
+      absl::StatusOr<CalibratedLadder> ladder = OpenLadder(options_.ladder, file);
+      if (!ladder.ok()) return ladder.status();
+      if (options_.fixed_rung >= ladder->ladder.size()) {
+        return absl::InvalidArgumentError(
+            fmt::format("--policy: fixed:{}, and {} has rungs 0 to {}", options_.fixed_rung,
+                        options_.ladder, ladder->ladder.size() - 1));
+      }
+      const absl::Status status =
+          executor_->SetLadder(std::move(ladder->ladder), *ladder->channels);
+      if (!status.ok()) return status;
+    }
 
     // The inbox is the queue's bound; the scheduler's own never bites.
     engine_ = std::make_unique<Engine>(
@@ -286,7 +303,7 @@ class Server {
   Health health_;
   ServedModel model_;
   std::unique_ptr<PromptEncoder> encoder_;
-  FixedPolicy policy_{0};
+  const FixedPolicy policy_{options_.fixed_rung};
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<ModelExecutor> executor_;
   std::unique_ptr<Engine> engine_;

@@ -171,6 +171,7 @@ int RunCommand(int argc, const char* const* argv) {
   AddLoad(root, &action);
   AddHealth(root, &action);
   AddBench(root, &action);
+  AddCalibrate(root, &action);
   for (CLI::App* sub : root.get_subcommands({})) NameEnvironment(sub);
 
   try {

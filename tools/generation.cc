@@ -124,6 +124,13 @@ void AddGenerationOptions(CLI::App& sub, GenerationOptions* o) {
       ->capture_default_str()
       ->group(request);
   sub.add_flag("--never-prune", o->never_prune, "Be served by the full model only")->group(request);
+  sub.add_option(
+         "--rung", o->rung,
+         "Be served at this rung of the ladder, or the hardest milder one within the bounds; "
+         "0: the full model; absent: as the server's policy says")
+      ->type_name("RUNG")
+      ->check(CLI::Range(0, 63))
+      ->group(request);
   add(request, "--max-prune-ratio", o->max_prune_ratio, "SHARE", Within(0, 1), "1",
       "Share of heads and channels that may be left out");
   sub.add_option("--max-quality-loss", o->max_quality_loss,
@@ -171,6 +178,7 @@ v1::GenerateRequest ToRequest(const GenerationOptions& o) {
   }
   request.set_priority(o.priority);
   if (o.never_prune) request.mutable_prune()->set_never(true);
+  if (o.rung) request.mutable_prune()->set_rung(*o.rung);
   if (o.max_prune_ratio) request.mutable_prune()->set_max_prune_ratio(*o.max_prune_ratio);
   if (o.max_quality_loss) request.mutable_prune()->set_max_quality_loss(*o.max_quality_loss);
   return request;
@@ -223,8 +231,9 @@ std::string Summary(const StreamResult& result) {
   for (const v1::RungUse& use : served.rungs()) {
     text += fmt::format(" rung {} for {} tokens,", use.rung(), use.tokens());
   }
-  return text + fmt::format(" mean prune ratio {:.3g}, estimated loss {:.3g} nats/token\n",
-                            served.mean_prune_ratio(), served.estimated_loss());
+  return text + fmt::format(" prune ratio {:.3g}, estimated loss {:.3g} nats/token, chosen by {}\n",
+                            served.mean_prune_ratio(), served.estimated_loss(),
+                            served.reason().empty() ? "the server" : served.reason());
 }
 
 }  // namespace espalier

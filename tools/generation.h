@@ -37,6 +37,7 @@ struct GenerationOptions {
   int logprobs = -1;
   int priority = 0;
   bool never_prune = false;
+  std::optional<int> rung;
   std::optional<float> max_prune_ratio;
   std::optional<float> max_quality_loss;
 };

@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "engine/model/files/quant_blocks.h"
 #include "engine/model/phase_timer.h"
 #include "fmt/format.h"
 
@@ -111,6 +112,21 @@ absl::Status Gather(std::initializer_list<std::pair<const Weight*, Weight*>> wei
   return absl::OkStatus();
 }
 
+// `down` [channels, hidden] of a selector's groups: as they are, or as floats if the others are.
+absl::StatusOr<Weight> UploadRefit(std::span<const FourBitGroup> groups, const Weight& loaded,
+                                   int channels, Backend* backend) {
+  const int64_t per_output = channels / kQuantGroup;
+  const auto output = [=](int n) { return groups.subspan(n * per_output, per_output); };
+  return backend->UploadWeight(
+      IsFloat(loaded.type) ? loaded.type : WeightType::kInt4, WeightLayout::kInputRows, channels,
+      loaded.cols,
+      {.read_values =
+           [=](int n, float* dst) {
+             Dequantize(BlockType::kQ4_1, std::as_bytes(output(n)).data(), channels, dst);
+           },
+       .read_groups = [=](int n, FourBitGroup* dst) { std::ranges::copy(output(n), dst); }});
+}
+
 }  // namespace
 
 Decoder::Decoder(const ModelConfig& config, Backend* backend)
@@ -190,7 +206,8 @@ std::string Decoder::weight_types() const {
 absl::Status Decoder::MakePanels(const Ladder& ladder, const ChannelSelector& selector) {
   std::vector<Panels> made(config_.layers);
   for (int layer = 0; layer < config_.layers; ++layer) {
-    int heads = 0, channels = 0;  // the most that a rung keeps of some
+    int heads = 0;           // the most that a rung keeps of some
+    std::set<int> channels;  // what rungs keep of some
     for (int i = 0; i < ladder.size(); ++i) {
       for (const KeepProfile* keep : {&ladder.rung(i).prefill, &ladder.rung(i).decode}) {
         const int kept_heads = keep->kept(layer, SiteKind::kHeads);
@@ -201,13 +218,12 @@ absl::Status Decoder::MakePanels(const Ladder& ladder, const ChannelSelector& se
                           i, layer, kept_channels, kQuantGroup, config_.channels));
         }
         if (kept_heads < config_.heads) heads = std::max(heads, kept_heads);
-        if (kept_channels < config_.channels) channels = std::max(channels, kept_channels);
+        if (kept_channels > 0 && kept_channels < config_.channels) channels.insert(kept_channels);
       }
     }
     absl::Status status =
         MakeHeadPanels(layer, selector.Ranking(layer, SiteKind::kHeads).first(heads), &made[layer]);
-    status.Update(MakeChannelPanels(layer, selector.Ranking(layer, SiteKind::kChannels), channels,
-                                    &made[layer]));
+    status.Update(MakeChannelPanels(layer, selector, channels, &made[layer]));
     if (!status.ok()) {
       return absl::Status(status.code(),
                           fmt::format("panels of layer {}: {}", layer, status.ToString()));
@@ -219,6 +235,7 @@ absl::Status Decoder::MakePanels(const Ladder& ladder, const ChannelSelector& se
     for (const Weight* weight : {&panels.q, &panels.o, &panels.gate, &panels.up, &panels.down}) {
       panel_bytes_ += weight->bytes;
     }
+    for (const auto& [count, down] : panels.refitted) panel_bytes_ += down.bytes;
   }
   return absl::OkStatus();
 }
@@ -238,14 +255,28 @@ absl::Status Decoder::MakeHeadPanels(int layer, std::span<const int32_t> heads,
   return Gather({{&weights.q, &panels->q}, {&weights.o, &panels->o}}, rows, backend_);
 }
 
-absl::Status Decoder::MakeChannelPanels(int layer, std::span<const int32_t> ranking, int count,
-                                        Panels* panels) const {
-  if (count == 0) return absl::OkStatus();
+absl::Status Decoder::MakeChannelPanels(int layer, const ChannelSelector& selector,
+                                        const std::set<int>& counts, Panels* panels) const {
+  if (counts.empty()) return absl::OkStatus();
   const Layer& weights = layers_[layer];
+  const std::span<const int32_t> ranking = selector.Ranking(layer, SiteKind::kChannels);
   panels->channels.assign(ranking.begin(), ranking.end());
   absl::Status status = Gather({{&weights.gate, &panels->gate}, {&weights.up, &panels->up}},
                                panels->channels, backend_);
-  status.Update(Gather({{&weights.down, &panels->down}}, ranking.first(count), backend_));
+  int widest = 0;  // of the counts that share one panel
+  for (const int count : counts) {
+    const std::span<const FourBitGroup> groups = selector.Refit(layer, count);
+    if (groups.empty()) {
+      widest = std::max(widest, count);
+      continue;
+    }
+    absl::StatusOr<Weight> refitted = UploadRefit(groups, weights.down, count, backend_);
+    if (!refitted.ok()) return refitted.status();
+    panels->refitted[count] = *std::move(refitted);
+  }
+  if (widest > 0) {
+    status.Update(Gather({{&weights.down, &panels->down}}, ranking.first(widest), backend_));
+  }
   return status;
 }
 
@@ -386,7 +417,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
   // Few rows that keep all channels join those that keep some at gate and up, to open those weights
   // once. Many do better by themselves: their channels are then quantised where they are made.
   constexpr int kFewRows = 32;
-  const bool join = narrow_rows > 0 && whole_rows <= kFewRows;
+  const bool join = narrow_rows > 0 && whole_rows <= kFewRows && !channel_observer_;
   enum class By : uint8_t { kNothing, kPanels, kWeights };
   const auto multiplied_by = [&](const PlanStep& step) {
     const int kept = step.kept(layer, SiteKind::kChannels);
@@ -402,7 +433,8 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
       const int kept = plan.steps[end].kept(layer, SiteKind::kChannels);
       const bool all = kept == config_.channels;
       if (mlp_steps_.empty() || mlp_steps_.back().channels != kept) {
-        mlp_steps_.push_back({.channels = kept, .down = all ? &weights.down : &panels.down});
+        mlp_steps_.push_back(
+            {.channels = kept, .down = all ? &weights.down : &panels.DownOf(kept)});
         if (all && by == By::kPanels) mlp_steps_.back().places = panels.channels;
       }
       mlp_steps_.back().rows += plan.steps[end].rows;
@@ -424,13 +456,16 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
           {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
     }
     PhaseTimer timer(&phases->mlp);
+    const bool observed = channel_observer_ && by == By::kWeights;
     backend_->GatedMlp({.x = normed,
                         .gate = by == By::kWeights ? weights.gate : panels.gate,
                         .up = by == By::kWeights ? weights.up : panels.up,
                         .steps = mlp_steps_,
                         .gate_room = gate,
                         .up_room = up,
-                        .out = residual});
+                        .out = residual,
+                        .keep_hidden = observed});
+    if (observed) channel_observer_(layer, up);
   }
 }
 

@@ -7,9 +7,12 @@
 
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
+#include <set>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -74,10 +77,15 @@ class Decoder {
   // Final norm and LM head of the residual rows listed; logits is [rows listed, vocabulary].
   void Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits);
 
-  // Called with the residual stream after each layer ([rows, hidden]); for tests and calibration.
+  // Called with the residual stream after each layer ([rows, hidden]); for tests.
   void set_layer_observer(std::function<void(int layer, ConstMatrix residual)> observer) {
     observer_ = std::move(observer);
   }
+
+  // Called with what meets `down` in a layer: silu(gate) * up of the plan's rows that keep all
+  // channels ([rows, channels], natural order), which are the plan's first. For calibration.
+  using ChannelObserver = std::function<void(int layer, ConstMatrix hidden)>;
+  void set_channel_observer(ChannelObserver observer) { channel_observer_ = std::move(observer); }
 
  private:
   struct Layer {
@@ -99,6 +107,12 @@ class Decoder {
     std::vector<float> q_bias;
     std::vector<int32_t> channels;  // all, best first
     Weight gate, up, down;
+    std::map<int, Weight> refitted;  // `down` of a count of channels, in place of the one for all
+
+    const Weight& DownOf(int kept) const {
+      const auto own = refitted.find(kept);
+      return own == refitted.end() ? down : own->second;
+    }
   };
 
   // Consecutive rows that keep as many heads.
@@ -113,9 +127,9 @@ class Decoder {
   Decoder(const ModelConfig& config, Backend* backend);
 
   absl::Status MakeHeadPanels(int layer, std::span<const int32_t> heads, Panels* panels) const;
-  // For rungs that keep up to `count` of the ranked channels.
-  absl::Status MakeChannelPanels(int layer, std::span<const int32_t> ranking, int count,
-                                 Panels* panels) const;
+  // For rungs that keep so many of the ranked channels.
+  absl::Status MakeChannelPanels(int layer, const ChannelSelector& selector,
+                                 const std::set<int>& counts, Panels* panels) const;
   void AttentionBlock(int layer, const StepPlan& plan, KvPool* pool, Activations* activations,
                       PhaseTimes* phases);
   void MlpBlock(int layer, const StepPlan& plan, Activations* activations, PhaseTimes* phases);
@@ -140,6 +154,7 @@ class Decoder {
   std::vector<MatMulTarget> projections_;
   std::vector<MlpStep> mlp_steps_;
   std::function<void(int, ConstMatrix)> observer_;
+  ChannelObserver channel_observer_;
 };
 
 }  // namespace espalier

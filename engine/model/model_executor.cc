@@ -184,6 +184,10 @@ absl::Status ModelExecutor::SetLadder(Ladder ladder, const ChannelSelector& sele
   return absl::OkStatus();
 }
 
+void ModelExecutor::set_channel_observer(std::function<void(int, ConstMatrix)> observer) {
+  impl_->model->set_channel_observer(std::move(observer));
+}
+
 absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
   Impl& impl = *impl_;
   result->tokens.resize(batch.logits.size());

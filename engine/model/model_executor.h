@@ -48,6 +48,9 @@ class ModelExecutor final : public Executor {
   // not fit. Then all is as it was.
   absl::Status SetLadder(Ladder ladder, const ChannelSelector& selector);
 
+  // As Decoder::set_channel_observer. Rows lie in the order of the batch's rungs.
+  void set_channel_observer(std::function<void(int layer, ConstMatrix hidden)> observer);
+
   absl::Status Execute(const Batch& batch, StepResult* result) override;
 
   const ModelConfig& config() const;

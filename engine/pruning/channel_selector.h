@@ -1,10 +1,12 @@
-// Which channels of a site stay, once the keep profile has said how many.
+// Which channels of a site stay, once the keep profile has said how many, and what those that stay
+// are multiplied by.
 #pragma once
 
 #include <cstdint>
 #include <span>
 #include <vector>
 
+#include "kernels/weight.h"
 #include "policy/keep_profile.h"
 
 namespace espalier {
@@ -16,6 +18,11 @@ class ChannelSelector {
   // A permutation of the channels (or heads) of a site, best first: of `count` that are kept, its
   // first `count` are. Lives until the next call that changes rankings.
   virtual std::span<const int32_t> Ranking(int layer, SiteKind kind) const = 0;
+
+  // `down` of a layer fitted anew to the first `count` channels of its ranking, to make up for
+  // those that leave: groups [hidden, count / kQuantGroup] in the order of the ranking. Empty: its
+  // rows as loaded.
+  virtual std::span<const FourBitGroup> Refit(int /*layer*/, int /*count*/) const { return {}; }
 };
 
 // One fixed ranking per site. Natural order until one is set.

@@ -207,8 +207,10 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
 }
 
 int Scheduler::ChooseRung(const Request& request, Instant now) const {
-  const int rung = policy_->ChooseRung(Pressure(now), request.bounds, ladder_);
-  Invariant(rung >= 0 && rung < ladder_.size() && Allows(request.bounds, ladder_.rung(rung)),
+  const PruneBounds& bounds = request.bounds;
+  const int rung = bounds.rung.has_value() ? HardestAllowed(bounds, ladder_, *bounds.rung)
+                                           : policy_->ChooseRung(Pressure(now), bounds, ladder_);
+  Invariant(rung >= 0 && rung < ladder_.size() && Allows(bounds, ladder_.rung(rung)),
             "policy {} chose rung {} of {} for request {}, against its bounds", policy_->name(),
             rung, ladder_.size(), request.id);
   return rung;

@@ -308,10 +308,11 @@ void CpuBackend::GatedMlp(const GatedMlpArgs& args) {
       const Matrix &made = gated_[i].out, &spare = gated_[i + 1].out;
       SwiGlu({.gate = made, .up = spare, .out = made});
       const int32_t* const places = row_places_[gated_[i].first_row];
-      if (places == nullptr) continue;
+      if (places == nullptr && !args.keep_hidden) continue;
       ForRows(made.rows, made.cols, [&](int r) {
-        for (int c = 0; c < made.cols; ++c) spare.row(r)[places[c]] = made.row(r)[c];
-        std::copy_n(spare.row(r), made.cols, made.row(r));
+        std::copy_n(made.row(r), made.cols, spare.row(r));
+        if (places == nullptr) return;
+        for (int c = 0; c < made.cols; ++c) made.row(r)[places[c]] = spare.row(r)[c];
       });
     }
     MatMul(add);
@@ -374,6 +375,9 @@ void CpuBackend::MakeChannels(const GatedMlpArgs& args, int channels, const Quan
     for (int r = 0; r < place.rows; ++r) {
       float* gate = tile->gate + r * kTaskOutputs;
       kernels_.swiglu(gate, tile->up + r * kTaskOutputs, outputs, gate);
+      if (args.keep_hidden) {
+        std::copy_n(gate, outputs, args.up_room.row(place.row + r) + place.first);
+      }
       if (const int32_t* const places = row_places_[place.row + r]; places != nullptr) {
         float* const row = args.gate_room.row(place.row + r);
         for (int c = 0; c < outputs; ++c) row[places[place.first + c]] = gate[c];

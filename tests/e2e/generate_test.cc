@@ -1,6 +1,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <optional>
+
 #include "tests/e2e/local_server.h"
 
 namespace espalier {
@@ -8,6 +10,36 @@ namespace {
 
 using testing::ElementsAre;
 using testing::HasSubstr;
+
+TEST(Generate, IsServedAtTheRungAskedForWithinItsBounds) {
+  LocalServer server;
+  struct Case {
+    std::optional<int> rung;
+    std::optional<float> ratio, loss;
+    int served;
+  };
+  const Case cases[] = {{{}, {}, {}, 0},    {2, {}, {}, 2},     {1, {}, {}, 1},
+                        {0, {}, {}, 0},     {2, 0.39f, {}, 1},  {2, {}, 0.09f, 0},
+                        {2, 0.5f, 0.2f, 1}, {{}, 0.5f, 0.5f, 0}};
+  for (const Case& asked : cases) {
+    v1::GenerateRequest request = TextRequest("x", 8);
+    if (asked.rung) request.mutable_prune()->set_rung(*asked.rung);
+    if (asked.ratio) request.mutable_prune()->set_max_prune_ratio(*asked.ratio);
+    if (asked.loss) request.mutable_prune()->set_max_quality_loss(*asked.loss);
+    const Answer answer = Generate(server.stub(), request);
+    ASSERT_TRUE(answer.status.ok()) << answer.status.error_message();
+    const v1::Served& served = answer.finished->served();
+    ASSERT_EQ(served.rungs_size(), 1);
+    EXPECT_EQ(served.rungs(0).rung(), asked.served);
+    EXPECT_EQ(served.rungs(0).tokens(), 8);
+    EXPECT_FLOAT_EQ(served.mean_prune_ratio(), 0.2f * static_cast<float>(asked.served));
+    constexpr float kLosses[] = {0, 0.1f, 0.5f};
+    EXPECT_FLOAT_EQ(served.estimated_loss(), kLosses[asked.served]);
+    EXPECT_EQ(served.reason(), asked.rung ? "request" : "fixed:0");
+  }
+  EXPECT_TRUE(server.Idle());
+  EXPECT_DOUBLE_EQ(server.summaries()[1].estimated_loss, 0.5);
+}
 
 TEST(Generate, StreamsTextIdsAndAClosingMessage) {
   LocalServer server;

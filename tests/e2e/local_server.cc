@@ -59,6 +59,8 @@ ServedModel LettersModel() {
   model.weight_type = "f32";
   model.kv_type = "f32";
   model.device = "strings";
+  model.ladder = PacedEngine::Rungs();
+  model.policy = "fixed:0";
   return model;
 }
 

@@ -99,6 +99,9 @@ std::vector<BadField> BadFields() {
          [](R* r, float v) { r->mutable_prune()->set_max_prune_ratio(v); });
   floats("prune.max_quality_loss", {-1, kNan},
          [](R* r, float v) { r->mutable_prune()->set_max_quality_loss(v); });
+  for (const int rung : {-1, 3}) {
+    cases.push_back({"prune.rung", [rung](R* r) { r->mutable_prune()->set_rung(rung); }});
+  }
   return cases;
 }
 

@@ -403,7 +403,7 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
     const ConstMatrix x(x_values.data(), rows, shape.hidden, shape.hidden + 3);
     const auto start = RandomValues(int64_t{rows} * shape.hidden, 5);
     std::vector<float> want = start, got = start;
-    std::vector<float> a(int64_t{rows} * most, NAN), b(a);
+    std::vector<float> a(int64_t{rows} * most, NAN), b(a), hidden(a);
     int first = 0;
     for (const MlpStep& step : steps) {
       const Matrix wide(a.data(), step.rows, step.channels);
@@ -424,9 +424,17 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
           .out = Matrix(want.data() + int64_t{first} * shape.hidden, step.rows, shape.hidden),
           .channels = step.channels};
       backend_->MatMul({.x = wide, .targets = {&target, 1}, .output = MatMulArgs::Output::kAdd});
+      for (int r = 0; r < step.rows; ++r) {
+        for (int c = 0; c < step.channels; ++c) {
+          hidden[int64_t{first + r} * most + c] =
+              wide.row(r)[shape.placed && first == 0 ? list[c] : c];
+        }
+      }
       first += step.rows;
     }
     if (shape.placed) steps[0].places = list;
+    const std::string what = fmt::format("{} rows, {} steps, hidden {}, {} channels", rows,
+                                         steps.size(), shape.hidden, shape.channels);
     backend_->GatedMlp({.x = x,
                         .gate = shape.placed ? gate_panel : gate,
                         .up = shape.placed ? up_panel : up,
@@ -434,10 +442,24 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
                         .gate_room = Matrix(a.data(), rows, most),
                         .up_room = Matrix(b.data(), rows, most),
                         .out = Matrix(got.data(), rows, shape.hidden)});
-    const std::string what = fmt::format("{} rows, {} steps, hidden {}, {} channels", rows,
-                                         steps.size(), shape.hidden, shape.channels);
     EXPECT_TRUE(BitEqual(want, got)) << what;
     EXPECT_EQ(BitEqual(want, start), most == 0 || rows == 0) << what;
+
+    std::vector<float> kept(hidden.size(), NAN);
+    got = start;
+    backend_->GatedMlp({.x = x,
+                        .gate = shape.placed ? gate_panel : gate,
+                        .up = shape.placed ? up_panel : up,
+                        .steps = steps,
+                        .gate_room = Matrix(a.data(), rows, most),
+                        .up_room = Matrix(kept.data(), rows, most),
+                        .out = Matrix(got.data(), rows, shape.hidden),
+                        .keep_hidden = true});
+    EXPECT_TRUE(BitEqual(want, got)) << what;
+    for (size_t i = 0; i < hidden.size(); ++i) {
+      if (std::isnan(hidden[i])) kept[i] = hidden[i];  // not kept by its row: may hold anything
+    }
+    EXPECT_TRUE(BitEqual(hidden, kept)) << what;
   }
 }
 

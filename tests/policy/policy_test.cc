@@ -42,6 +42,13 @@ TEST(FixedPolicy, GoesNoFurtherThanTheBounds) {
   EXPECT_EQ(Choose(1, {.max_prune_ratio = 0.15}), 1);
 }
 
+TEST(HardestAllowed, IsTheRungAskedForOrAMilderOne) {
+  EXPECT_EQ(HardestAllowed({}, TestLadder(), 2), 2);
+  EXPECT_EQ(HardestAllowed({.max_quality_loss = 0.01}, TestLadder(), 3), 1);
+  EXPECT_EQ(HardestAllowed({.never = true}, TestLadder(), 3), 0);
+  EXPECT_EQ(HardestAllowed({}, TestLadder(), 99), 4);
+}
+
 TEST(FixedPolicy, NeverIsNever) { EXPECT_EQ(Choose(4, {.never = true}), 0); }
 
 TEST(Allows, CountsTheHarderOfTheTwoPhases) {

@@ -74,6 +74,7 @@ RequestSummary Finished() {
   summary.max_tokens = 64;
   summary.rung = 2;
   summary.mean_prune_ratio = 0.3;
+  summary.estimated_loss = 0.25;
   summary.queue_s = 0.01;
   summary.first_token_s = 0.05;
   summary.last_token_s = 0.25;
@@ -188,6 +189,7 @@ TEST(MetricsTest, AFinishedRequestShowsOnce) {
                "model_name=\"smol\"} 1\n",
            std::string("espalier_requests_finished_total{outcome=\"stop\"} 1\n"),
            std::string("espalier_prune_ratio_sum 0.3\n"),
+           std::string("espalier_estimated_loss_nats_sum 0.25\n"),
            std::string("espalier_tokens_by_rung_total{rung=\"2\"} 11\n"),
        }) {
     EXPECT_THAT(text, HasSubstr(line));

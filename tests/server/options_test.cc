@@ -297,5 +297,18 @@ TEST_F(OptionsTest, VersionIsPrinted) {
   EXPECT_FALSE(options->has_value());
 }
 
+TEST_F(OptionsTest, PolicyIsFixedAtARungOfTheLadder) {
+  EXPECT_EQ(Read({}).fixed_rung, 0);
+  EXPECT_EQ(Read({"--policy=fixed:0"}).ladder, "");
+  const ServerOptions options = Read({"--ladder", "m.ladder", "--policy", "fixed:3"});
+  EXPECT_EQ(options.ladder, "m.ladder");
+  EXPECT_EQ(options.fixed_rung, 3);
+  EXPECT_EQ(Refusal({"--policy=fixed:1"}), "--policy: rung 1 needs a ladder: --ladder");
+  for (const char* bad : {"--policy=3", "--policy=fixed", "--policy=fixed:", "--policy=fixed:-1",
+                          "--policy=fixed:64", "--policy=fixed:1x", "--policy="}) {
+    EXPECT_THAT(Refusal({bad}), testing::HasSubstr("fixed:RUNG")) << bad;
+  }
+}
+
 }  // namespace
 }  // namespace espalier

@@ -80,9 +80,23 @@ class PacedExecutor final : public Executor {
 struct PacedEngine {
   static constexpr SiteWidths kSites = {.layers = 2, .heads = 2, .channels = 8};
 
+  // Three rungs that leave out 0, 0.2 and 0.4 and lose 0, 0.1 and 0.5 nats per token.
+  static Ladder Rungs() {
+    Ladder ladder = Ladder::DenseOnly(kSites);
+    for (const int left : {2, 4}) {
+      KeepProfile keep = KeepProfile::Dense(kSites);
+      for (int layer = 0; layer < kSites.layers; ++layer) {
+        keep.Keep(layer, SiteKind::kChannels, kSites.channels - left);
+      }
+      ladder.Append(
+          {.prefill = keep, .decode = keep, .price = {.quality_loss_nats = left == 2 ? 0.1 : 0.5}});
+    }
+    return ladder;
+  }
+
   explicit PacedEngine(SchedulerOptions options = {.max_waiting = 1 << 20},
                        KvGeometry geometry = {.layers = 2, .pages = 4096, .context = 4096})
-      : engine(options, geometry, Ladder::DenseOnly(kSites), &executor, &policy) {}
+      : engine(options, geometry, Rungs(), &executor, &policy) {}
 
   PacedExecutor executor;
   FixedPolicy policy{0};

@@ -178,6 +178,8 @@ TEST_F(RemoteCommand, GenerateSendsEveryOption) {
                  "--priority",
                  "-3",
                  "--never-prune",
+                 "--rung",
+                 "2",
                  "--max-prune-ratio",
                  "0.25",
                  "--max-quality-loss",
@@ -209,6 +211,7 @@ TEST_F(RemoteCommand, GenerateSendsEveryOption) {
   EXPECT_EQ(sent.logprobs().top(), 5);
   EXPECT_EQ(sent.priority(), -3);
   EXPECT_TRUE(sent.prune().never());
+  EXPECT_EQ(sent.prune().rung(), 2);
   EXPECT_FLOAT_EQ(sent.prune().max_prune_ratio(), 0.25f);
   EXPECT_FLOAT_EQ(sent.prune().max_quality_loss(), 0.1f);
 }

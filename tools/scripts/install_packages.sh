@@ -2,7 +2,7 @@
 # Installs the Debian 12 packages of the named groups (build, test, clang) that are missing.
 set -euo pipefail
 
-build=(ca-certificates ccache cmake g++ git grpc-proto libabsl-dev libcli11-dev libfmt-dev
+build=(ca-certificates ccache cmake g++ git grpc-proto libabsl-dev libcli11-dev libeigen3-dev libfmt-dev
   libgmock-dev libgrpc++-dev libgtest-dev libicu-dev libprotobuf-dev libspdlog-dev mold ninja-build
   nlohmann-json3-dev pkg-config prometheus-cpp-dev protobuf-compiler protobuf-compiler-grpc
   python3 python3-pip python3-venv)

@@ -104,6 +104,7 @@ class Traffic : public Executor {
       Live& live = live_.at(span.id);
       ASSERT_GT(live.request.deadline, now_) << "request " << span.id << " is past its deadline";
       ASSERT_TRUE(Allows(live.request.bounds, ladder_.rung(span.rung)));
+      ASSERT_LE(span.rung, live.request.bounds.rung.value_or(ladder_.size()));
       if (!std::exchange(live.scheduled, true)) fresh_.push_back(&live);
       if (first == nullptr || Before(live, *first)) first = &live;
     }
@@ -138,7 +139,9 @@ class Traffic : public Executor {
     for (int i = Draw(0, 20); i > 0; --i) request.stop.stop_tokens.push_back(Draw(0, 999));
     request.priority = one_priority_ ? 0 : Draw(-1, 1);
     request.prompt_logprobs = request.stop.max_tokens == 0 || Draw(0, 3) == 0;
-    request.bounds.never = Draw(0, 1) == 0;
+    request.bounds.never = Draw(0, 3) == 0;
+    if (Draw(0, 3) == 0) request.bounds.max_prune_ratio = Draw(0, 10) / 10.0;
+    if (Draw(0, 3) == 0) request.bounds.rung = Draw(0, ladder_.size() - 1);
     if (Draw(0, 9) == 0) request.deadline = now_ + Draw(0, 30) * kStep;
 
     const int waiting = engine_.scheduler().stats().waiting;

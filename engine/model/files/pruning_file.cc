@@ -1,0 +1,243 @@
+#include "engine/model/files/pruning_file.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+
+#include "engine/model/files/file_error.h"
+#include "engine/model/files/gguf.h"
+#include "policy/ladder_file.h"
+
+namespace espalier {
+namespace {
+
+constexpr std::string_view kArchitecture = "espalier-pruning";
+constexpr std::string_view kFingerprint = "espalier.fingerprint";
+constexpr size_t kAlignment = 32;  // GGUF's default
+constexpr uint32_t kGgmlQ4_1 = 3;
+static_assert(std::endian::native == std::endian::little);
+
+std::string RankingKey(int layer) { return fmt::format("espalier.ranking.{}", layer); }
+
+std::string RefitName(int layer, int count) {
+  return fmt::format("blk.{}.ffn_down.{}.weight", layer, count);
+}
+
+size_t Padding(size_t bytes) { return (kAlignment - bytes % kAlignment) % kAlignment; }
+
+class Writer {
+ public:
+  template <typename Value>
+  void Add(Value value) {
+    bytes_.append(reinterpret_cast<const char*>(&value), sizeof(value));
+  }
+  void Text(std::string_view text) {
+    Add<uint64_t>(text.size());
+    bytes_ += text;
+  }
+  void TextKey(std::string_view key, std::string_view value) {
+    Text(key);
+    Add(GgufType::kString);
+    Text(value);
+  }
+  void IntegersKey(std::string_view key, const std::vector<int32_t>& values) {
+    Text(key);
+    Add(GgufType::kArray);
+    Add(GgufType::kInt32);
+    Add<uint64_t>(values.size());
+    for (const int32_t value : values) Add(value);
+  }
+  const std::string& bytes() const { return bytes_; }
+
+ private:
+  std::string bytes_;
+};
+
+}  // namespace
+
+std::string FingerprintOf(const ModelFile& model) {
+  constexpr size_t kEnd = 256;
+  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+  const auto add = [&hash](std::string_view bytes) {
+    for (const char c : bytes) hash = (hash ^ static_cast<uint8_t>(c)) * 0x100000001b3;
+  };
+  for (const StoredTensor& tensor : model.tensors()) {
+    add(fmt::format("{} {} {} {};", tensor.name, BlockTypeName(tensor.type), tensor.rows,
+                    tensor.cols));
+    const std::string_view data(reinterpret_cast<const char*>(tensor.data), tensor.bytes);
+    add(data.substr(0, kEnd));
+    add(data.substr(data.size() - std::min(data.size(), kEnd)));
+  }
+  return fmt::format("{:016x}", hash);
+}
+
+std::string LadderPathOf(std::string_view model) {
+  while (model.size() > 1 && model.ends_with('/')) model.remove_suffix(1);
+  if (model.ends_with(".gguf")) model.remove_suffix(5);
+  return fmt::format("{}.ladder", model);
+}
+
+std::string ChannelsPathOf(std::string_view ladder) { return fmt::format("{}.gguf", ladder); }
+
+absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string& path,
+                                                               const ModelFile& model) {
+  absl::StatusOr<MappedFile> mapped = MappedFile::Open(path);
+  if (!mapped.ok()) return mapped.status();
+  const ModelConfig& config = model.config();
+  std::unique_ptr<PruningFile> file(new PruningFile(*std::move(mapped), config.sites()));
+  const absl::StatusOr<Gguf> gguf = ParseGguf(path, file->file_.bytes());
+  if (!gguf.ok()) return gguf.status();
+  GgufKeys keys(path, *gguf);
+  const std::string_view architecture = keys.String("general.architecture");
+  const std::string_view fingerprint = keys.String(kFingerprint);
+  if (!keys.status().ok()) return keys.status();
+  if (architecture != kArchitecture) {
+    return Mismatch(path, "general.architecture", kArchitecture, Quoted(architecture));
+  }
+  if (const std::string ours = FingerprintOf(model); fingerprint != ours) {
+    return absl::InvalidArgumentError(
+        fmt::format("{}: made for another model: its fingerprint is {}, that of {} is {}", path,
+                    Quoted(fingerprint), model.path(), ours));
+  }
+  for (int layer = 0; layer < config.layers; ++layer) {
+    const std::string key = RankingKey(layer);
+    if (!keys.Has(key)) continue;
+    std::vector<int32_t> ranking;
+    for (const int64_t channel : keys.Integers(key, config.channels)) {
+      ranking.push_back(channel >= 0 && channel < config.channels ? static_cast<int32_t>(channel)
+                                                                  : -1);
+    }
+    if (!keys.status().ok()) return keys.status();
+    if (!file->rankings_.SetRanking(layer, SiteKind::kChannels, std::move(ranking))) {
+      return Mismatch(path, fmt::format("key {}", key),
+                      fmt::format("a permutation of {} channels", config.channels),
+                      "something else");
+    }
+  }
+  for (const StoredTensor& tensor : gguf->tensors) {
+    int layer = -1, count = 0;
+    if (std::sscanf(tensor.name.c_str(), "blk.%d.ffn_down.%d", &layer, &count) != 2 ||
+        tensor.name != RefitName(layer, count) || layer < 0 || layer >= config.layers ||
+        count <= 0 || count > config.channels || count % kQuantGroup != 0) {
+      return Mismatch(
+          path, fmt::format("tensor {}", Quoted(tensor.name)),
+          fmt::format("blk.LAYER.ffn_down.COUNT.weight of this model's {} layers and {} "
+                      "channels, in whole groups of {}",
+                      config.layers, config.channels, kQuantGroup),
+          "another name");
+    }
+    if (tensor.type != BlockType::kQ4_1 || tensor.rows != config.hidden || tensor.cols != count) {
+      return Mismatch(
+          path, fmt::format("tensor {}", tensor.name),
+          fmt::format("Q4_1 [{}, {}]", config.hidden, count),
+          fmt::format("{} [{}, {}]", BlockTypeName(tensor.type), tensor.rows, tensor.cols));
+    }
+    if (!keys.Has(RankingKey(layer))) {
+      return Mismatch(path, fmt::format("tensor {}", tensor.name),
+                      fmt::format("key {} with it", RankingKey(layer)), "none");
+    }
+    static_assert(alignof(FourBitGroup) <= kAlignment);
+    file->refits_[{layer, count}] = {reinterpret_cast<const FourBitGroup*>(tensor.data),
+                                     tensor.bytes / sizeof(FourBitGroup)};
+  }
+  return file;
+}
+
+std::span<const FourBitGroup> PruningFile::Refit(int layer, int count) const {
+  const auto refit = refits_.find({layer, count});
+  return refit == refits_.end() ? std::span<const FourBitGroup>() : refit->second;
+}
+
+absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const ModelFile& model) {
+  const absl::StatusOr<MappedFile> text = MappedFile::Open(path);
+  if (!text.ok()) return text.status();
+  CalibratedLadder made;
+  std::string error;
+  if (!ParseLadder(text->bytes(), &made.ladder, &error)) {
+    return absl::InvalidArgumentError(fmt::format("{}: {}", path, error));
+  }
+  const SiteWidths widths = model.config().sites();
+  const SiteWidths theirs = made.ladder.rung(0).prefill.widths();
+  if (theirs != widths) {
+    return Mismatch(path, "model",
+                    fmt::format("{} layers, {} heads and {} channels", widths.layers, widths.heads,
+                                widths.channels),
+                    fmt::format("{}, {} and {}", theirs.layers, theirs.heads, theirs.channels));
+  }
+  bool narrows = false;
+  for (int i = 0; i < made.ladder.size(); ++i) {
+    for (const KeepProfile* keep : {&made.ladder.rung(i).prefill, &made.ladder.rung(i).decode}) {
+      for (int layer = 0; layer < widths.layers; ++layer) {
+        const int kept = keep->kept(layer, SiteKind::kChannels);
+        narrows = narrows || (kept > 0 && kept < widths.channels);
+      }
+    }
+  }
+  if (!narrows) {
+    made.channels = std::make_unique<StaticSelector>(widths);
+    return made;
+  }
+  absl::StatusOr<std::unique_ptr<PruningFile>> channels =
+      PruningFile::Open(ChannelsPathOf(path), model);
+  if (!channels.ok()) return channels.status();
+  made.channels = *std::move(channels);
+  return made;
+}
+
+absl::Status WritePruningFile(const std::string& path, const ModelFile& model,
+                              const PruningData& data) {
+  uint64_t tensors = 0, keys = 2;
+  for (const PruningData::Layer& layer : data.layers) {
+    keys += layer.ranking.empty() ? 0 : 1;
+    tensors += layer.refits.size();
+  }
+  Writer head;
+  for (const char c : std::string_view("GGUF")) head.Add(c);
+  head.Add<uint32_t>(3);
+  head.Add<uint64_t>(tensors);
+  head.Add<uint64_t>(keys);
+  head.TextKey("general.architecture", kArchitecture);
+  head.TextKey(kFingerprint, FingerprintOf(model));
+  for (size_t i = 0; i < data.layers.size(); ++i) {
+    if (data.layers[i].ranking.empty()) continue;
+    head.IntegersKey(RankingKey(static_cast<int>(i)), data.layers[i].ranking);
+  }
+  uint64_t offset = 0;
+  for (size_t i = 0; i < data.layers.size(); ++i) {
+    for (const auto& [count, groups] : data.layers[i].refits) {
+      head.Text(RefitName(static_cast<int>(i), count));
+      head.Add<uint32_t>(2);
+      head.Add<uint64_t>(count);
+      head.Add<uint64_t>(model.config().hidden);
+      head.Add(kGgmlQ4_1);
+      head.Add(offset);
+      const size_t bytes = groups.size() * sizeof(FourBitGroup);
+      offset += bytes + Padding(bytes);
+    }
+  }
+  const std::string temporary = path + ".new";
+  std::ofstream file(temporary, std::ios::binary);
+  const auto write = [&file](const void* bytes, size_t size) {
+    static constexpr char kZeros[kAlignment] = {};
+    file.write(static_cast<const char*>(bytes), static_cast<std::streamsize>(size));
+    file.write(kZeros, static_cast<std::streamsize>(Padding(size)));
+  };
+  write(head.bytes().data(), head.bytes().size());
+  for (const PruningData::Layer& layer : data.layers) {
+    for (const auto& [count, groups] : layer.refits) {
+      write(groups.data(), groups.size() * sizeof(FourBitGroup));
+    }
+  }
+  file.close();
+  if (!file || std::rename(temporary.c_str(), path.c_str()) != 0) {
+    std::remove(temporary.c_str());
+    return absl::UnavailableError(fmt::format("{}: cannot be written", path));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace espalier

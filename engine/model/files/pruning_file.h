@@ -1,0 +1,83 @@
+// What calibration found of a model: rankings of its channels and `down` refitted to those that
+// stay. A GGUF file beside the ladder, so that tools for that format can look into it:
+//
+//   espalier.fingerprint             string, FingerprintOf(model)
+//   espalier.ranking.LAYER           int32 array, the layer's channels, best first
+//   blk.LAYER.ffn_down.COUNT.weight  Q4_1 [hidden, COUNT]: `down` of the ranking's first COUNT
+//
+// Layers that no rung narrows are left out.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/model/files/mapped_file.h"
+#include "engine/model/files/model_file.h"
+#include "engine/pruning/channel_selector.h"
+#include "policy/ladder.h"
+
+namespace espalier {
+
+// Of a model's tensors: names, types, shapes and the ends of their data. Refits of another model
+// would be noise; this tells them apart in a millisecond.
+std::string FingerprintOf(const ModelFile& model);
+
+class PruningFile final : public ChannelSelector {
+ public:
+  // Maps and checks the file: rankings are permutations of the model's channels, refits have its
+  // hidden size and whole groups, values are finite. InvalidArgument, with file and key or tensor,
+  // if not, or if the file is of another model.
+  static absl::StatusOr<std::unique_ptr<PruningFile>> Open(const std::string& path,
+                                                           const ModelFile& model);
+
+  std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
+    return rankings_.Ranking(layer, kind);
+  }
+  std::span<const FourBitGroup> Refit(int layer, int count) const override;
+
+ private:
+  PruningFile(MappedFile file, const SiteWidths& widths)
+      : file_(std::move(file)), rankings_(widths) {}
+
+  MappedFile file_;
+  StaticSelector rankings_;
+  std::map<std::pair<int, int>, std::span<const FourBitGroup>> refits_;  // (layer, count)
+};
+
+// A ladder and the channels that its rungs narrow to.
+struct CalibratedLadder {
+  Ladder ladder;
+  std::unique_ptr<const ChannelSelector> channels;
+};
+
+// Reads both. NotFound or InvalidArgument, with path and line or tensor. A ladder that only drops
+// whole blocks needs no channels beside it.
+absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const ModelFile& model);
+
+struct PruningData {
+  struct Layer {
+    std::vector<int32_t> ranking;                     // empty: never narrowed
+    std::map<int, std::vector<FourBitGroup>> refits;  // by count
+  };
+  std::vector<Layer> layers;
+};
+
+// Where a model's ladder is looked for and written if nobody says: the model's path, without
+// ".gguf" or a slash at its end, and ".ladder".
+std::string LadderPathOf(std::string_view model);
+// Of the ladder's channels: its path and ".gguf".
+std::string ChannelsPathOf(std::string_view ladder);
+
+// Through a file beside it, so that none is ever half written. Errors name the path.
+absl::Status WritePruningFile(const std::string& path, const ModelFile& model,
+                              const PruningData& data);
+
+}  // namespace espalier

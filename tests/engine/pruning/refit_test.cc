@@ -1,0 +1,114 @@
+#include "engine/pruning/refit.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <random>
+#include <set>
+
+#include "gtest/gtest.h"
+
+namespace espalier {
+namespace {
+
+// Channels that are mixtures of fewer sources, as activations are.
+struct Layer {
+  Layer(int hidden, int channels, int sources, int seed)
+      : down(hidden * channels), moments(channels * channels) {
+    std::mt19937 random(seed);
+    std::normal_distribution<double> normal;
+    for (float& value : down) value = static_cast<float>(normal(random));
+    std::vector<double> mix(channels * sources);
+    for (double& value : mix) value = normal(random);
+    for (int i = 0; i < channels; ++i) {
+      for (int j = 0; j < channels; ++j) {
+        double sum = i == j ? 0.05 : 0;
+        for (int s = 0; s < sources; ++s) sum += mix[i * sources + s] * mix[j * sources + s];
+        moments[i * channels + j] = static_cast<float>(sum);
+      }
+    }
+    site = {hidden, channels, down, moments};
+  }
+
+  std::vector<float> down, moments;
+  DownSite site;
+};
+
+std::vector<int32_t> Natural(int channels) {
+  std::vector<int32_t> ranking(channels);
+  std::iota(ranking.begin(), ranking.end(), 0);
+  return ranking;
+}
+
+TEST(Refit, MakesUpForWhatLeft) {
+  const Layer layer(24, 160, 40, 1);
+  const std::vector<int32_t> kept = Natural(96);
+  const double before = MissedShare(layer.site, kept, {});
+  const double after = MissedShare(layer.site, kept, RefitDown(layer.site, kept));
+  EXPECT_GT(before, 0.1);
+  // 96 channels of 40 sources can say nearly all that 160 do.
+  EXPECT_LT(after, 0.05 * before);
+}
+
+TEST(Refit, RoundsAllChannelsBetterThanEachByItself) {
+  const Layer layer(32, 128, 16, 2);
+  const std::vector<int32_t> all = Natural(128);
+  const double fed_back = MissedShare(layer.site, all, RefitDown(layer.site, all));
+  // With no moments beside the diagonal nothing is fed back: each value goes to its nearest step.
+  std::vector<float> diagonal(layer.moments.size());
+  for (int i = 0; i < 128; ++i) diagonal[i * 129] = 1;
+  const auto nearest = RefitDown({32, 128, layer.down, diagonal}, all);
+  EXPECT_LT(fed_back, 0.5 * MissedShare(layer.site, all, nearest));
+  EXPECT_EQ(MissedShare(layer.site, all, {}), 0);
+}
+
+TEST(Refit, FollowsTheOrderOfTheKept) {
+  const Layer layer(8, 96, 96, 3);
+  std::vector<int32_t> kept = Natural(64);
+  std::ranges::reverse(kept);
+  EXPECT_LT(MissedShare(layer.site, kept, RefitDown(layer.site, kept)),
+            MissedShare(layer.site, kept, {}));
+}
+
+TEST(Refit, BearsChannelsThatAreNeverUsedAndWeightsThatAreZero) {
+  Layer layer(4, 64, 8, 4);
+  for (int i = 0; i < 64; ++i) layer.moments[i * 64 + 5] = layer.moments[5 * 64 + i] = 0;
+  std::fill_n(layer.down.begin(), 64, 0.0f);
+  const std::vector<int32_t> kept = Natural(32);
+  const double missed = MissedShare(layer.site, kept, RefitDown(layer.site, kept));
+  EXPECT_TRUE(std::isfinite(missed));
+  EXPECT_LT(missed, MissedShare(layer.site, kept, {}));
+
+  const std::vector<float> nothing(64 * 64);
+  const DownSite silent{4, 64, layer.down, nothing};
+  EXPECT_EQ(RankByElimination(silent).size(), 64);
+  EXPECT_EQ(MissedShare(silent, kept, RefitDown(silent, kept)), 0);
+}
+
+TEST(RankByElimination, IsAPermutationThatLosesLittle) {
+  const Layer layer(24, 200, 60, 5);
+  const std::vector<int32_t> ranking = RankByElimination(layer.site);
+  EXPECT_EQ(std::set<int32_t>(ranking.begin(), ranking.end()).size(), 200);
+  const auto lost = [&](const std::vector<int32_t>& order) {
+    const auto kept = std::span(order).first(96);
+    return MissedShare(layer.site, kept, RefitDown(layer.site, kept));
+  };
+  EXPECT_LT(lost(ranking), lost(Natural(200)));
+}
+
+TEST(RankByElimination, LetsTwinsGoBeforeAnythingElse) {
+  // Channels 64 .. 127 double 0 .. 63; 128 .. 159 are of their own.
+  Layer layer(16, 160, 160, 6);
+  const auto twin = [](int c) { return c >= 64 && c < 128 ? c - 64 : c; };
+  std::vector<float> moments(layer.moments.size());
+  for (int i = 0; i < 160; ++i) {
+    for (int j = 0; j < 160; ++j) moments[i * 160 + j] = layer.moments[twin(i) * 160 + twin(j)];
+  }
+  const std::vector<int32_t> ranking = RankByElimination({16, 160, layer.down, moments});
+  std::set<int32_t> kinds;
+  for (int i = 0; i < 96; ++i) kinds.insert(twin(ranking[i]));
+  EXPECT_EQ(kinds.size(), 96) << "one of each pair stays";
+}
+
+}  // namespace
+}  // namespace espalier

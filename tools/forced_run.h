@@ -1,0 +1,33 @@
+// Texts forced through the executor as a server runs them: prompts in prefill steps, then a decode
+// step for each further token, on any rungs, side by side. What is left out is drawing tokens.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/model/model_executor.h"
+
+namespace espalier {
+
+struct ForcedText {
+  std::span<const int32_t> tokens;  // at least 2
+  int prompt = 0;                   // of these, prefilled; all: nothing is decoded
+  int rung = 0;
+};
+
+struct ForcedResult {
+  // Loss of each text, nats: of the decode rows' predictions, or of all if nothing was decoded.
+  std::vector<double> nll;
+  std::vector<int> terms;  // predictions it is the sum of
+  double prefill_s = 0, decode_s = 0;
+  int64_t prefill_rows = 0, decode_rows = 0;
+};
+
+// All texts at once: the pool must hold them, which is the caller's to see to. Steps have at most
+// `step_rows` rows, and decode steps one of each text that is not at its end.
+absl::StatusOr<ForcedResult> RunForced(ModelExecutor* executor, int step_rows,
+                                       std::span<const ForcedText> texts);
+
+}  // namespace espalier
