@@ -19,6 +19,7 @@
 
 #include "engine/model/files/pruning_file.h"
 #include "engine/model/text/tokenizer.h"
+#include "engine/pruning/importance.h"
 #include "engine/pruning/refit.h"
 #include "engine/pruning/second_moments.h"
 #include "policy/kept_counts.h"
@@ -31,6 +32,7 @@
 #include "tools/local_model.h"
 #include "tools/machine.h"
 #include "tools/progress.h"
+#include "tools/self_text.h"
 #include "tools/statistics.h"
 #include "tools/value_checks.h"
 
@@ -46,8 +48,11 @@ struct Options {
   std::vector<std::string> texts;
   int64_t tokens = 160'000;
   int window = 512;
+  uint64_t seed = 1;
   std::vector<double> ratios = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6};
   int dense_layers = 3;
+  std::string rank = "elimination";
+  bool refit = true;
   std::string out;
 };
 
@@ -59,13 +64,43 @@ struct Corpus {
   std::vector<std::pair<std::string, std::vector<std::vector<int32_t>>>> held_out;  // by kind
 };
 
-absl::StatusOr<Corpus> ReadCorpus(const Options& options, const Tokenizer& tokenizer) {
+// What --text calls the text that the model makes up.
+constexpr std::string_view kSelf = "self";
+constexpr int kSelfBatch = 32;
+
+bool WantsSelf(const Options& options) {
+  return std::ranges::find(options.texts, kSelf) != options.texts.end();
+}
+
+absl::StatusOr<std::vector<TextKind>> MakeUp(const Options& options, int64_t count,
+                                             ModelExecutor* executor) {
+  Progress bar("making up text");
+  absl::StatusOr<std::vector<std::vector<int32_t>>> texts =
+      MakeUpTexts(executor, static_cast<int>(count), options.window, kSelfBatch, options.seed,
+                  [&](int64_t done, int64_t total) {
+                    bar.Update(done, total);
+                    return !Interrupt::raised();
+                  });
+  if (!texts.ok()) return texts.status();
+  return std::vector<TextKind>{{std::string(kSelf), *std::move(texts)}};
+}
+
+absl::StatusOr<Corpus> ReadCorpus(const Options& options, const Tokenizer& tokenizer,
+                                  ModelExecutor* executor) {
   const auto kinds = static_cast<int64_t>(options.texts.size());
   const int64_t most = std::max<int64_t>(2, options.tokens / options.window / kinds + 1);
+  const int64_t with_held_out = most + std::clamp<int64_t>(most / 8, 1, 6);
+  std::vector<std::string> paths;
+  std::ranges::copy_if(options.texts, std::back_inserter(paths),
+                       [](const std::string& path) { return path != kSelf; });
   absl::StatusOr<std::vector<TextKind>> read =
-      ReadKinds(options.texts, tokenizer, options.window,
-                static_cast<int>(most + std::clamp<int64_t>(most / 8, 1, 6)));
+      ReadKinds(paths, tokenizer, options.window, static_cast<int>(with_held_out));
   if (!read.ok()) return read.status();
+  if (WantsSelf(options)) {
+    absl::StatusOr<std::vector<TextKind>> made = MakeUp(options, with_held_out, executor);
+    if (!made.ok()) return made.status();
+    read->push_back(std::move(made->front()));
+  }
   Corpus corpus;
   size_t longest = 0;
   for (TextKind& kind : *read) {
@@ -180,8 +215,17 @@ Ladder PlannedLadder(const Options& options, const ModelConfig& config) {
   return ladder;
 }
 
+std::vector<int32_t> Rank(const std::string& by, const DownSite& site, int layer,
+                          const SecondMoments& moments) {
+  const auto* const name = std::ranges::find(kImportanceNames, by);
+  if (name == std::end(kImportanceNames)) return RankByElimination(site);
+  const auto importance = static_cast<Importance>(name - std::begin(kImportanceNames));
+  return RankByScore(Scores(importance, moments.Energy(layer), moments.FirstMoment(layer),
+                            DownNorms(importance, site.down, site.channels)));
+}
+
 // Rankings and refits of every narrowed layer; layers in parallel.
-absl::StatusOr<PruningData> Fit(const Ladder& ladder, const ModelFile& file,
+absl::StatusOr<PruningData> Fit(const Options& options, const Ladder& ladder, const ModelFile& file,
                                 const SecondMoments& moments, Backend* backend) {
   const ModelConfig& config = file.config();
   PruningData data;
@@ -208,8 +252,8 @@ absl::StatusOr<PruningData> Fit(const Ladder& ladder, const ModelFile& file,
     const std::vector<float> mean = moments.Mean(layer);
     const DownSite site{config.hidden, config.channels, down, mean};
     PruningData::Layer& made = data.layers[layer];
-    made.ranking = RankByElimination(site);
-    for (int rung = 1; rung < ladder.size(); ++rung) {
+    made.ranking = Rank(options.rank, site, layer, moments);
+    for (int rung = 1; options.refit && rung < ladder.size(); ++rung) {
       const int kept = ladder.rung(rung).decode.kept(layer, SiteKind::kChannels);
       if (kept == 0 || kept == config.channels || Interrupt::raised()) continue;
       made.refits[kept] = RefitDown(site, std::span(made.ranking).first(kept));
@@ -234,8 +278,9 @@ absl::Status WriteText(const std::string& path, const std::string& text) {
 
 absl::Status Run(const Options& options) {
   const Interrupt interrupt([] {});
-  absl::StatusOr<LocalModel> model =
-      LoadLocalModel(options.model, int64_t{8} * PagedTokens(options.window + 1), kStepRows);
+  absl::StatusOr<LocalModel> model = LoadLocalModel(
+      options.model, int64_t{WantsSelf(options) ? kSelfBatch : 8} * PagedTokens(options.window + 1),
+      kStepRows);
   if (!model.ok()) return model.status();
   const ModelFile& file = *model->file;
   const ModelConfig& config = file.config();
@@ -249,7 +294,7 @@ absl::Status Run(const Options& options) {
   }
   auto tokenizer = Tokenizer::Create(file.vocabulary());
   if (!tokenizer.ok()) return tokenizer.status();
-  const absl::StatusOr<Corpus> corpus = ReadCorpus(options, **tokenizer);
+  const absl::StatusOr<Corpus> corpus = ReadCorpus(options, **tokenizer, model->executor.get());
   if (!corpus.ok()) return corpus.status();
   const Ladder planned = PlannedLadder(options, config);
   if (planned.size() == 1) {
@@ -261,7 +306,7 @@ absl::Status Run(const Options& options) {
   SecondMoments moments(config.layers, config.channels, model->backend.get());
   absl::Status status = Sum(*corpus, options.dense_layers, executor, &moments);
   if (!status.ok()) return status;
-  absl::StatusOr<PruningData> data = Fit(planned, file, moments, model->backend.get());
+  absl::StatusOr<PruningData> data = Fit(options, planned, file, moments, model->backend.get());
   if (!data.ok()) return data.status();
   status = WritePruningFile(ChannelsPathOf(out), file, *data);
   if (!status.ok()) return status;
@@ -316,8 +361,9 @@ absl::Status Run(const Options& options) {
       ladder.Append(std::move(priced));
     }
   }
-  std::string told = fmt::format("espalier calibrate: {}, {} tokens of", config.name,
-                                 moments.tokens(config.layers - 1));
+  std::string told =
+      fmt::format("espalier calibrate: {}, ranked by {}{}, {} tokens of", config.name, options.rank,
+                  options.refit ? "" : ", not refitted", moments.tokens(config.layers - 1));
   for (const auto& [kind, windows] : corpus->held_out) told += " " + kind;
   told += fmt::format("\nmeasured on {}, {} threads, batch 8, weights {}, kv {}\n", MachineName(),
                       model->threads, executor->weight_types(), KvTypeName(model->kv));
@@ -336,12 +382,17 @@ void AddCalibrate(CLI::App& root, Action* action) {
       "calibrate", "Measure which channels a model can spare and what that costs; write a ladder");
   sub->add_option("--text", options->texts,
                   "Text like the traffic to come: files or folders, each of which is a kind of "
-                  "text; kinds count alike. Where they differ from traffic, pruned rungs lose more")
+                  "text, and kinds count alike; self: what the model makes up. Where they differ "
+                  "from traffic, pruned rungs lose more than is told")
       ->type_name("PATH")
       ->required();
   sub->add_option("--tokens", options->tokens, "Tokens to calibrate with, of all kinds")
       ->type_name("COUNT")
       ->check(CLI::Range(1000, 100'000'000))
+      ->capture_default_str();
+  sub->add_option("--seed", options->seed, "Of the text that the model makes up")
+      ->type_name("NUMBER")
+      ->check(Unsigned64())
       ->capture_default_str();
   sub->add_option("--ratios", options->ratios,
                   "A rung for each share of the MLPs' channels to leave out")
@@ -354,6 +405,16 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("COUNT")
       ->check(CLI::Range(0, 1023))
       ->capture_default_str();
+  std::vector<std::string> ranks = {"elimination"};
+  ranks.insert(ranks.end(), std::begin(kImportanceNames), std::end(kImportanceNames));
+  sub->add_option("--rank", options->rank,
+                  "What says which channels stay; elimination: what the others can least make up "
+                  "for; else a published measure, to compare with")
+      ->type_name("NAME")
+      ->check(CLI::IsMember(ranks))
+      ->capture_default_str();
+  sub->add_flag("!--no-refit", options->refit,
+                "Leave the weights of the channels that stay as loaded");
   sub->add_option("--out", options->out,
                   "The ladder to write; the rankings and refitted weights lie beside it, as "
                   "PATH.gguf. Default: beside the model, as MODEL.ladder")

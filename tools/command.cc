@@ -172,6 +172,7 @@ int RunCommand(int argc, const char* const* argv) {
   AddHealth(root, &action);
   AddBench(root, &action);
   AddCalibrate(root, &action);
+  AddEval(root, &action);
   for (CLI::App* sub : root.get_subcommands({})) NameEnvironment(sub);
 
   try {

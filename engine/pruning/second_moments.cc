@@ -5,13 +5,17 @@
 namespace espalier {
 
 SecondMoments::SecondMoments(int layers, int channels, Backend* backend)
-    : channels_(channels), backend_(backend), sums_(layers), tokens_(layers) {}
+    : channels_(channels), backend_(backend), sums_(layers), first_(layers), tokens_(layers) {}
 
 absl::Status SecondMoments::Add(int layer, ConstMatrix hidden) {
   if (hidden.rows == 0) return absl::OkStatus();
   std::vector<float>& sum = sums_[layer];
   sum.resize(static_cast<size_t>(channels_) * channels_);
   turned_.resize(static_cast<size_t>(channels_) * hidden.rows);
+  first_[layer].resize(channels_);
+  for (int r = 0; r < hidden.rows; ++r) {
+    for (int c = 0; c < channels_; ++c) first_[layer][c] += hidden.row(r)[c];
+  }
   const Matrix turned(turned_.data(), channels_, hidden.rows);
   constexpr int kTile = 16;  // a cache line of values
   backend_->ParallelFor((channels_ + kTile - 1) / kTile, [&](int tile) {
@@ -36,6 +40,23 @@ absl::Status SecondMoments::Add(int layer, ConstMatrix hidden) {
   backend_->MatMul({.x = turned, .targets = targets, .output = MatMulArgs::Output::kAdd});
   tokens_[layer] += hidden.rows;
   return backend_->Synchronize();
+}
+
+std::vector<float> SecondMoments::Energy(int layer) const {
+  std::vector<float> energy(channels_);
+  for (int c = 0; tokens_[layer] > 0 && c < channels_; ++c) {
+    energy[c] =
+        sums_[layer][static_cast<size_t>(c) * (channels_ + 1)] / static_cast<float>(tokens_[layer]);
+  }
+  return energy;
+}
+
+std::vector<float> SecondMoments::FirstMoment(int layer) const {
+  std::vector<float> mean(channels_);
+  for (int c = 0; tokens_[layer] > 0 && c < channels_; ++c) {
+    mean[c] = static_cast<float>(first_[layer][c] / static_cast<double>(tokens_[layer]));
+  }
+  return mean;
 }
 
 std::vector<float> SecondMoments::Mean(int layer) const {

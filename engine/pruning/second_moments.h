@@ -25,6 +25,9 @@ class SecondMoments {
 
   // E[h h^T], [channels, channels]. Zeros before the first token.
   std::vector<float> Mean(int layer) const;
+  // E[h^2] and E[h], [channels].
+  std::vector<float> Energy(int layer) const;
+  std::vector<float> FirstMoment(int layer) const;
 
  private:
   // Rows of products done as one target: the lower triangle is a staircase.
@@ -32,9 +35,10 @@ class SecondMoments {
 
   int channels_;
   Backend* backend_;
-  std::vector<std::vector<float>> sums_;  // [layers][channels * channels], the lower triangle
-  std::vector<int64_t> tokens_;           // [layers]
-  std::vector<float> turned_;             // [channels, rows]
+  std::vector<std::vector<float>> sums_;    // [layers][channels * channels], the lower triangle
+  std::vector<std::vector<double>> first_;  // [layers][channels]
+  std::vector<int64_t> tokens_;             // [layers]
+  std::vector<float> turned_;               // [channels, rows]
 };
 
 }  // namespace espalier

@@ -56,3 +56,45 @@ def safetensors_bytes(tensors):
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + b"".join(raw for _, _, raw in tensors.values())
+
+
+def _read(raw, at, kind):
+    """A metadata value and where it ends."""
+    if kind == 8:
+        (size,) = struct.unpack_from("<Q", raw, at)
+        return bytes(raw[at + 8 : at + 8 + size]).decode(), at + 8 + size
+    if kind == 9:
+        element, count = struct.unpack_from("<IQ", raw, at)
+        values, at = [], at + 12
+        for _ in range(count):
+            value, at = _read(raw, at, element)
+            values.append(value)
+        return values, at
+    form = "<" + {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}[kind]
+    (value,) = struct.unpack_from(form, raw, at)
+    return value, at + struct.calcsize(form)
+
+
+def read_gguf(path):
+    """Keys, and tensors as name -> (type, shape as numpy has it, raw bytes)."""
+    raw = memoryview(path.read_bytes())
+    magic, version, tensor_count, key_count = struct.unpack_from("<4sIQQ", raw, 0)
+    assert magic == b"GGUF" and version == 3, path
+    at, keys, heads = 24, {}, []
+    for _ in range(key_count):
+        key, at = _read(raw, at, 8)
+        (kind,) = struct.unpack_from("<I", raw, at)
+        keys[key], at = _read(raw, at + 4, kind)
+    for _ in range(tensor_count):
+        name, at = _read(raw, at, 8)
+        (rank,) = struct.unpack_from("<I", raw, at)
+        *dims, kind, offset = struct.unpack_from(f"<{rank}QIQ", raw, at + 4)
+        at += 4 + 8 * rank + 12
+        heads.append((name, dims[::-1], kind, offset))
+    data = -(-at // ALIGNMENT) * ALIGNMENT
+    names = {number: name for name, number in TYPE_IDS.items()}
+    ends = sorted(offset for *_, offset in heads) + [len(raw) - data]
+    return keys, {
+        name: (names[kind], shape, raw[data + offset : data + ends[ends.index(offset) + 1]])
+        for name, shape, kind, offset in heads
+    }

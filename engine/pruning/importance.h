@@ -1,0 +1,34 @@
+// How much an MLP channel matters, by the published measures: its energy times a norm of its row of
+// `down`.
+//
+// All of them factor, so that a layer's norms are computed once and ranking costs a multiplication
+// a channel (w4 for Probe Pruning: |F_c W_c^2|_2 = F_c sqrt(sum_o W_oc^4)).
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+#include <vector>
+
+namespace espalier {
+
+enum class Importance : uint8_t {
+  kPpsp,       // E[h^2] * sqrt(sum W^4)     Probe Pruning, arXiv 2502.15618
+  kWandaSp,    // sqrt(E[h^2]) * sum |W|     Wanda for structures
+  kFlap,       // Var[h] * sum W^2           FLAP's WIFV, arXiv 2312.11983, without its bias
+  kMagnitude,  // sqrt(sum W^2)
+};
+
+inline constexpr std::string_view kImportanceNames[] = {"ppsp", "wanda-sp", "flap", "magnitude"};
+
+// The norm that goes with a measure, of each column of down [hidden, channels].
+std::vector<float> DownNorms(Importance importance, std::span<const float> down, int channels);
+
+// Of each channel, from E[h^2] and, for kFlap, E[h] ([channels] each; else may be empty).
+std::vector<float> Scores(Importance importance, std::span<const float> energy,
+                          std::span<const float> mean, std::span<const float> norms);
+
+// Channels by falling score; of two alike the lower index leaves first.
+std::vector<int32_t> RankByScore(std::span<const float> scores);
+
+}  // namespace espalier

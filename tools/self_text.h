@@ -1,0 +1,20 @@
+// Text that a model makes up by itself: calibration for whoever has no text like the traffic.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/model/model_executor.h"
+
+namespace espalier {
+
+// `count` texts of `length` tokens, each begun by a random token and drawn at temperature 1,
+// `batch` at a time; the pool must hold so many. The same seed draws the same texts. Stop tokens
+// are drawn on over. Calls progress(done, total) in tokens; when it returns false, Cancelled.
+absl::StatusOr<std::vector<std::vector<int32_t>>> MakeUpTexts(
+    ModelExecutor* executor, int count, int length, int batch, uint64_t seed,
+    const std::function<bool(int64_t done, int64_t total)>& progress);
+
+}  // namespace espalier
