@@ -16,17 +16,18 @@
 
 #include "engine/model/files/pruning_file.h"
 #include "engine/model/text/tokenizer.h"
+#include "engine/pruning/importance.h"
+#include "engine/pruning/probe.h"
 #include "tools/command.h"
 #include "tools/corpus.h"
 #include "tools/forced_run.h"
 #include "tools/interrupt.h"
 #include "tools/local_model.h"
 #include "tools/progress.h"
+#include "tools/value_checks.h"
 
 namespace espalier {
 namespace {
-
-constexpr int kStepRows = 512;
 
 struct Options {
   LocalModelOptions model;
@@ -37,6 +38,12 @@ struct Options {
   int decode = 128;
   int batch = 8;
   int count = 32;
+  int step_rows = 512;
+  std::string probe = "none";
+  ProbeOptions probing;
+  bool exact = false;
+  std::vector<std::string> history;
+  int history_tokens = 100'000;
   bool mixed = false;
   bool json = false;
 };
@@ -94,7 +101,7 @@ absl::StatusOr<std::vector<RungResult>> Measure(const Options& options,
                           .prompt = options.prompt,
                           .rung = options.rungs[rung_of(i)]});
       }
-      const absl::StatusOr<ForcedResult> run = RunForced(executor, kStepRows, forced);
+      const absl::StatusOr<ForcedResult> run = RunForced(executor, options.step_rows, forced);
       if (!run.ok()) return run.status();
       for (size_t i = begin; i < end; ++i) {
         RungResult& result = results[rung_of(i)];
@@ -199,12 +206,64 @@ void Print(const Options& options, const nlohmann::ordered_json& report) {
              first["seconds"].get<double>(), options.rungs[0]);
 }
 
+constexpr std::string_view kProbeNames[] = {"none", "top-norm", "spread", "all"};
+
+// A probe with the history of the texts asked for.
+absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const ModelFile& file,
+                                                 const Tokenizer& tokenizer,
+                                                 ModelExecutor* executor) {
+  const ModelConfig& config = file.config();
+  std::vector<std::vector<float>> norms;
+  std::vector<float> down(static_cast<size_t>(config.hidden) * config.channels);
+  for (int layer = 0; layer < config.layers; ++layer) {
+    const absl::StatusOr<const StoredTensor*> tensor =
+        file.Find(fmt::format("blk.{}.ffn_down.weight", layer), config.hidden, config.channels);
+    if (!tensor.ok()) return tensor.status();
+    for (int n = 0; n < config.hidden; ++n) {
+      (*tensor)->ReadRow(n, down.data() + static_cast<size_t>(n) * config.channels);
+    }
+    norms.push_back(DownNorms(Importance::kPpsp, down, config.channels));
+  }
+  // As long as what is evaluated, so that positions are those that the history knows.
+  const int window = std::min(options.prompt, options.step_rows);
+  History history(config.layers, config.channels, options.exact ? options.prompt : 0);
+  ProbeOptions probing = options.probing;
+  probing.rows = static_cast<ProbeOptions::Rows>(std::ranges::find(kProbeNames, options.probe) -
+                                                 std::begin(kProbeNames) - 1);
+  if (options.history.empty() || probing.rows == ProbeOptions::Rows::kAll) {
+    probing.fuse = false;
+  } else {
+    const auto kinds = static_cast<int>(options.history.size());
+    absl::StatusOr<std::vector<TextKind>> texts = ReadKinds(
+        options.history, tokenizer, window, std::max(1, options.history_tokens / window / kinds));
+    if (!texts.ok()) return texts.status();
+    std::vector<int> positions(window);
+    std::iota(positions.begin(), positions.end(), 0);
+    executor->set_channel_observer(
+        [&](int layer, ConstMatrix hidden) { history.Learn(layer, hidden, positions); });
+    Progress bar("history");
+    int64_t done = 0, all = 0;
+    for (const TextKind& kind : *texts) all += static_cast<int64_t>(kind.windows.size());
+    for (const TextKind& kind : *texts) {
+      for (const std::vector<int32_t>& tokens : kind.windows) {
+        const ForcedText text{.tokens = tokens, .prompt = window};
+        const absl::Status status = RunForced(executor, options.step_rows, {&text, 1}).status();
+        if (!status.ok()) return status;
+        if (Interrupt::raised()) return absl::CancelledError("interrupted");
+        bar.Update(++done, all);
+      }
+    }
+    executor->set_channel_observer({});
+  }
+  return std::make_unique<Probe>(probing, std::move(history), std::move(norms));
+}
+
 absl::Status Run(Options options) {
   const Interrupt interrupt([] {});
   const int length = options.prompt + options.decode + (options.decode > 0 ? 1 : 0);
   if (length < 2) return absl::InvalidArgumentError("--prompt: one token predicts none");
   absl::StatusOr<LocalModel> model =
-      LoadLocalModel(options.model, options.batch * PagedTokens(length), kStepRows);
+      LoadLocalModel(options.model, options.batch * PagedTokens(length), options.step_rows);
   if (!model.ok()) return model.status();
   if (length > model->file->config().context) {
     return absl::InvalidArgumentError(
@@ -230,6 +289,14 @@ absl::Status Run(Options options) {
   }
   absl::StatusOr<std::vector<Text>> texts = ReadTexts(options, **tokenizer);
   if (!texts.ok()) return texts.status();
+  std::unique_ptr<Probe> probe;
+  if (options.probe != "none") {
+    absl::StatusOr<std::unique_ptr<Probe>> made =
+        MakeProbe(options, *model->file, **tokenizer, model->executor.get());
+    if (!made.ok()) return made.status();
+    probe = *std::move(made);
+    model->executor->set_probe(probe.get());
+  }
   const absl::StatusOr<std::vector<RungResult>> results =
       Measure(options, *texts, model->executor.get());
   if (!results.ok()) return results.status();
@@ -271,6 +338,38 @@ void AddEval(CLI::App& root, Action* action) {
          "Decode steps of a text, each of which is scored; 0: all of the prompt is", 0, 1 << 20);
   number("--batch", options->batch, "Texts that run together", 1, 4096);
   number("--count", options->count, "Texts, of all kinds", 1, 1 << 20);
+  number("--step-rows", options->step_rows, "Rows of a step", 1, 65536);
+  const char* probing = "Probe Pruning: channels chosen anew in each step with prefill rows";
+  sub->add_option("--probe", options->probe,
+                  "Which rows look ahead; top-norm: the published rule; spread: as many, evenly; "
+                  "all: the upper bound, with no history")
+      ->type_name("NAME")
+      ->check(
+          CLI::IsMember(std::vector<std::string>(std::begin(kProbeNames), std::end(kProbeNames))))
+      ->capture_default_str()
+      ->group(probing);
+  const auto share = [&](const char* name, double& value, const char* meaning) {
+    sub->add_option(name, value, meaning)
+        ->type_name("SHARE")
+        ->check(Within(0, 1))
+        ->capture_default_str()
+        ->group(probing);
+  };
+  share("--probe-tokens", options->probing.token_share, "Of positions");
+  share("--probe-sequences", options->probing.sequence_share, "Of sequences");
+  share("--history-keep", options->probing.keep, "Of history at an update; 1: frozen");
+  sub->add_option("--history-text", options->history,
+                  "Files or folders that history is learned from before; none: no history")
+      ->type_name("PATH")
+      ->group(probing);
+  sub->add_option("--history-tokens", options->history_tokens, "Tokens of it")
+      ->type_name("COUNT")
+      ->check(CLI::Range(1, 100'000'000))
+      ->capture_default_str()
+      ->group(probing);
+  sub->add_flag("--exact-history", options->exact,
+                "A mean for each position of a prompt, as published, in place of seven buckets")
+      ->group(probing);
   sub->add_flag("--mixed", options->mixed, "Rungs side by side in each batch");
   sub->add_flag("--json", options->json, "Print one JSON object, with each text's tokens and loss");
   AddLocalModelOptions(*sub, &options->model);

@@ -127,6 +127,20 @@ absl::StatusOr<Weight> UploadRefit(std::span<const FourBitGroup> groups, const W
        .read_groups = [=](int n, FourBitGroup* dst) { std::ranges::copy(output(n), dst); }});
 }
 
+// Sequence (as its span's number) and position of consecutive rows of a plan.
+std::vector<ProbeRow> RowsOf(const StepPlan& plan, int first_row, int rows) {
+  std::vector<ProbeRow> of;
+  for (size_t i = 0; i < plan.spans.size(); ++i) {
+    const AttentionSpan& span = plan.spans[i];
+    const int begin = std::max(first_row, span.first_row);
+    const int end = std::min(first_row + rows, span.first_row + span.rows);
+    for (int r = begin; r < end; ++r) {
+      of.push_back({static_cast<int>(i), span.start + r - span.first_row});
+    }
+  }
+  return of;
+}
+
 }  // namespace
 
 Decoder::Decoder(const ModelConfig& config, Backend* backend)
@@ -417,7 +431,9 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
   // Few rows that keep all channels join those that keep some at gate and up, to open those weights
   // once. Many do better by themselves: their channels are then quantised where they are made.
   constexpr int kFewRows = 32;
-  const bool join = narrow_rows > 0 && whole_rows <= kFewRows && !channel_observer_;
+  const bool join =
+      narrow_rows > 0 && whole_rows <= kFewRows && !channel_observer_ && probe_ == nullptr;
+  if (narrow_rows > 0 && probe_ != nullptr) ProbeLayer(layer, plan, activations);
   enum class By : uint8_t { kNothing, kPanels, kWeights };
   const auto multiplied_by = [&](const PlanStep& step) {
     const int kept = step.kept(layer, SiteKind::kChannels);
@@ -457,6 +473,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
     }
     PhaseTimer timer(&phases->mlp);
     const bool observed = channel_observer_ && by == By::kWeights;
+    const bool probed = probe_ != nullptr && by == By::kPanels;
     backend_->GatedMlp({.x = normed,
                         .gate = by == By::kWeights ? weights.gate : panels.gate,
                         .up = by == By::kWeights ? weights.up : panels.up,
@@ -464,9 +481,70 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
                         .gate_room = gate,
                         .up_room = up,
                         .out = residual,
-                        .keep_hidden = observed});
+                        .keep_hidden = observed || probed});
     if (observed) channel_observer_(layer, up);
+    if (!probed) continue;
+    // Rows of other counts than the most hold nothing beyond theirs; each step for itself.
+    const std::vector<ProbeRow> rows_of = RowsOf(plan, first_row - rows, rows);
+    for (int row = 0; const MlpStep& step : mlp_steps_) {
+      probe_->Update(layer, ConstMatrix(up.row(row), step.rows, step.channels, up.stride),
+                     std::span(rows_of).subspan(row, step.rows),
+                     std::span(panels.channels).first(step.channels));
+      row += step.rows;
+    }
   }
+}
+
+void Decoder::ProbeLayer(int layer, const StepPlan& plan, Activations* activations) {
+  const Layer& weights = layers_[layer];
+  const int hidden = config_.hidden, channels = config_.channels;
+  std::vector<int> rows;  // the plan's
+  int most = 0;
+  for (int first = 0; const PlanStep& step : plan.steps) {
+    const int kept = step.kept(layer, SiteKind::kChannels);
+    if (kept > 0 && kept < channels) {
+      most = std::max(most, kept);
+      for (int r = first; !step.decode && r < first + step.rows; ++r) rows.push_back(r);
+    }
+    first += step.rows;
+  }
+  if (rows.empty()) return;
+  const std::vector<ProbeRow> all = RowsOf(plan, 0, static_cast<int>(plan.tokens.size()));
+  std::vector<ProbeRow> of_rows;
+  std::vector<float> norms;
+  for (const int row : rows) {
+    const std::span<const float> x(activations->residual.data() + int64_t{row} * hidden, hidden);
+    norms.push_back(std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.0f)));
+    of_rows.push_back(all[row]);
+  }
+  const std::vector<int> chosen = ChooseProbeRows(probe_->options(), norms, of_rows);
+  const int count = static_cast<int>(chosen.size());
+  std::vector<ProbeRow> probed;
+  std::vector<float> x(size_t{1} * count * hidden), gate(size_t{1} * count * channels), up(gate);
+  for (int i = 0; i < count; ++i) {
+    probed.push_back(of_rows[chosen[i]]);
+    std::copy_n(activations->residual.data() + int64_t{rows[chosen[i]]} * hidden, hidden,
+                x.data() + int64_t{i} * hidden);
+  }
+  const Matrix normed(x.data(), count, hidden);
+  const Matrix made(gate.data(), count, channels), other(up.data(), count, channels);
+  backend_->RmsNorm(
+      {.x = normed, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
+  const MatMulTarget targets[] = {{.weight = &weights.gate, .out = made},
+                                  {.weight = &weights.up, .out = other}};
+  backend_->MatMul({.x = normed, .targets = targets});
+  backend_->SwiGlu({.gate = made, .up = other, .out = made});
+  Panels panels;
+  panels.heads = panels_[layer].heads;
+  panels.q = panels_[layer].q;
+  panels.o = panels_[layer].o;
+  panels.q_bias = panels_[layer].q_bias;
+  panels.channels = probe_->Rank(layer, made, probed);
+  const auto kept = std::span<const int32_t>(panels.channels).first(most);
+  const absl::Status status = Gather(
+      {{&weights.gate, &panels.gate}, {&weights.up, &panels.up}, {&weights.down, &panels.down}},
+      kept, backend_);
+  if (status.ok()) panels_[layer] = std::move(panels);
 }
 
 void Decoder::Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits) {

@@ -22,6 +22,7 @@
 #include "engine/model/weight_plan.h"
 #include "engine/model_config.h"
 #include "engine/pruning/channel_selector.h"
+#include "engine/pruning/probe.h"
 #include "engine/scheduling/batch.h"
 #include "kernels/backend.h"
 #include "policy/ladder.h"
@@ -76,6 +77,11 @@ class Decoder {
 
   // Final norm and LM head of the residual rows listed; logits is [rows listed, vocabulary].
   void Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits);
+
+  // While there is one, layers that a step narrows for prefill rows are ranked anew by a probe of
+  // those rows, in each such step; decode rows meet the last ranking. Refits are left aside: they
+  // belong to the rankings they were made for. Null: none. Must outlive its use.
+  void set_probe(Probe* probe) { probe_ = probe; }
 
   // Called with the residual stream after each layer ([rows, hidden]); for tests.
   void set_layer_observer(std::function<void(int layer, ConstMatrix residual)> observer) {
@@ -133,6 +139,9 @@ class Decoder {
   void AttentionBlock(int layer, const StepPlan& plan, KvPool* pool, Activations* activations,
                       PhaseTimes* phases);
   void MlpBlock(int layer, const StepPlan& plan, Activations* activations, PhaseTimes* phases);
+  // Ranks the layer's channels by what the step's narrow prefill rows hold, and makes panels for
+  // it; the old ones stay if there are no such rows, or no memory.
+  void ProbeLayer(int layer, const StepPlan& plan, Activations* activations);
   // Fills head_runs_ from the steps that hold K and V of the layer; returns their rows.
   int FindHeadRuns(int layer, const StepPlan& plan);
   bool AllHeads(const HeadRun& run) const { return run.heads == config_.heads; }
@@ -155,6 +164,7 @@ class Decoder {
   std::vector<MlpStep> mlp_steps_;
   std::function<void(int, ConstMatrix)> observer_;
   ChannelObserver channel_observer_;
+  Probe* probe_ = nullptr;
 };
 
 }  // namespace espalier

@@ -184,6 +184,8 @@ absl::Status ModelExecutor::SetLadder(Ladder ladder, const ChannelSelector& sele
   return absl::OkStatus();
 }
 
+void ModelExecutor::set_probe(Probe* probe) { impl_->model->set_probe(probe); }
+
 void ModelExecutor::set_channel_observer(std::function<void(int, ConstMatrix)> observer) {
   impl_->model->set_channel_observer(std::move(observer));
 }

@@ -13,6 +13,7 @@
 #include "engine/model/files/model_file.h"
 #include "engine/model/weight_plan.h"
 #include "engine/pruning/channel_selector.h"
+#include "engine/pruning/probe.h"
 #include "engine/scheduling/scheduler.h"
 #include "kernels/backend.h"
 #include "policy/ladder.h"
@@ -47,6 +48,9 @@ class ModelExecutor final : public Executor {
   // a ladder of another model or of counts that panels cannot have; ResourceExhausted if panels do
   // not fit. Then all is as it was.
   absl::Status SetLadder(Ladder ladder, const ChannelSelector& selector);
+
+  // As Decoder::set_probe.
+  void set_probe(Probe* probe);
 
   // As Decoder::set_channel_observer. Rows lie in the order of the batch's rungs.
   void set_channel_observer(std::function<void(int layer, ConstMatrix hidden)> observer);

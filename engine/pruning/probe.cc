@@ -1,0 +1,118 @@
+#include "engine/pruning/probe.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <set>
+
+#include "engine/pruning/importance.h"
+
+namespace espalier {
+namespace {
+
+// The `count` keys of the largest sums; of two alike the lower.
+std::set<int> Largest(const std::map<int, double>& sums, int count) {
+  std::vector<std::pair<double, int>> order;
+  for (const auto& [key, sum] : sums) order.emplace_back(-sum, key);
+  std::ranges::sort(order);
+  std::set<int> keys;
+  for (int i = 0; i < count && i < static_cast<int>(order.size()); ++i)
+    keys.insert(order[i].second);
+  return keys;
+}
+
+int ShareOf(double share, size_t of) {
+  return static_cast<int>(std::ceil(share * static_cast<double>(of) - 1e-9));
+}
+
+std::vector<int> TopNormRows(const ProbeOptions& options, std::span<const float> norms,
+                             std::span<const ProbeRow> rows) {
+  constexpr int kTiny = 10;
+  std::map<int, double> by_position, by_sequence;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    by_position[rows[r].position] += double{norms[r]} * norms[r];
+  }
+  const int tokens = std::max(ShareOf(options.token_share, by_position.size()), 2);
+  std::set<int> positions = Largest(by_position, tokens);
+  const int first = by_position.begin()->first;
+  if (tokens <= kTiny && !positions.contains(first)) {
+    positions.erase(positions.begin());
+    positions.insert(first);
+  }
+  for (size_t r = 0; r < rows.size(); ++r) {
+    if (!positions.contains(rows[r].position)) continue;
+    by_sequence[rows[r].sequence] += double{norms[r]} * norms[r];
+  }
+  const std::set<int> sequences =
+      Largest(by_sequence, std::max(ShareOf(options.sequence_share, by_sequence.size()), 1));
+  std::vector<int> chosen;
+  for (size_t r = 0; r < rows.size(); ++r) {
+    if (positions.contains(rows[r].position) && sequences.contains(rows[r].sequence)) {
+      chosen.push_back(static_cast<int>(r));
+    }
+  }
+  return chosen;
+}
+
+}  // namespace
+
+std::vector<int> ChooseProbeRows(const ProbeOptions& options, std::span<const float> norms,
+                                 std::span<const ProbeRow> rows) {
+  if (rows.empty()) return {};
+  if (options.rows == ProbeOptions::Rows::kTopNorm) return TopNormRows(options, norms, rows);
+  size_t count = rows.size();
+  if (options.rows == ProbeOptions::Rows::kSpread) {
+    count = TopNormRows(options, norms, rows).size();
+  }
+  std::vector<int> chosen(count);
+  for (size_t i = 0; i < count; ++i) {
+    chosen[i] = static_cast<int>((2 * i + 1) * rows.size() / (2 * count));
+  }
+  return chosen;
+}
+
+std::vector<float> FusedEnergy(const ProbeOptions& options, const History& history, int layer,
+                               ConstMatrix hidden, std::span<const ProbeRow> rows) {
+  struct Probed {
+    std::vector<float> squares;
+    std::set<int> positions;
+    int rows = 0;
+  };
+  std::map<int, Probed> buckets;
+  for (int r = 0; r < hidden.rows; ++r) {
+    Probed& probed = buckets[history.BucketOf(rows[r].position)];
+    probed.squares.resize(hidden.cols);
+    probed.positions.insert(rows[r].position);
+    ++probed.rows;
+    const float* const h = hidden.row(r);
+    for (int c = 0; c < hidden.cols; ++c) probed.squares[c] += h[c] * h[c];
+  }
+  std::vector<float> fused(hidden.cols);
+  for (const auto& [bucket, probed] : buckets) {
+    const std::span<const float> past = history.Energy(layer, bucket);
+    const auto positions = static_cast<float>(probed.positions.size());
+    for (int c = 0; c < hidden.cols; ++c) {
+      const float p = probed.squares[c] / static_cast<float>(probed.rows);
+      const float v = options.fuse ? past[c] : p;
+      const float g = p / (p + v + 1e-6f);
+      fused[c] += positions * (options.fuse ? g * p + (1 - g) * v : p);
+    }
+  }
+  return fused;
+}
+
+std::vector<int32_t> Probe::Rank(int layer, ConstMatrix hidden,
+                                 std::span<const ProbeRow> rows) const {
+  return RankByScore(Scores(Importance::kPpsp, FusedEnergy(options_, history_, layer, hidden, rows),
+                            {}, norms_[layer]));
+}
+
+void Probe::Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
+                   std::span<const int32_t> channels) {
+  if (options_.keep >= 1) return;
+  std::vector<int> positions;
+  for (const ProbeRow& row : rows) positions.push_back(row.position);
+  history_.Update(layer, hidden, positions, channels, options_.keep);
+}
+
+}  // namespace espalier

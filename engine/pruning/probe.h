@@ -1,0 +1,69 @@
+// Probe Pruning's look ahead: some rows of a step go through a layer's full MLP first, and what
+// their channels hold, fused with history, says which channels the step keeps (arXiv 2502.15618).
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "engine/pruning/history.h"
+#include "kernels/tensor.h"
+
+namespace espalier {
+
+struct ProbeOptions {
+  enum class Rows : uint8_t {
+    kTopNorm,  // published: positions of the largest residual norms, then sequences of them
+    kSpread,   // as many, evenly spread over all rows
+    kAll,      // every row: full-batch probing, the published upper bound
+  };
+  Rows rows = Rows::kTopNorm;
+  double token_share = 0.5;      // of positions; at least 2
+  double sequence_share = 0.05;  // of sequences; at least 1
+  bool fuse = true;              // with history
+  double keep = 0.99;            // of history at an update; 1: frozen
+};
+
+// A row of a step: which sequence, and where in it.
+struct ProbeRow {
+  int sequence = 0;
+  int position = 0;
+};
+
+// Rows to probe, ascending. `norms`: |residual| of each row, before the layer's norm. By kTopNorm
+// s = max(ceil(share * positions), 2) positions of the largest root of summed squares over
+// sequences, position 0 among them if s <= 10; then ceil(share * sequences) sequences by the same
+// over those positions.
+std::vector<int> ChooseProbeRows(const ProbeOptions& options, std::span<const float> norms,
+                                 std::span<const ProbeRow> rows);
+
+// What Probe Pruning carries from step to step. Not thread-safe.
+class Probe {
+ public:
+  // `norms`: DownNorms by kPpsp of each layer, [layers][channels].
+  Probe(const ProbeOptions& options, History history, std::vector<std::vector<float>> norms)
+      : options_(options), history_(std::move(history)), norms_(std::move(norms)) {}
+
+  const ProbeOptions& options() const { return options_; }
+
+  // The layer's channels, best first, by FusedEnergy of the rows probed times their norms.
+  std::vector<int32_t> Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows) const;
+
+  // After the step itself: hidden [rows, channels.size()] of the channels that it kept.
+  void Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
+              std::span<const int32_t> channels);
+
+ private:
+  ProbeOptions options_;
+  History history_;
+  std::vector<std::vector<float>> norms_;
+};
+
+// F [channels]: the sum over probed positions (or buckets, times their positions) of P fused with
+// V: g P + (1 - g) V, g = P / (P + V + 1e-6), where P is the mean of h^2 over the sequences probed
+// there. hidden [rows probed, channels].
+std::vector<float> FusedEnergy(const ProbeOptions& options, const History& history, int layer,
+                               ConstMatrix hidden, std::span<const ProbeRow> rows);
+
+}  // namespace espalier
