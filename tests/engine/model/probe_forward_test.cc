@@ -1,0 +1,124 @@
+// The probe in the forward pass: what it ranks is what is kept, in prefill and after it, and rows
+// that keep all do not notice.
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "engine/model/sampler.h"
+#include "gtest/gtest.h"
+#include "tests/engine/model/forward_harness.h"
+
+namespace espalier {
+namespace {
+
+constexpr int kKept = 64;  // of 96
+
+std::vector<int32_t> RandomIds(int count, uint64_t seed) {
+  std::vector<int32_t> ids(count);
+  for (int i = 0; i < count; ++i) ids[i] = static_cast<int32_t>(UniformAt(seed, i) * 320);
+  return ids;
+}
+
+Ladder Narrow(const SiteWidths& widths) {
+  KeepProfile keep = KeepProfile::Dense(widths);
+  for (int layer = 0; layer < widths.layers; ++layer) keep.Keep(layer, SiteKind::kChannels, kKept);
+  Ladder ladder = Ladder::DenseOnly(widths);
+  EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep}));
+  return ladder;
+}
+
+class ProbeForwardTest : public ::testing::TestWithParam<WeightPlan> {
+ protected:
+  ProbeForwardTest()
+      : model_(ESPALIER_SOURCE_DIR "/tests/golden/data/tiny-llama.gguf",
+               {.weights = GetParam(), .sequences = 3}),
+        widths_(model_.file().config().sites()) {}
+
+  // A prompt and three decode rows of sequence 0 on rung 1, beside a prompt on rung 0; logits of
+  // all steps.
+  struct Run {
+    std::vector<float> narrow, dense;
+  };
+  Run Serve() {
+    const std::vector<int32_t> ids = RandomIds(23, 1), other = RandomIds(9, 2);
+    const std::span<const int32_t> all(ids);
+    Run run;
+    for (int start = 0; start < 23; start = start == 0 ? 20 : start + 1) {
+      const ForwardHarness::Chunk mine{.sequence = 0,
+                                       .start = start,
+                                       .ids = all.subspan(start, start == 0 ? 20 : 1),
+                                       .rung = 1,
+                                       .decode = start > 0};
+      const ForwardHarness::Chunk beside{.sequence = 1, .ids = other};
+      const ForwardHarness::Chunk chunks[] = {beside, mine};
+      const std::vector<float> logits = model_.Step(chunks);
+      const auto border = logits.begin() + 9 * 320;
+      run.dense.insert(run.dense.end(), logits.begin(), border);
+      run.narrow.insert(run.narrow.end(), border, logits.end());
+    }
+    return run;
+  }
+
+  // By norms that are zero for every third channel, which therefore leaves.
+  Probe ThirdsLeave(ProbeOptions options) {
+    std::vector<float> norms(widths_.channels, 1);
+    for (int c = 0; c < widths_.channels; c += 3) norms[c] = 0;
+    return Probe(options, History(widths_.layers, widths_.channels),
+                 std::vector<std::vector<float>>(widths_.layers, norms));
+  }
+
+  void RankThirdsLast() {
+    std::vector<int32_t> ranking;
+    for (int c = 0; c < widths_.channels; ++c) {
+      if (c % 3 != 0) ranking.push_back(c);
+    }
+    for (int c = 0; c < widths_.channels; c += 3) ranking.push_back(c);
+    for (int layer = 0; layer < widths_.layers; ++layer) {
+      EXPECT_TRUE(model_.selector().SetRanking(layer, SiteKind::kChannels, ranking));
+    }
+  }
+
+  ForwardHarness model_;
+  SiteWidths widths_;
+};
+
+TEST_P(ProbeForwardTest, KeepsWhatItRanksFirst) {
+  model_.SetLadder(Narrow(widths_));
+  const Run natural = Serve();
+  Probe probe = ThirdsLeave({.rows = ProbeOptions::Rows::kAll, .fuse = false});
+  model_.decoder().set_probe(&probe);
+  const Run probed = Serve();
+  model_.decoder().set_probe(nullptr);
+
+  RankThirdsLast();
+  model_.SetLadder(Narrow(widths_));
+  const Run ranked = Serve();
+  ASSERT_EQ(probed.narrow.size(), ranked.narrow.size());
+  const auto off = [&](const Run& run) {
+    double sum = 0;
+    for (size_t i = 0; i < ranked.narrow.size(); ++i) {
+      sum += std::abs(run.narrow[i] - ranked.narrow[i]);
+    }
+    return sum / static_cast<double>(ranked.narrow.size());
+  };
+  // The same channels in another order; integers group them otherwise.
+  EXPECT_LT(off(probed), (GetParam() == WeightPlan::kF32 ? 1e-5 : 0.2) * off(natural));
+  EXPECT_GT(off(natural), 0.05) << "which channels stay makes no difference";
+  EXPECT_EQ(probed.dense, ranked.dense) << "rows that keep all";
+}
+
+TEST_P(ProbeForwardTest, UpdatesHistoryOfMixedSteps) {
+  model_.SetLadder(Narrow(widths_));
+  for (const auto rows : {ProbeOptions::Rows::kTopNorm, ProbeOptions::Rows::kSpread}) {
+    Probe probe = ThirdsLeave({.rows = rows, .keep = 0.5});
+    model_.decoder().set_probe(&probe);
+    for (const float value : Serve().narrow) ASSERT_TRUE(std::isfinite(value));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Weights, ProbeForwardTest,
+                         ::testing::Values(WeightPlan::kF32, WeightPlan::kInt8, WeightPlan::kInt4),
+                         [](const auto& info) { return std::string(WeightPlanName(info.param)); });
+
+}  // namespace
+}  // namespace espalier

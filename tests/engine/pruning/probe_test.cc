@@ -1,0 +1,89 @@
+#include "engine/pruning/probe.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace espalier {
+namespace {
+
+using testing::ElementsAre;
+using testing::FloatNear;
+using Rows = ProbeOptions::Rows;
+
+// Sequences of the lengths given, end to end.
+std::vector<ProbeRow> RowsOf(const std::vector<int>& lengths) {
+  std::vector<ProbeRow> rows;
+  for (size_t s = 0; s < lengths.size(); ++s) {
+    for (int p = 0; p < lengths[s]; ++p) rows.push_back({static_cast<int>(s), p});
+  }
+  return rows;
+}
+
+TEST(ProbeRows, AreTokensFirstThenSequences) {
+  const std::vector<ProbeRow> rows = RowsOf({4, 4});
+  //                     sequence 0: 1 9 2 3    sequence 1: 2 1 8 2
+  const float norms[] = {1, 9, 2, 3, 2, 1, 8, 2};
+  // Summed squares of positions: 5, 82, 68, 13. Two of four are a tiny probe, which has position 0
+  // in place of its first: {0, 2}, of which sequence 0 holds 5 and sequence 1 68.
+  EXPECT_THAT(ChooseProbeRows({.token_share = 0.5, .sequence_share = 0.05}, norms, rows),
+              ElementsAre(4, 6));
+  EXPECT_THAT(ChooseProbeRows({.token_share = 0.5, .sequence_share = 1}, norms, rows),
+              ElementsAre(0, 2, 4, 6));
+}
+
+TEST(ProbeRows, LeavePositionZeroOutOfAWideProbe) {
+  const std::vector<ProbeRow> rows = RowsOf({24});
+  std::vector<float> norms(24, 1);
+  for (int p = 12; p < 24; ++p) norms[p] = 2;
+  const std::vector<int> chosen = ChooseProbeRows({}, norms, rows);
+  ASSERT_EQ(chosen.size(), 12);
+  EXPECT_EQ(chosen.front(), 12);
+}
+
+TEST(ProbeRows, OfRaggedSequencesNeedNoPadding) {
+  const std::vector<ProbeRow> rows = RowsOf({1, 5, 2});
+  const std::vector<float> norms(8, 1);
+  for (const Rows by : {Rows::kTopNorm, Rows::kSpread, Rows::kAll}) {
+    const std::vector<int> chosen =
+        ChooseProbeRows({.rows = by, .token_share = 0.4, .sequence_share = 1}, norms, rows);
+    EXPECT_TRUE(std::ranges::is_sorted(chosen));
+    EXPECT_EQ(std::ranges::adjacent_find(chosen), chosen.end());
+    EXPECT_EQ(chosen.size(), by == Rows::kAll ? 8 : 5);  // positions 0 and 1: 3 + 2 rows
+  }
+  EXPECT_TRUE(ChooseProbeRows({}, {}, {}).empty());
+}
+
+TEST(FusedEnergy, WeighsTheLargerOfProbeAndHistoryMore) {
+  History history(1, 2, 4);
+  const float past[] = {2, 0};  // energies 4 and 0
+  const int at[] = {1};
+  history.Learn(0, ConstMatrix(past, 1, 2), at);
+  const float hidden[] = {1, 3, 3, 1};  // two sequences at position 1: energies 5 and 5
+  const ProbeRow rows[] = {{0, 1}, {1, 1}};
+  const std::vector<float> fused = FusedEnergy({}, history, 0, ConstMatrix(hidden, 2, 2), rows);
+  EXPECT_THAT(fused, ElementsAre(FloatNear((25 + 16) / 9.0f, 1e-5f), FloatNear(5, 1e-5f)));
+  const std::vector<float> alone =
+      FusedEnergy({.fuse = false}, history, 0, ConstMatrix(hidden, 2, 2), rows);
+  EXPECT_THAT(alone, ElementsAre(5, 5));
+}
+
+TEST(FusedEnergy, OfABucketCountsItsPositions) {
+  const History history(1, 1);
+  const float hidden[] = {1, 2, 3};  // position 0, then 1 and 2, which share a bucket
+  const ProbeRow rows[] = {{0, 0}, {0, 1}, {0, 2}};
+  EXPECT_THAT(FusedEnergy({.fuse = false}, history, 0, ConstMatrix(hidden, 3, 1), rows),
+              ElementsAre(testing::FloatEq(1 + 4 + 9)));
+}
+
+TEST(Probe, RanksByEnergyTimesNorm) {
+  Probe probe({.fuse = false}, History(1, 3), {{1, 10, 1}});
+  const float hidden[] = {3, 1, 2};
+  const ProbeRow rows[] = {{0, 5}};
+  EXPECT_THAT(probe.Rank(0, ConstMatrix(hidden, 1, 3), rows), ElementsAre(1, 0, 2));
+}
+
+}  // namespace
+}  // namespace espalier
