@@ -31,8 +31,9 @@ bench-peers: build ## Beside llama.cpp and OpenVINO GenAI, TURNS=3 in turns; ins
 	@model=$$($(SCRIPTS)/fetch_model.sh) && exec python3 tests/bench/peers/peers.py --model "$$model" \
 	  --turns $(or $(TURNS),3) $(ARGS)
 
-bench-pruning: build ## What time pruned channels save, and what a batch of mixed rungs costs
-	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/pruning_bench "$$model" $(ARGS)
+bench-pruning: build ## What pruning costs and saves, beside the published methods; TEXT=prose for one-kind rows
+	@model=$$($(SCRIPTS)/fetch_model.sh) && ESPALIER_TEXT="$(or $(TEXT),$$ESPALIER_TEXT)" exec python3 \
+	  tests/bench/pruning/pruning.py --model "$$model" $(ARGS)
 
 build: ## Build release into build/release
 	@$(SCRIPTS)/build.sh release

@@ -17,7 +17,7 @@
 
 #include <CLI/CLI.hpp>
 
-#include "engine/model/files/pruning_file.h"
+#include "engine/model/pruning_file.h"
 #include "engine/model/text/tokenizer.h"
 #include "engine/pruning/importance.h"
 #include "engine/pruning/refit.h"
@@ -387,7 +387,7 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("PATH")
       ->required();
   sub->add_option("--tokens", options->tokens, "Tokens to calibrate with, of all kinds")
-      ->type_name("COUNT")
+      ->type_name("TOKENS")
       ->check(CLI::Range(1000, 100'000'000))
       ->capture_default_str();
   sub->add_option("--seed", options->seed, "Of the text that the model makes up")

@@ -14,7 +14,7 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
-#include "engine/model/files/pruning_file.h"
+#include "engine/model/pruning_file.h"
 #include "engine/model/text/tokenizer.h"
 #include "engine/pruning/importance.h"
 #include "engine/pruning/probe.h"
@@ -315,9 +315,10 @@ void AddEval(CLI::App& root, Action* action) {
   auto options = std::make_shared<Options>();
   CLI::App* sub = root.add_subcommand(
       "eval", "Measure what each rung of a ladder loses on texts, and what time it takes");
-  const auto number = [&](const char* name, int& value, const char* meaning, int low, int high) {
+  const auto number = [&](const char* name, int& value, const char* unit, const char* meaning,
+                          int low, int high) {
     sub->add_option(name, value, meaning)
-        ->type_name("COUNT")
+        ->type_name(unit)
         ->check(CLI::Range(low, high))
         ->capture_default_str();
   };
@@ -333,12 +334,12 @@ void AddEval(CLI::App& root, Action* action) {
   sub->add_option("--text", options->texts, "Files or folders, each of which is a kind of text")
       ->type_name("PATH")
       ->required();
-  number("--prompt", options->prompt, "Tokens of a text that are prefilled", 1, 1 << 20);
-  number("--decode", options->decode,
+  number("--prompt", options->prompt, "TOKENS", "Tokens of a text that are prefilled", 1, 1 << 20);
+  number("--decode", options->decode, "TOKENS",
          "Decode steps of a text, each of which is scored; 0: all of the prompt is", 0, 1 << 20);
-  number("--batch", options->batch, "Texts that run together", 1, 4096);
-  number("--count", options->count, "Texts, of all kinds", 1, 1 << 20);
-  number("--step-rows", options->step_rows, "Rows of a step", 1, 65536);
+  number("--batch", options->batch, "COUNT", "Texts that run together", 1, 4096);
+  number("--count", options->count, "COUNT", "Texts, of all kinds", 1, 1 << 20);
+  number("--step-rows", options->step_rows, "COUNT", "Rows of a step", 1, 65536);
   const char* probing = "Probe Pruning: channels chosen anew in each step with prefill rows";
   sub->add_option("--probe", options->probe,
                   "Which rows look ahead; top-norm: the published rule; spread: as many, evenly; "
@@ -363,7 +364,7 @@ void AddEval(CLI::App& root, Action* action) {
       ->type_name("PATH")
       ->group(probing);
   sub->add_option("--history-tokens", options->history_tokens, "Tokens of it")
-      ->type_name("COUNT")
+      ->type_name("TOKENS")
       ->check(CLI::Range(1, 100'000'000))
       ->capture_default_str()
       ->group(probing);

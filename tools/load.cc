@@ -136,6 +136,11 @@ void AddLoad(CLI::App& root, Action* action) {
   count("--prompt-tokens", shape.prompt_tokens, "TOKENS", "Length of each prompt, random ids");
   count("--max-tokens", shape.max_tokens, "TOKENS",
         "Tokens drawn by each call, greedy; end tokens do not end it");
+  sub->add_option("--rung", shape.rung,
+                  "Rung of the ladder that calls ask for; -1: as the server's policy says")
+      ->type_name("RUNG")
+      ->check(CLI::Range(-1, 63))
+      ->capture_default_str();
   sub->add_option("--seed", shape.seed, "Seed of prompts and arrivals; new prompts need a new one")
       ->type_name("NUMBER")
       ->check(Unsigned64())

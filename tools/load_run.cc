@@ -111,6 +111,7 @@ v1::GenerateRequest Generator::RandomRequest() {
   }
   request.mutable_sampling()->set_temperature(0);
   request.mutable_stop()->set_max_tokens(shape_.max_tokens);
+  if (shape_.rung >= 0) request.mutable_prune()->set_rung(shape_.rung);
   request.mutable_stop()->set_ignore_eos(true);
   return request;
 }

@@ -21,6 +21,7 @@ struct LoadShape {
   double duration = 0;      // seconds in which calls begin; 0: until all requests are made
   int prompt_tokens = 128;  // random ids
   int max_tokens = 128;     // drawn by each, end tokens ignored
+  int rung = -1;            // of the ladder; -1: as the server's policy says
   int vocabulary = 0;
   uint64_t seed = 1;  // of arrivals and prompts
 };

@@ -3,7 +3,8 @@
 //
 //   pruning_bench MODEL [TURNS]
 //
-// Which channels stay matters to quality and not to time: here it is the first of each layer.
+// Which channels stay, and what `down` is refitted to, matters to quality and not to time: here it
+// is the first of each layer, and zeros, in the 4 bits that calibration writes.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -48,6 +49,26 @@ double ShareOfBlocks(const ModelConfig& config, const KeepProfile& keep) {
   }
   return left / CostsOfBlocks(config).all;
 }
+
+class ZeroRefits final : public ChannelSelector {
+ public:
+  explicit ZeroRefits(const ModelConfig& config)
+      : rankings_(config.sites()),
+        hidden_(config.hidden),
+        groups_(static_cast<size_t>(config.hidden) * config.channels / kQuantGroup) {}
+
+  std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
+    return rankings_.Ranking(layer, kind);
+  }
+  std::span<const FourBitGroup> Refit(int /*layer*/, int count) const override {
+    return std::span(groups_).first(static_cast<size_t>(hidden_) * count / kQuantGroup);
+  }
+
+ private:
+  StaticSelector rankings_;
+  int hidden_;
+  std::vector<FourBitGroup> groups_;
+};
 
 // Leaves out about `share` of the blocks' multiplications, as channels of all but the first layers.
 KeepProfile Narrowed(const ModelConfig& config, double share) {
@@ -106,11 +127,13 @@ int Main(int argc, char** argv) {
     if (!ladder.Append({.prefill = keep, .decode = keep})) return 1;
   }
   const uint64_t bare = model->executor->ledger({}).weights;
-  const absl::Status made = model->executor->SetLadder(ladder, StaticSelector(config.sites()));
+  const ZeroRefits refits(config);
+  const absl::Status made = model->executor->SetLadder(ladder, refits);
   if (!made.ok()) {
     fmt::print(stderr, "pruning_bench: {}\n", made.ToString());
     return 1;
   }
+  const Ladder dense_only = Ladder::DenseOnly(config.sites());
   const double panels = static_cast<double>(model->executor->ledger({}).weights - bare);
   const BenchEngine engine{.executor = model->executor.get(),
                            .geometry = model->executor->kv_geometry(),
@@ -119,7 +142,7 @@ int Main(int argc, char** argv) {
                            .step_rows = kStepRows};
 
   const Shape shapes[] = {
-      {"prefill_512", {.batch = 1, .prompt = 512, .generate = 1}, true},
+      {"prefill", {.batch = 1, .prompt = 512, .generate = 1}, true},
       {"prefill_8x128", {.batch = 8, .prompt = 128, .generate = 1}, true},
       {"decode_b1", {.batch = 1, .prompt = 128, .generate = 96}, false},
       {"decode_b8", {.batch = 8, .prompt = 128, .generate = 64}, false},
@@ -128,8 +151,23 @@ int Main(int argc, char** argv) {
   };
   const std::vector<std::vector<int>> lots = {{0}, {1}, {2}, {0, 1, 2}};
   std::map<std::pair<std::string, size_t>, std::vector<Step>> steps;  // [turns]
+  std::map<std::string, std::vector<double>> bare_steps;              // without panels, [turns]
   CpuWatch watch;
   for (int turn = 0; turn < turns; ++turn) {
+    // Dense with the machinery there and without, one right after the other.
+    for (const Shape& shape : shapes) {
+      if (!model->executor->SetLadder(dense_only, refits).ok()) return 1;
+      for (const bool with_panels : {false, true}) {
+        if (with_panels && !model->executor->SetLadder(ladder, refits).ok()) return 1;
+        const absl::StatusOr<BenchResult> result =
+            RunBench(engine, shape.shape, turn + 1, [](int64_t, int64_t) {});
+        if (!result.ok()) return 1;
+        const StepTotals& totals = shape.prefill ? result->prefill : result->decode;
+        double& ratio =
+            with_panels ? bare_steps[shape.name].back() : bare_steps[shape.name].emplace_back(1);
+        ratio = with_panels ? StepOf(totals).all / ratio : StepOf(totals).all;
+      }
+    }
     for (const Shape& shape : shapes) {
       for (size_t lot = 0; lot < lots.size(); ++lot) {
         BenchShape run = shape.shape;
@@ -155,6 +193,7 @@ int Main(int argc, char** argv) {
              model->threads, turns, panels / 1e6);
   fmt::print("{:>14} {:>12} {:>10} {:>10} {:>10} {:>12}\n", "", "of blocks", "ms a step", "ideal",
              "got", "of saving");
+  double worst_area = 0, worst_rung0 = 0;
   for (const Shape& shape : shapes) {
     const auto step = [&](int lot, int turn) -> const Step& {
       return steps[{shape.name, lot}][turn];
@@ -172,6 +211,10 @@ int Main(int argc, char** argv) {
                  100 * got, 100 * (1 - got) / (1 - ideal));
       figures[fmt::format("ideal_{}_{}", shape.name, rung * 20)] = (1 - got) / (1 - ideal);
     }
+    const double rung0 = MedianOf(turns, [&](int t) { return bare_steps[shape.name][t]; });
+    fmt::print("{:>14} {:>12} {:>32.1f} % of the time without panels\n", "", "rung 0", 100 * rung0);
+    figures[fmt::format("rung0_cost_{}", shape.name)] = rung0 - 1;
+    worst_rung0 = std::max(worst_rung0, rung0 - 1);
     if (shape.shape.batch < 8) continue;
     const double over = median([&](int t) {
       double area = 0;
@@ -181,13 +224,16 @@ int Main(int argc, char** argv) {
     fmt::print("{:>14} {:>12} {:>10.3f} {:>21.1f} % of the area\n", "", "all three",
                1e3 * median([&](int t) { return step(3, t).all; }), 100 * over);
     figures[fmt::format("staircase_over_area_{}", shape.name)] = over;
+    worst_area = std::max(worst_area, over);
   }
+  figures["staircase_over_area"] = worst_area;
+  figures["rung0_cost"] = worst_rung0;
   if (const auto others = watch.OthersShare()) {
     figures["others_cpu_share"] = *others;
     if (*others > 0.05)
       fmt::print("warning: other processes took {:.0f} % of the cores\n", 100 * *others);
   }
-  const std::string out = ESPALIER_FIGURES "/bench-pruning.json";
+  const std::string out = ESPALIER_FIGURES "/bench-pruning-speed.json";
   std::filesystem::create_directories(ESPALIER_FIGURES);
   std::ofstream(out) << figures.dump(2) << "\n";
   fmt::print("\nfigures: {}\n", out);

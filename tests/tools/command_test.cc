@@ -67,7 +67,7 @@ TEST(Command, HelpListsSubcommandsAndExitCodes) {
   EXPECT_EQ(help.code, 0);
   EXPECT_EQ(help.err, "");
   for (const char* text : {"chat", "generate", "score", "tokenize", "load", "health", "bench",
-                           "ESPALIER_TOP_K", "--config", "130"}) {
+                           "calibrate", "eval", "ESPALIER_TOP_K", "--config", "130"}) {
     EXPECT_THAT(help.out, HasSubstr(text));
   }
 }
@@ -95,7 +95,7 @@ TEST_P(HelpOf, TellsUnitsRangesAndDefaults) {
 
 INSTANTIATE_TEST_SUITE_P(EverySubcommand, HelpOf,
                          testing::Values("chat", "generate", "score", "tokenize", "load", "health",
-                                         "bench"));
+                                         "bench", "calibrate", "eval"));
 
 TEST(Command, UnknownOptionIsNamedInOneLine) {
   const Outcome outcome = RunWith({"generate", "hello", "--no-such-option"});

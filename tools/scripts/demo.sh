@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# First contact: builds, serves the model on a free port, streams an answer, runs a burst, drains.
+# First contact: builds, calibrates once, serves the model on a free port, streams an answer, then the
+# same one from pruned rungs, runs a burst on each, drains.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 bin=build/release/bin
@@ -25,9 +26,24 @@ model=$(tools/scripts/fetch_model.sh) || exit 1
 
 rm -rf $work
 mkdir -p $work
+ladder=build/ladders/$(basename "${model%.gguf}").ladder
+if [ ! -s "$ladder" ]; then
+  say "Measuring what the model can spare, once: a minute or two"
+  python3 tests/bench/pruning/texts.py $work/texts >/dev/null 2>&1
+  texts=($work/texts/calibrate/*.txt)
+  [ -s "${texts[0]}" ] || texts=(self)  # a machine without any text
+  mkdir -p build/ladders
+  $bin/espalier calibrate --model "$model" --text "${texts[@]}" --tokens 30000 --ratios 0.2,0.4 \
+    --out "$ladder" >$work/calibrate.log || ladder=  # a shape that panels cannot have: dense only
+fi
+rungs=(0)
+if [ -s "$ladder" ]; then
+  grep '^rung' "$ladder"
+  mapfile -t rungs < <(sed -n 's/^rung \([0-9]*\) .*/\1/p' "$ladder")
+fi
 say "Serving $(basename "$model")"
 began=$SECONDS
-$bin/espalier-server --model "$model" --host 127.0.0.1 --port 0 --port-file $work/port \
+$bin/espalier-server --model "$model" ${ladder:+--ladder "$ladder"} --host 127.0.0.1 --port 0 --port-file $work/port \
   --metrics-port -1 >$work/server.log 2>&1 &
 server=$!
 while [ ! -s $work/port ]; do
@@ -45,10 +61,18 @@ say "> Why is the sky blue?"
 $bin/espalier chat --address "$address" --deadline 120 --temperature 0 --max-tokens 96 \
   --once "Why is the sky blue?" || fail "no answer"
 
-say "16 requests at once, 64 + 64 tokens each"
-$bin/espalier load --address "$address" --requests 16 --concurrency 16 --prompt-tokens 64 \
-  --max-tokens 64 --deadline 300 | tee $work/load.txt || fail "the burst failed"
-grep -q '^16 calls, 16 finished,' $work/load.txt || fail "not all of the burst finished (above)"
+for rung in "${rungs[@]:1}"; do
+  say "> Why is the sky blue?   (rung $rung: fewer channels, faster, a loss that is told)"
+  $bin/espalier chat --address "$address" --deadline 120 --temperature 0 --max-tokens 96 \
+    --rung $rung --once "Why is the sky blue?" || fail "no answer at rung $rung"
+done
+
+for rung in "${rungs[@]}"; do
+  say "16 requests at once, 64 + 64 tokens each, at rung $rung"
+  $bin/espalier load --address "$address" --requests 16 --concurrency 16 --prompt-tokens 64 \
+    --max-tokens 64 --rung $rung --deadline 300 | tee $work/load.txt || fail "the burst failed"
+  grep -q '^16 calls, 16 finished,' $work/load.txt || fail "not all of the burst finished (above)"
+done
 
 say "Draining"
 kill -TERM $server

@@ -1,4 +1,4 @@
-#include "engine/model/files/pruning_file.h"
+#include "engine/model/pruning_file.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
