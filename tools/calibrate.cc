@@ -52,7 +52,7 @@ struct Options {
   std::vector<double> ratios = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6};
   int dense_layers = 3;
   std::string rank = "elimination";
-  bool refit = true;
+  bool no_refit = false;
   std::string out;
 };
 
@@ -253,7 +253,7 @@ absl::StatusOr<PruningData> Fit(const Options& options, const Ladder& ladder, co
     const DownSite site{config.hidden, config.channels, down, mean};
     PruningData::Layer& made = data.layers[layer];
     made.ranking = Rank(options.rank, site, layer, moments);
-    for (int rung = 1; options.refit && rung < ladder.size(); ++rung) {
+    for (int rung = 1; !options.no_refit && rung < ladder.size(); ++rung) {
       const int kept = ladder.rung(rung).decode.kept(layer, SiteKind::kChannels);
       if (kept == 0 || kept == config.channels || Interrupt::raised()) continue;
       made.refits[kept] = RefitDown(site, std::span(made.ranking).first(kept));
@@ -363,7 +363,7 @@ absl::Status Run(const Options& options) {
   }
   std::string told =
       fmt::format("espalier calibrate: {}, ranked by {}{}, {} tokens of", config.name, options.rank,
-                  options.refit ? "" : ", not refitted", moments.tokens(config.layers - 1));
+                  options.no_refit ? ", not refitted" : "", moments.tokens(config.layers - 1));
   for (const auto& [kind, windows] : corpus->held_out) told += " " + kind;
   told += fmt::format("\nmeasured on {}, {} threads, batch 8, weights {}, kv {}\n", MachineName(),
                       model->threads, executor->weight_types(), KvTypeName(model->kv));
@@ -400,9 +400,8 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->delimiter(',')
       ->check(Within(0.01, 0.95))
       ->default_str("0.1,0.2,0.3,0.4,0.5,0.6");
-  sub->add_option("--dense-layers", options->dense_layers,
-                  "First layers to leave whole; the others make up for them")
-      ->type_name("COUNT")
+  sub->add_option("--dense-layers", options->dense_layers, "First layers to leave whole")
+      ->type_name("TOKENS")
       ->check(CLI::Range(0, 1023))
       ->capture_default_str();
   std::vector<std::string> ranks = {"elimination"};
@@ -413,7 +412,7 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("NAME")
       ->check(CLI::IsMember(ranks))
       ->capture_default_str();
-  sub->add_flag("!--no-refit", options->refit,
+  sub->add_flag("--no-refit", options->no_refit,
                 "Leave the weights of the channels that stay as loaded");
   sub->add_option("--out", options->out,
                   "The ladder to write; the rankings and refitted weights lie beside it, as "
