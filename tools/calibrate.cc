@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <cstdio>
 #include <fstream>
 #include <limits>
 #include <map>
@@ -56,7 +57,7 @@ struct Options {
   std::string out;
 };
 
-absl::Status Cancelled() { return absl::CancelledError("interrupted; nothing was written"); }
+absl::Status Cancelled() { return absl::CancelledError("interrupted; no ladder was written"); }
 
 // Texts to calibrate with and others, of the same kinds, to measure losses on.
 struct Corpus {
@@ -136,9 +137,9 @@ absl::Status Sum(const Corpus& corpus, int dense_layers, ModelExecutor* executor
   });
   for (size_t i = 0; i < corpus.windows.size() && failed.ok(); ++i) {
     if (Interrupt::raised()) failed = Cancelled();
-    // The last token is predicted, and is no row: nothing asks for logits here.
     const ForcedText text{.tokens = corpus.windows[i],
-                          .prompt = static_cast<int>(corpus.windows[i].size())};
+                          .prompt = static_cast<int>(corpus.windows[i].size()),
+                          .scored = false};
     failed.Update(RunForced(executor, kStepRows, {&text, 1}).status());
     bar.Update(static_cast<int64_t>(i) + 1, static_cast<int64_t>(corpus.windows.size()));
   }
@@ -276,8 +277,19 @@ absl::Status WriteText(const std::string& path, const std::string& text) {
               : absl::UnavailableError(fmt::format("{}: cannot be written", path));
 }
 
+// That both files can be written, before minutes are spent on what goes into them.
+absl::Status CheckWritable(const std::string& out) {
+  const std::string probe = ChannelsPathOf(out) + ".new";
+  const bool opened = std::ofstream(probe, std::ios::binary).is_open();
+  std::remove(probe.c_str());
+  return opened ? absl::OkStatus()
+                : absl::UnavailableError(fmt::format("--out: {}: cannot be written", out));
+}
+
 absl::Status Run(const Options& options) {
   const Interrupt interrupt([] {});
+  const std::string out = options.out.empty() ? LadderPathOf(options.model.model) : options.out;
+  if (absl::Status status = CheckWritable(out); !status.ok()) return status;
   absl::StatusOr<LocalModel> model = LoadLocalModel(
       options.model, int64_t{WantsSelf(options) ? kSelfBatch : 8} * PagedTokens(options.window + 1),
       kStepRows);
@@ -300,7 +312,6 @@ absl::Status Run(const Options& options) {
   if (planned.size() == 1) {
     return absl::InvalidArgumentError("--ratios: none of them narrows this model");
   }
-  const std::string out = options.out.empty() ? LadderPathOf(options.model.model) : options.out;
 
   ModelExecutor* executor = model->executor.get();
   SecondMoments moments(config.layers, config.channels, model->backend.get());

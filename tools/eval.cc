@@ -189,7 +189,7 @@ void Print(const Options& options, const nlohmann::ordered_json& report) {
     const double lost =
         std::exp(rung["loss"].get<double>()) - std::exp(first["loss"].get<double>());
     const double saved = first["seconds"].get<double>() - rung["seconds"].get<double>();
-    const bool timed = !options.mixed && saved > 0 && rung["rung"] != first["rung"];
+    const bool timed = !options.mixed && saved > 0.02 * first["seconds"].get<double>();
     std::string kinds;
     for (const auto& [kind, value] : rung["above_first_by_kind"].items()) {
       kinds += fmt::format(" {} {:.2f}", kind, value.get<double>());
@@ -246,7 +246,7 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
     for (const TextKind& kind : *texts) all += static_cast<int64_t>(kind.windows.size());
     for (const TextKind& kind : *texts) {
       for (const std::vector<int32_t>& tokens : kind.windows) {
-        const ForcedText text{.tokens = tokens, .prompt = window};
+        const ForcedText text{.tokens = tokens, .prompt = window, .scored = false};
         const absl::Status status = RunForced(executor, options.step_rows, {&text, 1}).status();
         if (!status.ok()) return status;
         if (Interrupt::raised()) return absl::CancelledError("interrupted");

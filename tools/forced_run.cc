@@ -78,7 +78,8 @@ absl::StatusOr<ForcedResult> RunForced(ModelExecutor* executor, int step_rows,
     return absl::OkStatus();
   };
   for (size_t i = 0; i < texts.size(); ++i) {
-    const bool scored = texts[i].prompt == static_cast<int>(texts[i].tokens.size());
+    const bool scored =
+        texts[i].scored && texts[i].prompt == static_cast<int>(texts[i].tokens.size());
     for (int start = 0; start < texts[i].prompt;) {
       if (batch.rows() == step_rows) {
         if (const absl::Status status = run(); !status.ok()) return status;
@@ -98,7 +99,7 @@ absl::StatusOr<ForcedResult> RunForced(ModelExecutor* executor, int step_rows,
         if (const absl::Status status = run(); !status.ok()) return status;
       }
       AddSpan(texts[i], static_cast<int>(i), static_cast<int>(at), 1, /*decode=*/true,
-              /*scored=*/true, tables[i], &batch);
+              texts[i].scored, tables[i], &batch);
     }
     if (const absl::Status status = run(); !status.ok()) return status;
   }

@@ -15,6 +15,7 @@ struct ForcedText {
   std::span<const int32_t> tokens;  // at least 2
   int prompt = 0;                   // of these, prefilled; all: nothing is decoded
   int rung = 0;
+  bool scored = true;  // false: nothing is predicted, which saves the LM head
 };
 
 struct ForcedResult {
