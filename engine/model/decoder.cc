@@ -275,6 +275,7 @@ absl::Status Decoder::MakeChannelPanels(int layer, const ChannelSelector& select
   const Layer& weights = layers_[layer];
   const std::span<const int32_t> ranking = selector.Ranking(layer, SiteKind::kChannels);
   panels->channels.assign(ranking.begin(), ranking.end());
+  panels->widest = *counts.rbegin();
   absl::Status status = Gather({{&weights.gate, &panels->gate}, {&weights.up, &panels->up}},
                                panels->channels, backend_);
   int widest = 0;  // of the counts that share one panel
@@ -431,9 +432,9 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
   // Few rows that keep all channels join those that keep some at gate and up, to open those weights
   // once. Many do better by themselves: their channels are then quantised where they are made.
   constexpr int kFewRows = 32;
-  const bool join =
-      narrow_rows > 0 && whole_rows <= kFewRows && !channel_observer_ && probe_ == nullptr;
   if (narrow_rows > 0 && probe_ != nullptr) ProbeLayer(layer, plan, activations);
+  const bool join = narrow_rows > 0 && whole_rows <= kFewRows && !channel_observer_ &&
+                    panels.gate.rows == config_.channels;
   enum class By : uint8_t { kNothing, kPanels, kWeights };
   const auto multiplied_by = [&](const PlanStep& step) {
     const int kept = step.kept(layer, SiteKind::kChannels);
@@ -499,13 +500,10 @@ void Decoder::ProbeLayer(int layer, const StepPlan& plan, Activations* activatio
   const Layer& weights = layers_[layer];
   const int hidden = config_.hidden, channels = config_.channels;
   std::vector<int> rows;  // the plan's
-  int most = 0;
   for (int first = 0; const PlanStep& step : plan.steps) {
     const int kept = step.kept(layer, SiteKind::kChannels);
-    if (kept > 0 && kept < channels) {
-      most = std::max(most, kept);
-      for (int r = first; !step.decode && r < first + step.rows; ++r) rows.push_back(r);
-    }
+    const bool probed = kept > 0 && kept < channels && !step.decode;
+    for (int r = first; probed && r < first + step.rows; ++r) rows.push_back(r);
     first += step.rows;
   }
   if (rows.empty()) return;
@@ -535,12 +533,13 @@ void Decoder::ProbeLayer(int layer, const StepPlan& plan, Activations* activatio
   backend_->MatMul({.x = normed, .targets = targets});
   backend_->SwiGlu({.gate = made, .up = other, .out = made});
   Panels panels;
+  panels.widest = panels_[layer].widest;
   panels.heads = panels_[layer].heads;
   panels.q = panels_[layer].q;
   panels.o = panels_[layer].o;
   panels.q_bias = panels_[layer].q_bias;
   panels.channels = probe_->Rank(layer, made, probed);
-  const auto kept = std::span<const int32_t>(panels.channels).first(most);
+  const auto kept = std::span<const int32_t>(panels.channels).first(panels.widest);
   const absl::Status status = Gather(
       {{&weights.gate, &panels.gate}, {&weights.up, &panels.up}, {&weights.down, &panels.down}},
       kept, backend_);

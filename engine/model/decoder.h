@@ -111,8 +111,9 @@ class Decoder {
     std::vector<int32_t> heads;
     Weight q, o;
     std::vector<float> q_bias;
-    std::vector<int32_t> channels;  // all, best first
-    Weight gate, up, down;
+    std::vector<int32_t> channels;   // all, best first
+    int widest = 0;                  // the most channels that a rung keeps of some
+    Weight gate, up, down;           // of all, but after a probe of the widest only
     std::map<int, Weight> refitted;  // `down` of a count of channels, in place of the one for all
 
     const Weight& DownOf(int kept) const {

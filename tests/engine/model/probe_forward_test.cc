@@ -20,10 +20,12 @@ std::vector<int32_t> RandomIds(int count, uint64_t seed) {
 }
 
 Ladder Narrow(const SiteWidths& widths) {
-  KeepProfile keep = KeepProfile::Dense(widths);
-  for (int layer = 0; layer < widths.layers; ++layer) keep.Keep(layer, SiteKind::kChannels, kKept);
   Ladder ladder = Ladder::DenseOnly(widths);
-  EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep}));
+  for (const int kept : {kKept, 32}) {
+    KeepProfile keep = KeepProfile::Dense(widths);
+    for (int layer = 0; layer < widths.layers; ++layer) keep.Keep(layer, SiteKind::kChannels, kept);
+    EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep}));
+  }
   return ladder;
 }
 
@@ -114,6 +116,28 @@ TEST_P(ProbeForwardTest, UpdatesHistoryOfMixedSteps) {
     model_.decoder().set_probe(&probe);
     for (const float value : Serve().narrow) ASSERT_TRUE(std::isfinite(value));
   }
+}
+
+TEST_P(ProbeForwardTest, LeavesPanelsThatEveryRungCanUse) {
+  model_.SetLadder(Narrow(widths_));
+  Probe probe = ThirdsLeave({});
+  const std::vector<int32_t> ids = RandomIds(20, 3);
+  const std::span<const int32_t> all(ids);
+  const auto step = [&](int sequence, int start, int count, int rung) {
+    const ForwardHarness::Chunk chunk{.sequence = sequence,
+                                      .start = start,
+                                      .ids = all.subspan(start, count),
+                                      .rung = rung,
+                                      .decode = start > 0};
+    for (const float value : model_.Step({&chunk, 1})) ASSERT_TRUE(std::isfinite(value));
+  };
+  model_.decoder().set_probe(&probe);
+  step(0, 0, 19, 1);
+  step(1, 0, 19, 2);  // ranks anew, for the narrowest alone
+  step(0, 19, 1, 1);
+  model_.decoder().set_probe(nullptr);
+  // Few dense rows beside pruned ones share gate and up where panels hold all channels.
+  Serve();
 }
 
 INSTANTIATE_TEST_SUITE_P(Weights, ProbeForwardTest,
