@@ -33,7 +33,7 @@ if [ ! -s "$ladder" ]; then
   texts=($work/texts/calibrate/*.txt)
   [ -s "${texts[0]}" ] || texts=(self)  # a machine without any text
   mkdir -p build/ladders
-  $bin/espalier calibrate --model "$model" --text "${texts[@]}" --tokens 30000 --ratios 0.2,0.4 \
+  $bin/espalier calibrate --model "$model" --text "${texts[@]}" --tokens 30000 --ratios 0.1,0.3 \
     --out "$ladder" >$work/calibrate.log || ladder=  # a shape that panels cannot have: dense only
 fi
 rungs=(0)
@@ -62,7 +62,7 @@ $bin/espalier chat --address "$address" --deadline 120 --temperature 0 --max-tok
   --once "Why is the sky blue?" || fail "no answer"
 
 for rung in "${rungs[@]:1}"; do
-  say "> Why is the sky blue?   (rung $rung: fewer channels, faster, a loss that is told)"
+  say "> Why is the sky blue?   (rung $rung: fewer channels, at a loss that is told)"
   $bin/espalier chat --address "$address" --deadline 120 --temperature 0 --max-tokens 96 \
     --rung $rung --once "Why is the sky blue?" || fail "no answer at rung $rung"
 done
