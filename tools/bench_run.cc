@@ -1,6 +1,5 @@
 #include "tools/bench_run.h"
 
-#include <algorithm>
 #include <chrono>
 #include <random>
 #include <utility>
@@ -39,8 +38,7 @@ Request RandomRequest(RequestId id, const BenchShape& shape, int vocabulary,
 absl::StatusOr<BenchResult> RunBench(
     const BenchEngine& setup, const BenchShape& shape, uint64_t seed,
     const std::function<void(int64_t done, int64_t total)>& progress) {
-  // As hard as the request's bounds allow, and they allow its rung.
-  const FixedPolicy policy(setup.ladder->size() - 1);
+  const FixedPolicy policy(0);  // not asked: requests name their rungs
   Engine engine({.max_batch_tokens = setup.step_rows,
                  .max_sequences = shape.batch,
                  .max_waiting = shape.batch,
@@ -49,9 +47,7 @@ absl::StatusOr<BenchResult> RunBench(
   std::mt19937_64 random(seed);
   for (int i = 0; i < shape.batch; ++i) {
     Request request = RandomRequest(i + 1, shape, setup.vocabulary, &random);
-    const Rung& rung = setup.ladder->rung(shape.rungs[i % shape.rungs.size()]);
-    request.bounds.max_prune_ratio =
-        std::max(rung.prefill.prune_ratio(), rung.decode.prune_ratio());
+    request.bounds.rung = shape.rungs[i % shape.rungs.size()];
     const absl::Status status = engine.Submit(std::move(request));
     if (!status.ok()) return status;
   }

@@ -7,11 +7,8 @@
 #include <cmath>
 #include <cstdio>
 #include <fstream>
-#include <limits>
-#include <map>
 #include <memory>
 #include <numeric>
-#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -65,6 +62,9 @@ struct Corpus {
   std::vector<std::pair<std::string, std::vector<std::vector<int32_t>>>> held_out;  // by kind
 };
 
+// Windows of a kind that are kept to measure on.
+int64_t HeldOut(int64_t windows) { return std::clamp<int64_t>(windows / 8, 1, 6); }
+
 // What --text calls the text that the model makes up.
 constexpr std::string_view kSelf = "self";
 constexpr int kSelfBatch = 32;
@@ -90,7 +90,7 @@ absl::StatusOr<Corpus> ReadCorpus(const Options& options, const Tokenizer& token
                                   ModelExecutor* executor) {
   const auto kinds = static_cast<int64_t>(options.texts.size());
   const int64_t most = std::max<int64_t>(2, options.tokens / options.window / kinds + 1);
-  const int64_t with_held_out = most + std::clamp<int64_t>(most / 8, 1, 6);
+  const int64_t with_held_out = most + HeldOut(most);
   std::vector<std::string> paths;
   std::ranges::copy_if(options.texts, std::back_inserter(paths),
                        [](const std::string& path) { return path != kSelf; });
@@ -111,7 +111,7 @@ absl::StatusOr<Corpus> ReadCorpus(const Options& options, const Tokenizer& token
                       "measure on",
                       kind.name, options.window));
     }
-    const size_t held = std::clamp<size_t>(kind.windows.size() / 8, 1, 6);
+    const int64_t held = HeldOut(static_cast<int64_t>(kind.windows.size()));
     corpus.held_out.emplace_back(kind.name,
                                  std::vector(kind.windows.end() - held, kind.windows.end()));
     kind.windows.resize(kind.windows.size() - held);
@@ -240,18 +240,13 @@ absl::StatusOr<PruningData> Fit(const Options& options, const Ladder& ladder, co
   std::atomic<int> done = 0;
   backend->ParallelFor(static_cast<int>(narrowed.size()), [&](int i) {
     const int layer = narrowed[i];
-    const absl::StatusOr<const StoredTensor*> tensor =
-        file.Find(fmt::format("blk.{}.ffn_down.weight", layer), config.hidden, config.channels);
-    if (!tensor.ok() || Interrupt::raised()) {
-      failed[layer] = tensor.ok() ? Cancelled() : tensor.status();
+    const absl::StatusOr<std::vector<float>> down = ReadDown(file, layer);
+    if (!down.ok() || Interrupt::raised()) {
+      failed[layer] = down.ok() ? Cancelled() : down.status();
       return;
     }
-    std::vector<float> down(static_cast<size_t>(config.hidden) * config.channels);
-    for (int n = 0; n < config.hidden; ++n) {
-      (*tensor)->ReadRow(n, down.data() + static_cast<size_t>(n) * config.channels);
-    }
     const std::vector<float> mean = moments.Mean(layer);
-    const DownSite site{config.hidden, config.channels, down, mean};
+    const DownSite site{config.hidden, config.channels, *down, mean};
     PruningData::Layer& made = data.layers[layer];
     made.ranking = Rank(options.rank, site, layer, moments);
     for (int rung = 1; !options.no_refit && rung < ladder.size(); ++rung) {

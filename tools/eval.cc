@@ -18,6 +18,7 @@
 #include "engine/model/text/tokenizer.h"
 #include "engine/pruning/importance.h"
 #include "engine/pruning/probe.h"
+#include "policy/ladder_file.h"
 #include "tools/command.h"
 #include "tools/corpus.h"
 #include "tools/forced_run.h"
@@ -48,6 +49,11 @@ struct Options {
   bool json = false;
 };
 
+// Tokens of a text; the last is predicted by the last decode row, and is none itself.
+int TextLength(const Options& options) {
+  return options.prompt + options.decode + (options.decode > 0 ? 1 : 0);
+}
+
 struct Text {
   std::string kind;
   std::vector<int32_t> tokens;
@@ -56,7 +62,7 @@ struct Text {
 // Kinds in turns, so that each batch has as many of them as it can.
 absl::StatusOr<std::vector<Text>> ReadTexts(const Options& options, const Tokenizer& tokenizer) {
   const int kinds = static_cast<int>(options.texts.size());
-  const int length = options.prompt + options.decode + (options.decode > 0 ? 1 : 0);
+  const int length = TextLength(options);
   absl::StatusOr<std::vector<TextKind>> read =
       ReadKinds(options.texts, tokenizer, length, (options.count + kinds - 1) / kinds);
   if (!read.ok()) return read.status();
@@ -214,15 +220,10 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
                                                  ModelExecutor* executor) {
   const ModelConfig& config = file.config();
   std::vector<std::vector<float>> norms;
-  std::vector<float> down(static_cast<size_t>(config.hidden) * config.channels);
   for (int layer = 0; layer < config.layers; ++layer) {
-    const absl::StatusOr<const StoredTensor*> tensor =
-        file.Find(fmt::format("blk.{}.ffn_down.weight", layer), config.hidden, config.channels);
-    if (!tensor.ok()) return tensor.status();
-    for (int n = 0; n < config.hidden; ++n) {
-      (*tensor)->ReadRow(n, down.data() + static_cast<size_t>(n) * config.channels);
-    }
-    norms.push_back(DownNorms(Importance::kPpsp, down, config.channels));
+    const absl::StatusOr<std::vector<float>> down = ReadDown(file, layer);
+    if (!down.ok()) return down.status();
+    norms.push_back(DownNorms(Importance::kPpsp, *down, config.channels));
   }
   // As long as what is evaluated, so that positions are those that the history knows.
   const int window = std::min(options.prompt, options.step_rows);
@@ -260,7 +261,7 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
 
 absl::Status Run(Options options) {
   const Interrupt interrupt([] {});
-  const int length = options.prompt + options.decode + (options.decode > 0 ? 1 : 0);
+  const int length = TextLength(options);
   if (length < 2) return absl::InvalidArgumentError("--prompt: one token predicts none");
   absl::StatusOr<LocalModel> model =
       LoadLocalModel(options.model, options.batch * PagedTokens(length), options.step_rows);
@@ -330,7 +331,7 @@ void AddEval(CLI::App& root, Action* action) {
                   "Rungs to measure; losses are told above the first. Default: all")
       ->type_name("RUNG")
       ->delimiter(',')
-      ->check(CLI::Range(0, 63));
+      ->check(CLI::Range(0, kMostRungs - 1));
   sub->add_option("--text", options->texts, "Files or folders, each of which is a kind of text")
       ->type_name("PATH")
       ->required();

@@ -9,6 +9,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include "policy/ladder_file.h"
 #include "proto/request_limits.h"
 #include "tools/interrupt.h"
 #include "tools/value_checks.h"
@@ -129,7 +130,7 @@ void AddGenerationOptions(CLI::App& sub, GenerationOptions* o) {
          "Be served at this rung of the ladder, or the hardest milder one within the bounds; "
          "0: the full model; absent: as the server's policy says")
       ->type_name("RUNG")
-      ->check(CLI::Range(0, 63))
+      ->check(CLI::Range(0, kMostRungs - 1))
       ->group(request);
   add(request, "--max-prune-ratio", o->max_prune_ratio, "SHARE", Within(0, 1), "1",
       "Share of heads and channels that may be left out");

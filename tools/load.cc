@@ -10,6 +10,7 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include "policy/ladder_file.h"
 #include "tools/command.h"
 #include "tools/load_run.h"
 #include "tools/progress.h"
@@ -139,7 +140,7 @@ void AddLoad(CLI::App& root, Action* action) {
   sub->add_option("--rung", shape.rung,
                   "Rung of the ladder that calls ask for; -1: as the server's policy says")
       ->type_name("RUNG")
-      ->check(CLI::Range(-1, 63))
+      ->check(CLI::Range(-1, kMostRungs - 1))
       ->capture_default_str();
   sub->add_option("--seed", shape.seed, "Seed of prompts and arrivals; new prompts need a new one")
       ->type_name("NUMBER")

@@ -532,12 +532,8 @@ void Decoder::ProbeLayer(int layer, const StepPlan& plan, Activations* activatio
                                   {.weight = &weights.up, .out = other}};
   backend_->MatMul({.x = normed, .targets = targets});
   backend_->SwiGlu({.gate = made, .up = other, .out = made});
-  Panels panels;
-  panels.widest = panels_[layer].widest;
-  panels.heads = panels_[layer].heads;
-  panels.q = panels_[layer].q;
-  panels.o = panels_[layer].o;
-  panels.q_bias = panels_[layer].q_bias;
+  Panels panels = panels_[layer];
+  panels.refitted.clear();
   panels.channels = probe_->Rank(layer, made, probed);
   const auto kept = std::span<const int32_t>(panels.channels).first(panels.widest);
   const absl::Status status = Gather(

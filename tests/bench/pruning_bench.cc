@@ -151,37 +151,45 @@ int Main(int argc, char** argv) {
   };
   const std::vector<std::vector<int>> lots = {{0}, {1}, {2}, {0, 1, 2}};
   std::map<std::pair<std::string, size_t>, std::vector<Step>> steps;  // [turns]
-  std::map<std::string, std::vector<double>> bare_steps;              // without panels, [turns]
+  std::map<std::string, std::vector<double>> over_bare;  // rung 0, to without panels, [turns]
   CpuWatch watch;
-  for (int turn = 0; turn < turns; ++turn) {
-    // Dense with the machinery there and without, one right after the other.
-    for (const Shape& shape : shapes) {
-      if (!model->executor->SetLadder(dense_only, refits).ok()) return 1;
-      for (const bool with_panels : {false, true}) {
-        if (with_panels && !model->executor->SetLadder(ladder, refits).ok()) return 1;
-        const absl::StatusOr<BenchResult> result =
-            RunBench(engine, shape.shape, turn + 1, [](int64_t, int64_t) {});
-        if (!result.ok()) return 1;
-        const StepTotals& totals = shape.prefill ? result->prefill : result->decode;
-        double& ratio =
-            with_panels ? bare_steps[shape.name].back() : bare_steps[shape.name].emplace_back(1);
-        ratio = with_panels ? StepOf(totals).all / ratio : StepOf(totals).all;
-      }
-    }
-    for (const Shape& shape : shapes) {
-      for (size_t lot = 0; lot < lots.size(); ++lot) {
-        BenchShape run = shape.shape;
-        run.rungs = lots[lot];
-        const absl::StatusOr<BenchResult> result =
-            RunBench(engine, run, turn + 1, [](int64_t, int64_t) {});
-        if (!result.ok()) {
-          fmt::print(stderr, "pruning_bench: {}\n", result.status().ToString());
-          return 1;
+  const auto measure = [&](const Shape& shape, const std::vector<int>& rungs,
+                           int turn) -> absl::StatusOr<Step> {
+    BenchShape run = shape.shape;
+    run.rungs = rungs;
+    const absl::StatusOr<BenchResult> result =
+        RunBench(engine, run, turn + 1, [](int64_t, int64_t) {});
+    if (!result.ok()) return result.status();
+    return StepOf(shape.prefill ? result->prefill : result->decode);
+  };
+  const auto all_turns = [&]() -> absl::Status {
+    for (int turn = 0; turn < turns; ++turn) {
+      // Dense with the machinery there and without, one right after the other.
+      for (const Shape& shape : shapes) {
+        double seconds[2];
+        for (const bool with_panels : {false, true}) {
+          const absl::Status set =
+              model->executor->SetLadder(with_panels ? ladder : dense_only, refits);
+          if (!set.ok()) return set;
+          const absl::StatusOr<Step> step = measure(shape, {0}, turn);
+          if (!step.ok()) return step.status();
+          seconds[with_panels] = step->all;
         }
-        steps[{shape.name, lot}].push_back(
-            StepOf(shape.prefill ? result->prefill : result->decode));
+        over_bare[shape.name].push_back(seconds[1] / seconds[0]);
+      }
+      for (const Shape& shape : shapes) {
+        for (size_t lot = 0; lot < lots.size(); ++lot) {
+          const absl::StatusOr<Step> step = measure(shape, lots[lot], turn);
+          if (!step.ok()) return step.status();
+          steps[{shape.name, lot}].push_back(*step);
+        }
       }
     }
+    return absl::OkStatus();
+  };
+  if (const absl::Status status = all_turns(); !status.ok()) {
+    fmt::print(stderr, "pruning_bench: {}\n", status.ToString());
+    return 1;
   }
 
   nlohmann::ordered_json figures = {
@@ -211,7 +219,7 @@ int Main(int argc, char** argv) {
                  100 * got, 100 * (1 - got) / (1 - ideal));
       figures[fmt::format("ideal_{}_{}", shape.name, rung * 20)] = (1 - got) / (1 - ideal);
     }
-    const double rung0 = MedianOf(turns, [&](int t) { return bare_steps[shape.name][t]; });
+    const double rung0 = MedianOf(turns, [&](int t) { return over_bare[shape.name][t]; });
     fmt::print("{:>14} {:>12} {:>32.1f} % of the time without panels\n", "", "rung 0", 100 * rung0);
     figures[fmt::format("rung0_cost_{}", shape.name)] = rung0 - 1;
     worst_rung0 = std::max(worst_rung0, rung0 - 1);

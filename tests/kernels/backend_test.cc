@@ -435,26 +435,23 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
     if (shape.placed) steps[0].places = list;
     const std::string what = fmt::format("{} rows, {} steps, hidden {}, {} channels", rows,
                                          steps.size(), shape.hidden, shape.channels);
-    backend_->GatedMlp({.x = x,
-                        .gate = shape.placed ? gate_panel : gate,
-                        .up = shape.placed ? up_panel : up,
-                        .steps = steps,
-                        .gate_room = Matrix(a.data(), rows, most),
-                        .up_room = Matrix(b.data(), rows, most),
-                        .out = Matrix(got.data(), rows, shape.hidden)});
+    const auto gated_mlp = [&](std::vector<float>* up_room, bool keep_hidden) {
+      backend_->GatedMlp({.x = x,
+                          .gate = shape.placed ? gate_panel : gate,
+                          .up = shape.placed ? up_panel : up,
+                          .steps = steps,
+                          .gate_room = Matrix(a.data(), rows, most),
+                          .up_room = Matrix(up_room->data(), rows, most),
+                          .out = Matrix(got.data(), rows, shape.hidden),
+                          .keep_hidden = keep_hidden});
+    };
+    gated_mlp(&b, /*keep_hidden=*/false);
     EXPECT_TRUE(BitEqual(want, got)) << what;
     EXPECT_EQ(BitEqual(want, start), most == 0 || rows == 0) << what;
 
     std::vector<float> kept(hidden.size(), NAN);
     got = start;
-    backend_->GatedMlp({.x = x,
-                        .gate = shape.placed ? gate_panel : gate,
-                        .up = shape.placed ? up_panel : up,
-                        .steps = steps,
-                        .gate_room = Matrix(a.data(), rows, most),
-                        .up_room = Matrix(kept.data(), rows, most),
-                        .out = Matrix(got.data(), rows, shape.hidden),
-                        .keep_hidden = true});
+    gated_mlp(&kept, /*keep_hidden=*/true);
     EXPECT_TRUE(BitEqual(want, got)) << what;
     for (size_t i = 0; i < hidden.size(); ++i) {
       if (std::isnan(hidden[i])) kept[i] = hidden[i];  // not kept by its row: may hold anything

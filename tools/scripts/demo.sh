@@ -43,8 +43,8 @@ if [ -s "$ladder" ]; then
 fi
 say "Serving $(basename "$model")"
 began=$SECONDS
-$bin/espalier-server --model "$model" ${ladder:+--ladder "$ladder"} --host 127.0.0.1 --port 0 --port-file $work/port \
-  --metrics-port -1 >$work/server.log 2>&1 &
+$bin/espalier-server --model "$model" ${ladder:+--ladder "$ladder"} --host 127.0.0.1 \
+  --port 0 --port-file $work/port --metrics-port -1 >$work/server.log 2>&1 &
 server=$!
 while [ ! -s $work/port ]; do
   kill -0 $server 2>/dev/null || fail "the server ended before it listened; why is above"
