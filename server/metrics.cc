@@ -56,6 +56,7 @@ constexpr std::array kPhases = {
     Phase{"embed", &PhaseTimes::embed},
     Phase{"attention_projections", &PhaseTimes::attention_projections},
     Phase{"attention", &PhaseTimes::attention},
+    Phase{"probe", &PhaseTimes::probe},
     Phase{"mlp", &PhaseTimes::mlp},
     Phase{"norm", &PhaseTimes::norm},
     Phase{"head", &PhaseTimes::head},

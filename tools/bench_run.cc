@@ -16,6 +16,7 @@ void Add(const PhaseTimes& phases, PhaseTimes* sum) {
   sum->embed += phases.embed;
   sum->attention_projections += phases.attention_projections;
   sum->attention += phases.attention;
+  sum->probe += phases.probe;
   sum->mlp += phases.mlp;
   sum->norm += phases.norm;
   sum->head += phases.head;

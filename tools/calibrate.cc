@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
@@ -18,8 +17,6 @@
 #include "engine/model/pruning_file.h"
 #include "engine/model/text/tokenizer.h"
 #include "engine/pruning/importance.h"
-#include "engine/pruning/refit.h"
-#include "engine/pruning/second_moments.h"
 #include "policy/kept_counts.h"
 #include "policy/ladder_file.h"
 #include "tools/bench_run.h"
@@ -27,6 +24,7 @@
 #include "tools/corpus.h"
 #include "tools/forced_run.h"
 #include "tools/interrupt.h"
+#include "tools/layer_fit.h"
 #include "tools/local_model.h"
 #include "tools/machine.h"
 #include "tools/progress.h"
@@ -125,28 +123,6 @@ absl::StatusOr<Corpus> ReadCorpus(const Options& options, const Tokenizer& token
   return corpus;
 }
 
-absl::Status Sum(const Corpus& corpus, int dense_layers, ModelExecutor* executor,
-                 SecondMoments* moments) {
-  Progress bar("second moments");
-  absl::Status failed;
-  executor->set_channel_observer([&](int layer, ConstMatrix hidden) {
-    if (layer < dense_layers) return;
-    // Without position 0, a window's first row.
-    failed.Update(moments->Add(
-        layer, ConstMatrix(hidden.row(1), hidden.rows - 1, hidden.cols, hidden.stride)));
-  });
-  for (size_t i = 0; i < corpus.windows.size() && failed.ok(); ++i) {
-    if (Interrupt::raised()) failed = Cancelled();
-    const ForcedText text{.tokens = corpus.windows[i],
-                          .prompt = static_cast<int>(corpus.windows[i].size()),
-                          .scored = false};
-    failed.Update(RunForced(executor, kStepRows, {&text, 1}).status());
-    bar.Update(static_cast<int64_t>(i) + 1, static_cast<int64_t>(corpus.windows.size()));
-  }
-  executor->set_channel_observer({});
-  return failed;
-}
-
 // Nats per token of each kind.
 absl::StatusOr<std::vector<double>> Losses(const Corpus& corpus, int rung,
                                            ModelExecutor* executor) {
@@ -216,54 +192,6 @@ Ladder PlannedLadder(const Options& options, const ModelConfig& config) {
   return ladder;
 }
 
-std::vector<int32_t> Rank(const std::string& by, const DownSite& site, int layer,
-                          const SecondMoments& moments) {
-  const auto* const name = std::ranges::find(kImportanceNames, by);
-  if (name == std::end(kImportanceNames)) return RankByElimination(site);
-  const auto importance = static_cast<Importance>(name - std::begin(kImportanceNames));
-  return RankByScore(Scores(importance, moments.Energy(layer), moments.FirstMoment(layer),
-                            DownNorms(importance, site.down, site.channels)));
-}
-
-// Rankings and refits of every narrowed layer; layers in parallel.
-absl::StatusOr<PruningData> Fit(const Options& options, const Ladder& ladder, const ModelFile& file,
-                                const SecondMoments& moments, Backend* backend) {
-  const ModelConfig& config = file.config();
-  PruningData data;
-  data.layers.resize(config.layers);
-  std::vector<absl::Status> failed(config.layers);
-  std::vector<int> narrowed;
-  for (int layer = 0; layer < config.layers; ++layer) {
-    if (moments.tokens(layer) > 0) narrowed.push_back(layer);
-  }
-  Progress bar("rankings and refits");
-  std::atomic<int> done = 0;
-  backend->ParallelFor(static_cast<int>(narrowed.size()), [&](int i) {
-    const int layer = narrowed[i];
-    const absl::StatusOr<std::vector<float>> down = ReadDown(file, layer);
-    if (!down.ok() || Interrupt::raised()) {
-      failed[layer] = down.ok() ? Cancelled() : down.status();
-      return;
-    }
-    const std::vector<float> mean = moments.Mean(layer);
-    const DownSite site{config.hidden, config.channels, *down, mean};
-    PruningData::Layer& made = data.layers[layer];
-    made.ranking = Rank(options.rank, site, layer, moments);
-    for (int rung = 1; !options.no_refit && rung < ladder.size(); ++rung) {
-      const int kept = ladder.rung(rung).decode.kept(layer, SiteKind::kChannels);
-      if (kept == 0 || kept == config.channels || Interrupt::raised()) continue;
-      made.refits[kept] = RefitDown(site, std::span(made.ranking).first(kept));
-    }
-    if (Interrupt::raised()) failed[layer] = Cancelled();
-    ++done;
-    if (i % 2 == 0) bar.Update(done, static_cast<int64_t>(narrowed.size()));
-  });
-  for (const absl::Status& status : failed) {
-    if (!status.ok()) return status;
-  }
-  return data;
-}
-
 absl::Status WriteText(const std::string& path, const std::string& text) {
   std::ofstream file(path);
   file << text;
@@ -309,12 +237,15 @@ absl::Status Run(const Options& options) {
   }
 
   ModelExecutor* executor = model->executor.get();
-  SecondMoments moments(config.layers, config.channels, model->backend.get());
-  absl::Status status = Sum(*corpus, options.dense_layers, executor, &moments);
-  if (!status.ok()) return status;
-  absl::StatusOr<PruningData> data = Fit(options, planned, file, moments, model->backend.get());
+  Progress bar_of_fit("rankings and refits");
+  const absl::StatusOr<PruningData> data = FitLayers(
+      {.rank = options.rank, .refit = !options.no_refit, .step_rows = kStepRows}, planned, file,
+      corpus->windows, executor, model->backend.get(), [&](int64_t done, int64_t total) {
+        bar_of_fit.Update(done, total);
+        return !Interrupt::raised();
+      });
   if (!data.ok()) return data.status();
-  status = WritePruningFile(ChannelsPathOf(out), file, *data);
+  absl::Status status = WritePruningFile(ChannelsPathOf(out), file, *data);
   if (!status.ok()) return status;
   const absl::StatusOr<std::unique_ptr<PruningFile>> channels =
       PruningFile::Open(ChannelsPathOf(out), file);
@@ -367,9 +298,9 @@ absl::Status Run(const Options& options) {
       ladder.Append(std::move(priced));
     }
   }
-  std::string told =
-      fmt::format("espalier calibrate: {}, ranked by {}{}, {} tokens of", config.name, options.rank,
-                  options.no_refit ? ", not refitted" : "", moments.tokens(config.layers - 1));
+  std::string told = fmt::format(
+      "espalier calibrate: {}, ranked by {}{}, {} tokens of", config.name, options.rank,
+      options.no_refit ? ", not refitted" : "", corpus->windows.size() * options.window);
   for (const auto& [kind, windows] : corpus->held_out) told += " " + kind;
   told += fmt::format("\nmeasured on {}, {} threads, batch 8, weights {}, kv {}\n", MachineName(),
                       model->threads, executor->weight_types(), KvTypeName(model->kv));

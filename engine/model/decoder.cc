@@ -149,8 +149,10 @@ Decoder::Decoder(const ModelConfig& config, Backend* backend)
       layers_(config.layers),
       inverse_frequency_(InverseFrequencies(config)),
       all_heads_(config.heads),
+      all_channels_(config.channels),
       panels_(config.layers) {
   std::iota(all_heads_.begin(), all_heads_.end(), 0);
+  std::iota(all_channels_.begin(), all_channels_.end(), 0);
 }
 
 absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
@@ -305,19 +307,42 @@ void Decoder::NormHeads(std::span<const float> weight, const Matrix& x) {
   for (int r = 0; r < x.rows; ++r) norm(Matrix(x.row(r), 1, x.cols));
 }
 
+void Decoder::Embed(const StepPlan& plan, Activations* activations, PhaseTimes* phases) {
+  PhaseTimer timer(&phases->embed);
+  backend_->Embed({.tokens = plan.tokens,
+                   .table = embedding_,
+                   .out = Matrix(activations->residual.data(), static_cast<int>(plan.tokens.size()),
+                                 config_.hidden)});
+}
+
+void Decoder::ForwardLayer(int layer, const StepPlan& plan, KvPool* pool, Activations* activations,
+                           PhaseTimes* phases) {
+  AttentionBlock(layer, plan, pool, activations, phases);
+  MlpBlock(layer, plan, activations, phases);
+  if (!observer_) return;
+  observer_(layer, ConstMatrix(activations->residual.data(), static_cast<int>(plan.tokens.size()),
+                               config_.hidden));
+}
+
 void Decoder::Forward(const StepPlan& plan, KvPool* pool, Activations* activations,
                       PhaseTimes* phases) {
-  const int rows = static_cast<int>(plan.tokens.size());
-  const Matrix residual(activations->residual.data(), rows, config_.hidden);
-  {
-    PhaseTimer timer(&phases->embed);
-    backend_->Embed({.tokens = plan.tokens, .table = embedding_, .out = residual});
-  }
+  Embed(plan, activations, phases);
+  look_ = probe_ == nullptr ? Look::kNone : NextLook(plan);
   for (int layer = 0; layer < config_.layers; ++layer) {
-    AttentionBlock(layer, plan, pool, activations, phases);
-    MlpBlock(layer, plan, activations, phases);
-    if (observer_) observer_(layer, residual);
+    ForwardLayer(layer, plan, pool, activations, phases);
   }
+}
+
+Look Decoder::NextLook(const StepPlan& plan) {
+  int prefill = 0, decode = 0;
+  for (const PlanStep& step : plan.steps) {
+    for (int layer = 0; layer < config_.layers; ++layer) {
+      if (!Narrows(layer, step)) continue;
+      (step.decode ? decode : prefill) += step.rows;
+      break;
+    }
+  }
+  return prefill + decode == 0 ? Look::kNone : probe_->Next(prefill, decode);
 }
 
 int Decoder::FindHeadRuns(int layer, const StepPlan& plan) {
@@ -424,20 +449,28 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
                        PhaseTimes* phases) {
   const Layer& weights = layers_[layer];
   const Panels& panels = panels_[layer];
+  const auto kept_by = [&](const PlanStep& step) {
+    return look_ == Look::kWhole && Narrows(layer, step) ? config_.channels
+                                                         : step.kept(layer, SiteKind::kChannels);
+  };
   int whole_rows = 0, narrow_rows = 0;
   for (const PlanStep& step : plan.steps) {
-    const int kept = step.kept(layer, SiteKind::kChannels);
-    if (kept > 0) (kept == config_.channels ? whole_rows : narrow_rows) += step.rows;
+    if (kept_by(step) > 0) {
+      (kept_by(step) == config_.channels ? whole_rows : narrow_rows) += step.rows;
+    }
+  }
+  if (look_ == Look::kAhead || look_ == Look::kBack) {
+    PhaseTimer timer(&phases->probe);
+    RankAnew(layer, plan, activations);
   }
   // Few rows that keep all channels join those that keep some at gate and up, to open those weights
   // once. Many do better by themselves: their channels are then quantised where they are made.
   constexpr int kFewRows = 32;
-  if (narrow_rows > 0 && probe_ != nullptr) ProbeLayer(layer, plan, activations);
   const bool join = narrow_rows > 0 && whole_rows <= kFewRows && !channel_observer_ &&
                     panels.gate.rows == config_.channels;
   enum class By : uint8_t { kNothing, kPanels, kWeights };
   const auto multiplied_by = [&](const PlanStep& step) {
-    const int kept = step.kept(layer, SiteKind::kChannels);
+    const int kept = kept_by(step);
     if (kept == 0) return By::kNothing;
     return kept == config_.channels && !join ? By::kWeights : By::kPanels;
   };
@@ -447,7 +480,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
     int rows = 0, most = 0;
     mlp_steps_.clear();
     for (end = begin; end < plan.steps.size() && multiplied_by(plan.steps[end]) == by; ++end) {
-      const int kept = plan.steps[end].kept(layer, SiteKind::kChannels);
+      const int kept = kept_by(plan.steps[end]);
       const bool all = kept == config_.channels;
       if (mlp_steps_.empty() || mlp_steps_.back().channels != kept) {
         mlp_steps_.push_back(
@@ -473,8 +506,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
           {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
     }
     PhaseTimer timer(&phases->mlp);
-    const bool observed = channel_observer_ && by == By::kWeights;
-    const bool probed = probe_ != nullptr && by == By::kPanels;
+    const bool told = probe_ != nullptr && (by == By::kPanels || look_ == Look::kWhole);
     backend_->GatedMlp({.x = normed,
                         .gate = by == By::kWeights ? weights.gate : panels.gate,
                         .up = by == By::kWeights ? weights.up : panels.up,
@@ -482,59 +514,69 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
                         .gate_room = gate,
                         .up_room = up,
                         .out = residual,
-                        .keep_hidden = observed || probed});
-    if (observed) channel_observer_(layer, up);
-    if (!probed) continue;
-    // Rows of other counts than the most hold nothing beyond theirs; each step for itself.
+                        .keep_hidden = channel_observer_ || told});
+    if (!channel_observer_ && !told) continue;
+    // Rows hold nothing beyond what they keep; each step for itself.
     const std::vector<ProbeRow> rows_of = RowsOf(plan, first_row - rows, rows);
+    const std::span<const int32_t> channels =
+        by == By::kPanels ? panels.channels : std::span<const int32_t>(all_channels_);
     for (int row = 0; const MlpStep& step : mlp_steps_) {
-      probe_->Update(layer, ConstMatrix(up.row(row), step.rows, step.channels, up.stride),
-                     std::span(rows_of).subspan(row, step.rows),
-                     std::span(panels.channels).first(step.channels));
+      const ConstMatrix hidden(up.row(row), step.rows, step.channels, up.stride);
+      if (channel_observer_) channel_observer_(layer, hidden);
+      if (told) {
+        probe_->Update(layer, hidden, std::span(rows_of).subspan(row, step.rows),
+                       channels.first(step.channels));
+      }
       row += step.rows;
     }
   }
 }
 
-void Decoder::ProbeLayer(int layer, const StepPlan& plan, Activations* activations) {
+void Decoder::RankAnew(int layer, const StepPlan& plan, Activations* activations) {
   const Layer& weights = layers_[layer];
   const int hidden = config_.hidden, channels = config_.channels;
+  const bool ahead = look_ == Look::kAhead;
+  const std::vector<ProbeRow> all = RowsOf(plan, 0, static_cast<int>(plan.tokens.size()));
   std::vector<int> rows;  // the plan's
+  std::vector<ProbeRow> of_rows;
   for (int first = 0; const PlanStep& step : plan.steps) {
-    const int kept = step.kept(layer, SiteKind::kChannels);
-    const bool probed = kept > 0 && kept < channels && !step.decode;
-    for (int r = first; probed && r < first + step.rows; ++r) rows.push_back(r);
+    const bool looked_at = Narrows(layer, step) && step.decode != ahead;
+    for (int r = first; looked_at && r < first + step.rows; ++r) {
+      rows.push_back(r);
+      of_rows.push_back(all[r]);
+    }
     first += step.rows;
   }
   if (rows.empty()) return;
-  const std::vector<ProbeRow> all = RowsOf(plan, 0, static_cast<int>(plan.tokens.size()));
-  std::vector<ProbeRow> of_rows;
-  std::vector<float> norms;
-  for (const int row : rows) {
-    const std::span<const float> x(activations->residual.data() + int64_t{row} * hidden, hidden);
-    norms.push_back(std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.0f)));
-    of_rows.push_back(all[row]);
-  }
-  const std::vector<int> chosen = ChooseProbeRows(probe_->options(), norms, of_rows);
-  const int count = static_cast<int>(chosen.size());
-  std::vector<ProbeRow> probed;
-  std::vector<float> x(size_t{1} * count * hidden), gate(size_t{1} * count * channels), up(gate);
-  for (int i = 0; i < count; ++i) {
-    probed.push_back(of_rows[chosen[i]]);
-    std::copy_n(activations->residual.data() + int64_t{rows[chosen[i]]} * hidden, hidden,
-                x.data() + int64_t{i} * hidden);
-  }
-  const Matrix normed(x.data(), count, hidden);
-  const Matrix made(gate.data(), count, channels), other(up.data(), count, channels);
-  backend_->RmsNorm(
-      {.x = normed, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
-  const MatMulTarget targets[] = {{.weight = &weights.gate, .out = made},
-                                  {.weight = &weights.up, .out = other}};
-  backend_->MatMul({.x = normed, .targets = targets});
-  backend_->SwiGlu({.gate = made, .up = other, .out = made});
   Panels panels = panels_[layer];
   panels.refitted.clear();
-  panels.channels = probe_->Rank(layer, made, probed);
+  if (ahead) {
+    std::vector<float> norms;
+    for (const int row : rows) {
+      const std::span<const float> x(activations->residual.data() + int64_t{row} * hidden, hidden);
+      norms.push_back(std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.0f)));
+    }
+    const std::vector<int> chosen = ChooseProbeRows(probe_->options(), norms, of_rows);
+    const int count = static_cast<int>(chosen.size());
+    std::vector<ProbeRow> probed;
+    std::vector<float> x(size_t{1} * count * hidden), gate(size_t{1} * count * channels), up(gate);
+    for (int i = 0; i < count; ++i) {
+      probed.push_back(of_rows[chosen[i]]);
+      std::copy_n(activations->residual.data() + int64_t{rows[chosen[i]]} * hidden, hidden,
+                  x.data() + int64_t{i} * hidden);
+    }
+    const Matrix normed(x.data(), count, hidden);
+    const Matrix made(gate.data(), count, channels), other(up.data(), count, channels);
+    backend_->RmsNorm(
+        {.x = normed, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
+    const MatMulTarget targets[] = {{.weight = &weights.gate, .out = made},
+                                    {.weight = &weights.up, .out = other}};
+    backend_->MatMul({.x = normed, .targets = targets});
+    backend_->SwiGlu({.gate = made, .up = other, .out = made});
+    panels.channels = probe_->Rank(layer, made, probed);
+  } else {
+    panels.channels = probe_->RankByHistory(layer, of_rows);
+  }
   const auto kept = std::span<const int32_t>(panels.channels).first(panels.widest);
   const absl::Status status = Gather(
       {{&weights.gate, &panels.gate}, {&weights.up, &panels.up}, {&weights.down, &panels.down}},

@@ -74,13 +74,18 @@ class Decoder {
   // afterwards activations->residual holds the last layer's output and the pages hold K and V of
   // every row. Adds its times to `phases`.
   void Forward(const StepPlan& plan, KvPool* pool, Activations* activations, PhaseTimes* phases);
+  // Its parts: what tokens embed to, and one layer over activations->residual.
+  void Embed(const StepPlan& plan, Activations* activations, PhaseTimes* phases);
+  void ForwardLayer(int layer, const StepPlan& plan, KvPool* pool, Activations* activations,
+                    PhaseTimes* phases);
 
   // Final norm and LM head of the residual rows listed; logits is [rows listed, vocabulary].
   void Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits);
 
-  // While there is one, layers that a step narrows for prefill rows are ranked anew by a probe of
-  // those rows, in each such step; decode rows meet the last ranking. Refits are left aside: they
-  // belong to the rankings they were made for. Null: none. Must outlive its use.
+  // While there is one, layers that a step narrows are ranked anew when it says so: by a probe of
+  // the step's narrowed prefill rows, or by its history. Other steps meet the last ranking. Refits
+  // are left aside: they belong to the rankings they were made for. Null: none. Must outlive its
+  // use.
   void set_probe(Probe* probe) { probe_ = probe; }
 
   // Called with the residual stream after each layer ([rows, hidden]); for tests.
@@ -88,8 +93,9 @@ class Decoder {
     observer_ = std::move(observer);
   }
 
-  // Called with what meets `down` in a layer: silu(gate) * up of the plan's rows that keep all
-  // channels ([rows, channels], natural order), which are the plan's first. For calibration.
+  // Called with what meets `down` in a layer, silu(gate) * up: once for consecutive rows that keep
+  // as many channels, [rows, kept], in natural order if they keep all, else in that of the ranking.
+  // For calibration.
   using ChannelObserver = std::function<void(int layer, ConstMatrix hidden)>;
   void set_channel_observer(ChannelObserver observer) { channel_observer_ = std::move(observer); }
 
@@ -140,9 +146,15 @@ class Decoder {
   void AttentionBlock(int layer, const StepPlan& plan, KvPool* pool, Activations* activations,
                       PhaseTimes* phases);
   void MlpBlock(int layer, const StepPlan& plan, Activations* activations, PhaseTimes* phases);
-  // Ranks the layer's channels by what the step's narrow prefill rows hold, and makes panels for
-  // it; the old ones stay if there are no such rows, or no memory.
-  void ProbeLayer(int layer, const StepPlan& plan, Activations* activations);
+  // Whether the step keeps some of the layer's channels, but not all.
+  bool Narrows(int layer, const PlanStep& step) const {
+    const int kept = step.kept(layer, SiteKind::kChannels);
+    return kept > 0 && kept < config_.channels;
+  }
+  Look NextLook(const StepPlan& plan);
+  // Ranks the layer's channels as look_ says, by the step's narrowed prefill or decode rows, and
+  // makes panels for it; the old ones stay if there are no such rows, or no memory.
+  void RankAnew(int layer, const StepPlan& plan, Activations* activations);
   // Fills head_runs_ from the steps that hold K and V of the layer; returns their rows.
   int FindHeadRuns(int layer, const StepPlan& plan);
   bool AllHeads(const HeadRun& run) const { return run.heads == config_.heads; }
@@ -156,8 +168,8 @@ class Decoder {
   Weight head_;  // the embedding itself if tied
   std::vector<float> final_norm_;
   std::vector<float> inverse_frequency_;
-  std::vector<int32_t> all_heads_;  // 0, 1, ..
-  std::vector<Panels> panels_;      // [layers]
+  std::vector<int32_t> all_heads_, all_channels_;  // 0, 1, ..
+  std::vector<Panels> panels_;                     // [layers]
   uint64_t weight_bytes_ = 0;
   uint64_t panel_bytes_ = 0;
   std::vector<HeadRun> head_runs_;  // of the block in hand, as are the next
@@ -166,6 +178,7 @@ class Decoder {
   std::function<void(int, ConstMatrix)> observer_;
   ChannelObserver channel_observer_;
   Probe* probe_ = nullptr;
+  Look look_ = Look::kNone;  // of the step in hand
 };
 
 }  // namespace espalier

@@ -218,6 +218,28 @@ absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
   return impl.backend->Synchronize();
 }
 
+absl::Status ModelExecutor::ExecuteLayer(const Batch& batch, int layer, Matrix residual) {
+  Impl& impl = *impl_;
+  impl.MakePlan(batch);
+  const StepPlan plan{
+      .tokens = impl.tokens, .spans = impl.spans, .tables = impl.tables, .steps = impl.steps};
+  const int hidden = config().hidden;
+  const auto row_in_plan = [&](int row) {
+    return impl.activations.residual.data() + int64_t{impl.row_of[row]} * hidden;
+  };
+  PhaseTimes phases;
+  if (layer == 0) impl.model->Embed(plan, &impl.activations, &phases);
+  for (int row = 0; layer > 0 && row < batch.rows(); ++row) {
+    std::copy_n(residual.row(row), hidden, row_in_plan(row));
+  }
+  impl.model->ForwardLayer(layer, plan, &impl.pool, &impl.activations, &phases);
+  const absl::Status status = impl.backend->Synchronize();
+  for (int row = 0; row < batch.rows(); ++row) {
+    std::copy_n(row_in_plan(row), hidden, residual.row(row));
+  }
+  return status;
+}
+
 const ModelConfig& ModelExecutor::config() const { return impl_->model->config(); }
 
 KvType ModelExecutor::kv_type() const { return impl_->pool.shape.type; }

@@ -57,6 +57,11 @@ class ModelExecutor final : public Executor {
 
   absl::Status Execute(const Batch& batch, StepResult* result) override;
 
+  // Runs one layer over the batch's rows: residual [rows, hidden], in the batch's order, is what
+  // the layer before left and becomes what this one leaves; what it comes to layer 0 with does not
+  // matter. Its pages keep K and V as in Execute. For calibration, layer by layer.
+  absl::Status ExecuteLayer(const Batch& batch, int layer, Matrix residual);
+
   const ModelConfig& config() const;
   KvGeometry kv_geometry() const;
   KvType kv_type() const;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
+#include <numeric>
 #include <set>
 
 #include "engine/pruning/importance.h"
@@ -59,14 +60,19 @@ std::vector<int> TopNormRows(const ProbeOptions& options, std::span<const float>
 std::vector<int> ChooseProbeRows(const ProbeOptions& options, std::span<const float> norms,
                                  std::span<const ProbeRow> rows) {
   if (rows.empty()) return {};
-  if (options.rows == ProbeOptions::Rows::kTopNorm) return TopNormRows(options, norms, rows);
+  std::vector<int> candidates(rows.size());
+  std::iota(candidates.begin(), candidates.end(), 0);
   size_t count = rows.size();
-  if (options.rows == ProbeOptions::Rows::kSpread) {
-    count = TopNormRows(options, norms, rows).size();
+  if (options.rows != ProbeOptions::Rows::kAll) {
+    std::vector<int> published = TopNormRows(options, norms, rows);
+    count = published.size();
+    if (options.rows == ProbeOptions::Rows::kTopNorm) candidates = std::move(published);
   }
+  const double most = std::floor(options.budget * static_cast<double>(rows.size()) + 1e-9);
+  count = std::clamp<size_t>(static_cast<size_t>(most), 1, count);
   std::vector<int> chosen(count);
   for (size_t i = 0; i < count; ++i) {
-    chosen[i] = static_cast<int>((2 * i + 1) * rows.size() / (2 * count));
+    chosen[i] = candidates[(2 * i + 1) * candidates.size() / (2 * count)];
   }
   return chosen;
 }
@@ -101,10 +107,33 @@ std::vector<float> FusedEnergy(const ProbeOptions& options, const History& histo
   return fused;
 }
 
-std::vector<int32_t> Probe::Rank(int layer, ConstMatrix hidden,
-                                 std::span<const ProbeRow> rows) const {
+Look Probe::Next(int prefill_rows, int decode_rows) {
+  ++counts_.age;
+  if (prefill_rows > 0 && prefill_rows >= options_.least_rows) return Look::kAhead;
+  if (prefill_rows > 0 || decode_rows == 0) return Look::kNone;
+  ++decode_steps_;
+  if (options_.whole > 0 && decode_steps_ % options_.whole == 0) return Look::kWhole;
+  if (options_.refresh > 0 && decode_steps_ % options_.refresh == 0) return Look::kBack;
+  return Look::kNone;
+}
+
+std::vector<int32_t> Probe::Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows) {
+  counts_.rows += hidden.rows;
+  ++counts_.rankings;
+  counts_.age = 0;
   return RankByScore(Scores(Importance::kPpsp, FusedEnergy(options_, history_, layer, hidden, rows),
                             {}, norms_[layer]));
+}
+
+std::vector<int32_t> Probe::RankByHistory(int layer, std::span<const ProbeRow> rows) {
+  ++counts_.rankings;
+  counts_.age = 0;
+  std::vector<float> energy(history_.channels());
+  for (const ProbeRow& row : rows) {
+    const std::span<const float> past = history_.Energy(layer, history_.BucketOf(row.position));
+    for (size_t c = 0; c < energy.size(); ++c) energy[c] += past[c];
+  }
+  return RankByScore(Scores(Importance::kPpsp, energy, {}, norms_[layer]));
 }
 
 void Probe::Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,

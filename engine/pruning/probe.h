@@ -21,8 +21,26 @@ struct ProbeOptions {
   Rows rows = Rows::kTopNorm;
   double token_share = 0.5;      // of positions; at least 2
   double sequence_share = 0.05;  // of sequences; at least 1
+  double budget = 1;             // most rows to probe, as a share of those narrowed
+  int least_rows = 0;            // steps that narrow fewer prefill rows are not probed
   bool fuse = true;              // with history
   double keep = 0.99;            // of history at an update; 1: frozen
+  int refresh = 0;               // decode steps after which history ranks anew; 0: never
+  int whole = 0;                 // of so many decode steps one keeps all channels; 0: none
+};
+
+// What a step with narrowed rows does beyond their own work.
+enum class Look : uint8_t {
+  kNone,   // meets the rankings that are there
+  kAhead,  // ranks anew by a probe of its prefill rows, fused with history
+  kBack,   // ranks anew by history alone
+  kWhole,  // keeps all channels for once, so that history sees those that had left
+};
+
+struct ProbeCounts {
+  int64_t rows = 0;      // probed, summed over layers
+  int64_t rankings = 0;  // renewed, of a layer each
+  int64_t age = 0;       // steps with narrowed rows since the last was
 };
 
 // A row of a step: which sequence, and where in it.
@@ -34,7 +52,7 @@ struct ProbeRow {
 // Rows to probe, ascending. `norms`: |residual| of each row, before the layer's norm. By kTopNorm
 // s = max(ceil(share * positions), 2) positions of the largest root of summed squares over
 // sequences, position 0 among them if s <= 10; then ceil(share * sequences) sequences by the same
-// over those positions.
+// over those positions. Over budget, rows evenly spread over those.
 std::vector<int> ChooseProbeRows(const ProbeOptions& options, std::span<const float> norms,
                                  std::span<const ProbeRow> rows);
 
@@ -46,9 +64,16 @@ class Probe {
       : options_(options), history_(std::move(history)), norms_(std::move(norms)) {}
 
   const ProbeOptions& options() const { return options_; }
+  const History& history() const { return history_; }
+  const ProbeCounts& counts() const { return counts_; }
+
+  // What the next step does, by its narrowed rows. Call once a step that has any.
+  Look Next(int prefill_rows, int decode_rows);
 
   // The layer's channels, best first, by FusedEnergy of the rows probed times their norms.
-  std::vector<int32_t> Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows) const;
+  std::vector<int32_t> Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows);
+  // By what history holds at the rows' positions.
+  std::vector<int32_t> RankByHistory(int layer, std::span<const ProbeRow> rows);
 
   // After the step itself: hidden [rows, channels.size()] of the channels that it kept.
   void Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
@@ -58,6 +83,8 @@ class Probe {
   ProbeOptions options_;
   History history_;
   std::vector<std::vector<float>> norms_;
+  ProbeCounts counts_;
+  int64_t decode_steps_ = 0;
 };
 
 // F [channels]: the sum over probed positions (or buckets, times their positions) of P fused with

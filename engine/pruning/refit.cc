@@ -17,20 +17,12 @@ using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::Row
 // same on other text of those kinds.
 constexpr double kRidge = 1e-2;
 
-Eigen::Map<const RowMajor> Down(const DownSite& site) {
-  return {site.down.data(), site.hidden, site.channels};
-}
-
-Eigen::Map<const RowMajor> Moments(const DownSite& site) {
-  return {site.moments.data(), site.channels, site.channels};
-}
-
-// M of the listed channels, with the ridge, which is never zero.
-Matrix64 Ridged(const DownSite& site, const std::vector<int>& channels) {
-  Matrix64 moments = Moments(site)(channels, channels).cast<double>();
-  const double mean = moments.size() == 0 ? 0 : moments.diagonal().mean();
-  moments.diagonal().array() += std::max(kRidge * mean, 1e-12);
-  return moments;
+// With the ridge, which is never zero.
+Matrix64 Ridged(std::span<const float> moments, int channels) {
+  Matrix64 ridged = Eigen::Map<const RowMajor>(moments.data(), channels, channels).cast<double>();
+  const double mean = channels == 0 ? 0 : ridged.diagonal().mean();
+  ridged.diagonal().array() += std::max(kRidge * mean, 1e-12);
+  return ridged;
 }
 
 Matrix64 Inverse(const Matrix64& matrix) {
@@ -116,8 +108,9 @@ std::vector<int32_t> RankByElimination(const DownSite& site) {
   std::vector<int> alive(site.channels);
   std::iota(alive.begin(), alive.end(), 0);
   std::vector<int32_t> left;
-  Matrix64 inverse = Inverse(Ridged(site, alive));
-  Matrix64 weights = Down(site).cast<double>();
+  Matrix64 inverse = Inverse(Ridged(site.moments, site.channels));
+  Matrix64 weights =
+      Eigen::Map<const RowMajor>(site.down.data(), site.hidden, site.channels).cast<double>();
   std::vector<bool> gone(alive.size());
   int remaining = site.channels;
   while (remaining > kLast) {
@@ -162,21 +155,14 @@ std::vector<int32_t> RankByElimination(const DownSite& site) {
   return ranking;
 }
 
-std::vector<FourBitGroup> RefitDown(const DownSite& site, std::span<const int32_t> kept) {
-  const std::vector<int> stay(kept.begin(), kept.end());
-  const int count = static_cast<int>(stay.size()), groups = count / kQuantGroup;
-  std::vector<bool> is_kept(site.channels);
-  for (const int channel : stay) is_kept[channel] = true;
-  std::vector<int> leave;
-  for (int channel = 0; channel < site.channels; ++channel) {
-    if (!is_kept[channel]) leave.push_back(channel);
-  }
-  const Eigen::LLT<Matrix64> ridged(Ridged(site, stay));
-  const auto down = Down(site);
-  Matrix64 weights = down(Eigen::indexing::all, stay).cast<double>();
-  const Matrix64 lost =
-      down(Eigen::indexing::all, leave).cast<double>() * Moments(site)(leave, stay).cast<double>();
-  weights += ridged.solve(lost.transpose()).transpose();
+std::vector<FourBitGroup> RefitDown(const RefitSite& site) {
+  const int count = site.kept, groups = count / kQuantGroup;
+  const auto from = [&](std::span<const float> values) {
+    return Eigen::Map<const RowMajor>(values.data(), site.hidden, count).cast<double>();
+  };
+  const Eigen::LLT<Matrix64> ridged(Ridged(site.moments, count));
+  Matrix64 weights = from(site.down);
+  weights += ridged.solve(Matrix64(from(site.missed).transpose())).transpose();
 
   // Row j of `share` over its diagonal: what each later column takes over of column j's error.
   const Matrix64 share =
@@ -207,31 +193,6 @@ std::vector<FourBitGroup> RefitDown(const DownSite& site, std::span<const int32_
         errors * share.block(begin, end, kQuantGroup, count - end);
   }
   return rounded;
-}
-
-double MissedShare(const DownSite& site, std::span<const int32_t> kept,
-                   std::span<const FourBitGroup> groups) {
-  const Matrix64 moments = Moments(site).cast<double>();
-  const Matrix64 whole = Down(site).cast<double>();
-  Matrix64 missed = whole;
-  const size_t per_output = kept.size() / kQuantGroup;
-  for (size_t i = 0; i < kept.size(); ++i) {
-    for (int n = 0; n < site.hidden; ++n) {
-      if (groups.empty()) {
-        missed(n, kept[i]) = 0;
-        continue;
-      }
-      const FourBitGroup& group = groups[n * per_output + i / kQuantGroup];
-      const int k = static_cast<int>(i % kQuantGroup);
-      const int step = k < kQuantGroup / 2 ? group.u[k] & 15 : group.u[k - kQuantGroup / 2] >> 4;
-      missed(n, kept[i]) -=
-          static_cast<float>(Eigen::numext::bit_cast<Eigen::half>(group.scale)) * step +
-          static_cast<float>(Eigen::numext::bit_cast<Eigen::half>(group.minimum));
-    }
-  }
-  const auto energy = [&](const Matrix64& of) { return (of * moments).cwiseProduct(of).sum(); };
-  const double all = energy(whole);
-  return all > 0 ? energy(missed) / all : 0;
 }
 
 }  // namespace espalier

@@ -1,10 +1,11 @@
 // Calibration's arithmetic for one layer: in which order its channels may leave, and `down` fitted
 // anew to those that stay.
 //
-// Both follow from the second moments of what meets `down`. Leaving out channels P and multiplying
-// the others, S, by W' in place of W_S costs E|W h - W' h_S|^2; least squares gives
-//   W' = W_S + W_P M_PS (M_SS + r I)^-1,   M = E[h h^T],
-// with a ridge r that draws W' to W_S. Rounding W' to 4 bits is such a loss again, which the
+// With W_S the columns of `down` for the channels kept, h what they hold, and e what is missing
+// from W_S h to what the rows ought to be, least squares gives
+//   W' = W_S + E[e h^T] (E[h h^T] + r I)^-1
+// with a ridge r that draws W' to W_S. If all before the layer is dense, e is what the channels
+// that left would have added, W_P h_P. Rounding W' to 4 bits is such a loss again, which the
 // columns not yet rounded make up for (Hassibi & Stork 1993; GPTQ, arXiv 2210.17323).
 #pragma once
 
@@ -20,19 +21,22 @@ struct DownSite {
   int hidden = 0;
   int channels = 0;
   std::span<const float> down;     // [hidden, channels]
-  std::span<const float> moments;  // [channels, channels], symmetric: M
+  std::span<const float> moments;  // [channels, channels], symmetric: E[h h^T]
 };
 
 // Channels best first: the last is the one whose loss the others make up for best, and so on
 // (Optimal Brain Surgeon; 16 at a time of the 64 cheapest). The first 64 stay in natural order.
 std::vector<int32_t> RankByElimination(const DownSite& site);
 
-// `down` for the kept channels, in their order, of which there are whole groups of kQuantGroup:
-// [hidden, kept / kQuantGroup] groups. `kept` lists channels, none twice.
-std::vector<FourBitGroup> RefitDown(const DownSite& site, std::span<const int32_t> kept);
+struct RefitSite {
+  int hidden = 0;
+  int kept = 0;                    // whole groups of kQuantGroup
+  std::span<const float> down;     // [hidden, kept]: W_S
+  std::span<const float> moments;  // [kept, kept], symmetric: E[h h^T]
+  std::span<const float> missed;   // [hidden, kept]: E[e h^T]
+};
 
-// What a `down` for the kept channels misses: E|W h - W' h_S|^2 / E|W h|^2. Empty groups: W' = W_S.
-double MissedShare(const DownSite& site, std::span<const int32_t> kept,
-                   std::span<const FourBitGroup> groups);
+// W', rounded: groups [hidden, kept / kQuantGroup].
+std::vector<FourBitGroup> RefitDown(const RefitSite& site);
 
 }  // namespace espalier

@@ -1,4 +1,4 @@
-// Second moments of MLP channels, summed over the tokens of a calibration.
+// Second moments of what meets a layer's `down`, summed over the tokens of a calibration.
 #pragma once
 
 #include <cstdint>
@@ -13,32 +13,36 @@ namespace espalier {
 
 class SecondMoments {
  public:
-  // `backend` multiplies; it must outlive the sums. They take 4 * layers * channels^2 bytes.
-  SecondMoments(int layers, int channels, Backend* backend);
+  // `backend` multiplies; it must outlive the sums, which take 4 * channels * (channels + outputs)
+  // bytes.
+  SecondMoments(int channels, int outputs, Backend* backend);
 
-  // Adds the rows of hidden [rows, channels]. Leave out position 0 of texts: its activations are
-  // many times those of others, and least squares would serve little else.
-  absl::Status Add(int layer, ConstMatrix hidden);
+  // Adds the rows of hidden [rows, channels] and of what they miss, [rows, outputs], if there are
+  // outputs. Leave out position 0 of texts: its activations are many times those of others, and
+  // least squares would serve little else.
+  absl::Status Add(ConstMatrix hidden, ConstMatrix missed);
 
-  int64_t tokens(int layer) const { return tokens_[layer]; }
-  int channels() const { return channels_; }
+  int64_t tokens() const { return tokens_; }
 
-  // E[h h^T], [channels, channels]. Zeros before the first token.
-  std::vector<float> Mean(int layer) const;
+  // E[h h^T], [channels, channels], and E[e h^T], [outputs, channels]. Zeros before the first
+  // token.
+  std::vector<float> Mean() const;
+  std::vector<float> Missed() const;
   // E[h^2] and E[h], [channels].
-  std::vector<float> Energy(int layer) const;
-  std::vector<float> FirstMoment(int layer) const;
+  std::vector<float> Energy() const;
+  std::vector<float> FirstMoment() const;
 
  private:
   // Rows of products done as one target: the lower triangle is a staircase.
   static constexpr int kStep = 192;
 
-  int channels_;
+  int channels_, outputs_;
   Backend* backend_;
-  std::vector<std::vector<float>> sums_;    // [layers][channels * channels], the lower triangle
-  std::vector<std::vector<double>> first_;  // [layers][channels]
-  std::vector<int64_t> tokens_;             // [layers]
-  std::vector<float> turned_;               // [channels, rows]
+  std::vector<float> sums_;    // [channels, channels], the lower triangle
+  std::vector<float> missed_;  // [outputs, channels]
+  std::vector<double> first_;  // [channels]
+  int64_t tokens_ = 0;
+  std::vector<float> turned_;  // [channels + outputs, rows]
 };
 
 }  // namespace espalier

@@ -66,6 +66,7 @@ struct PhaseTimes {
   double embed = 0;
   double attention_projections = 0;  // q, k, v, o
   double attention = 0;              // RoPE, KV write, attention
+  double probe = 0;                  // probe rows, and panels by the new ranking
   double mlp = 0;
   double norm = 0;
   double head = 0;

@@ -1,0 +1,169 @@
+// Calibration's sweep: layers run one by one are the model, and what is fitted to the residual
+// stream brings it nearer to the dense one.
+#include "tools/layer_fit.h"
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+#include <string>
+#include <utility>
+
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "tools/forced_run.h"
+
+namespace espalier {
+namespace {
+
+constexpr int kStepRows = 16, kLength = 40;
+
+// Data as a selector.
+class Found final : public ChannelSelector {
+ public:
+  Found(const SiteWidths& widths, const PruningData* data) : natural_(widths), data_(data) {}
+
+  std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
+    const std::vector<int32_t>& ranking = data_->layers[layer].ranking;
+    return kind == SiteKind::kHeads || ranking.empty() ? natural_.Ranking(layer, kind)
+                                                       : std::span<const int32_t>(ranking);
+  }
+  std::span<const FourBitGroup> Refit(int layer, int count) const override {
+    const auto refit = data_->layers[layer].refits.find(count);
+    if (refit == data_->layers[layer].refits.end()) return {};
+    return refit->second;
+  }
+
+ private:
+  StaticSelector natural_;
+  const PruningData* data_;
+};
+
+class LayerFitTest : public ::testing::Test {
+ protected:
+  LayerFitTest()
+      : file_(ModelFile::Open(ESPALIER_SOURCE_DIR "/tests/golden/data/tiny-llama.gguf").value()),
+        executor_(
+            ModelExecutor::Load(*file_, backend_.get(), {.max_batch_tokens = kStepRows}).value()),
+        widths_(file_->config().sites()) {
+    std::mt19937 random(3);
+    std::uniform_int_distribution<int32_t> token(0, file_->config().vocabulary - 1);
+    windows_.assign(24, std::vector<int32_t>(kLength));
+    for (std::vector<int32_t>& window : windows_) {
+      for (int32_t& id : window) id = token(random);
+    }
+    // All but the last layer, which is looked at.
+    for (const int kept : {64, 32, 0}) {
+      KeepProfile keep = KeepProfile::Dense(widths_);
+      for (int layer = 0; layer + 1 < widths_.layers; ++layer) {
+        keep.Keep(layer, SiteKind::kChannels, kept);
+      }
+      EXPECT_TRUE(ladder_.Append({.prefill = keep, .decode = keep}));
+    }
+  }
+
+  absl::StatusOr<PruningData> Fit(LayerFitOptions options) {
+    options.step_rows = kStepRows;
+    return FitLayers(options, ladder_, *file_, windows_, executor_.get(), backend_.get(),
+                     [&](int64_t done, int64_t total) {
+                       done_ = done;
+                       total_ = total;
+                       return done < stop_at_;
+                     });
+  }
+
+  // What meets `down` in the last layer.
+  std::vector<float> LastHidden(int rung) {
+    std::vector<float> all;
+    executor_->set_channel_observer([&](int layer, ConstMatrix hidden) {
+      if (layer + 1 < widths_.layers) return;
+      for (int r = 0; r < hidden.rows; ++r) {
+        all.insert(all.end(), hidden.row(r), hidden.row(r) + hidden.cols);
+      }
+    });
+    for (const std::vector<int32_t>& window : windows_) {
+      const ForcedText text{.tokens = window, .prompt = kLength, .rung = rung, .scored = false};
+      EXPECT_TRUE(RunForced(executor_.get(), kStepRows, {&text, 1}).ok());
+    }
+    executor_->set_channel_observer({});
+    return all;
+  }
+
+  std::unique_ptr<Backend> backend_ = CreateCpuBackend({.threads = 2}).value();
+  std::unique_ptr<ModelFile> file_;
+  std::unique_ptr<ModelExecutor> executor_;
+  SiteWidths widths_;
+  Ladder ladder_ = Ladder::DenseOnly(widths_);
+  std::vector<std::vector<int32_t>> windows_;
+  int64_t done_ = 0, total_ = 0, stop_at_ = INT64_MAX;
+};
+
+double Off(const std::vector<float>& a, const std::vector<float>& b) {
+  double off = 0;
+  for (size_t i = 0; i < a.size(); ++i) off += double{a[i] - b[i]} * (a[i] - b[i]);
+  return off;
+}
+
+TEST_F(LayerFitTest, LayersOneByOneAreTheModel) {
+  ASSERT_TRUE(executor_->SetLadder(ladder_, StaticSelector(widths_)).ok());
+  Batch batch;
+  batch.tokens.assign(windows_[0].begin(), windows_[0].begin() + kStepRows);
+  const std::vector<std::vector<int32_t>> tables(widths_.layers, {0}), other(widths_.layers, {1});
+  // Rungs out of order: the executor sorts rows, and gives them back unsorted.
+  batch.spans = {{.id = 1, .first_row = 0, .rows = 7, .rung = 1, .page_tables = tables},
+                 {.id = 2, .first_row = 7, .rows = 9, .rung = 0, .page_tables = other}};
+  batch.prefill_rows = kStepRows;
+  using Rows = std::vector<float>;
+  std::vector<Rows> want, got;
+  const auto observe = [&](std::vector<Rows>* seen) {
+    executor_->set_channel_observer([seen](int, ConstMatrix hidden) {
+      Rows& rows = seen->emplace_back();
+      for (int r = 0; r < hidden.rows; ++r) {
+        rows.insert(rows.end(), hidden.row(r), hidden.row(r) + hidden.cols);
+      }
+    });
+  };
+  observe(&want);
+  StepResult result;
+  ASSERT_TRUE(executor_->Execute(batch, &result).ok());
+  observe(&got);
+  std::vector<float> residual(kStepRows * file_->config().hidden);
+  for (int layer = 0; layer < widths_.layers; ++layer) {
+    ASSERT_TRUE(
+        executor_
+            ->ExecuteLayer(batch, layer, Matrix(residual.data(), kStepRows, file_->config().hidden))
+            .ok());
+  }
+  EXPECT_EQ(want, got);
+  EXPECT_EQ(want.size(), 2 * widths_.layers - 1) << "the last is whole for all";
+}
+
+TEST_F(LayerFitTest, BringsTheStreamNearerToTheDenseOne) {
+  const absl::StatusOr<PruningData> ranked = Fit({.rank = "elimination", .refit = false});
+  ASSERT_TRUE(ranked.ok()) << ranked.status();
+  EXPECT_EQ(done_, total_);
+  const absl::StatusOr<PruningData> fitted = Fit({.rank = "elimination"});
+  ASSERT_TRUE(fitted.ok()) << fitted.status();
+  EXPECT_EQ(done_, total_);
+  for (int layer = 0; layer < widths_.layers; ++layer) {
+    const bool last = layer + 1 == widths_.layers;
+    EXPECT_EQ(fitted->layers[layer].ranking, ranked->layers[layer].ranking);
+    EXPECT_EQ(fitted->layers[layer].ranking.empty(), last);
+    EXPECT_EQ(fitted->layers[layer].refits.size(), last ? 0 : 2) << "none of nothing";
+    EXPECT_TRUE(ranked->layers[layer].refits.empty());
+  }
+  const std::vector<float> dense = LastHidden(0);
+  ASSERT_TRUE(executor_->SetLadder(ladder_, Found(widths_, &*ranked)).ok());
+  const double plain[] = {Off(LastHidden(1), dense), Off(LastHidden(2), dense)};
+  ASSERT_TRUE(executor_->SetLadder(ladder_, Found(widths_, &*fitted)).ok());
+  EXPECT_LT(Off(LastHidden(1), dense), 0.9 * plain[0]);
+  EXPECT_LT(Off(LastHidden(2), dense), 0.9 * plain[1]);
+}
+
+TEST_F(LayerFitTest, StopsWhenTold) {
+  stop_at_ = 3;
+  EXPECT_EQ(Fit({.rank = "ppsp"}).status().code(), absl::StatusCode::kCancelled);
+  EXPECT_EQ(done_, 3);
+}
+
+}  // namespace
+}  // namespace espalier

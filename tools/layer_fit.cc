@@ -1,0 +1,294 @@
+#include "tools/layer_fit.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+#include <utility>
+
+#include "engine/pruning/importance.h"
+#include "engine/pruning/refit.h"
+#include "engine/pruning/second_moments.h"
+#include "tools/local_model.h"
+
+namespace espalier {
+namespace {
+
+using Stream = std::vector<float>;  // [windows * tokens of each, hidden]
+
+// One layer's ranking and refits, as they are found.
+class LayerSelector final : public ChannelSelector {
+ public:
+  LayerSelector(const SiteWidths& widths, int layer, const PruningData::Layer* found)
+      : rankings_(widths), layer_(layer), found_(found) {
+    rankings_.SetRanking(layer, SiteKind::kChannels, found->ranking);
+  }
+
+  std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
+    return rankings_.Ranking(layer, kind);
+  }
+  std::span<const FourBitGroup> Refit(int layer, int count) const override {
+    const auto refit = found_->refits.find(count);
+    if (layer != layer_ || refit == found_->refits.end()) return {};
+    return refit->second;
+  }
+
+ private:
+  StaticSelector rankings_;
+  int layer_;
+  const PruningData::Layer* found_;
+};
+
+std::vector<int32_t> Rank(const std::string& by, const DownSite& site,
+                          const SecondMoments& moments) {
+  const auto* const name = std::ranges::find(kImportanceNames, by);
+  if (name == std::end(kImportanceNames)) return RankByElimination(site);
+  const auto importance = static_cast<Importance>(name - std::begin(kImportanceNames));
+  return RankByScore(Scores(importance, moments.Energy(), moments.FirstMoment(),
+                            DownNorms(importance, site.down, site.channels)));
+}
+
+class LayerFit {
+ public:
+  LayerFit(const LayerFitOptions& options, const Ladder& planned, const ModelFile& file,
+           std::span<const std::vector<int32_t>> windows, ModelExecutor* executor, Backend* backend,
+           const std::function<bool(int64_t, int64_t)>& progress)
+      : options_(options),
+        planned_(planned),
+        file_(file),
+        config_(file.config()),
+        windows_(windows),
+        executor_(executor),
+        backend_(backend),
+        progress_(progress),
+        rungs_(options.refit ? planned.size() : 1) {
+    const size_t pages = (windows.front().size() + kPageTokens - 1) / kPageTokens;
+    tables_.resize(config_.layers);
+    for (std::vector<int32_t>& table : tables_) {
+      for (size_t i = 0; i < pages; ++i) table.push_back(static_cast<int32_t>(i));
+    }
+    dense_.resize(windows.size() * windows.front().size() * config_.hidden);
+    streams_.resize(rungs_);
+    std::set<int> left;  // the dense stream
+    for (int layer = 0; layer < config_.layers; ++layer) {
+      ++total_;
+      if (rungs_ == 1) continue;
+      const std::vector<int> narrowed = Narrowed(layer);
+      left.insert(narrowed.begin(), narrowed.end());
+      total_ += static_cast<int64_t>(Counts(layer).size());
+      if (layer + 1 < config_.layers) total_ += static_cast<int64_t>(left.size());
+    }
+  }
+
+  absl::StatusOr<PruningData> Run() {
+    PruningData data;
+    data.layers.resize(config_.layers);
+    for (int layer = 0; layer < config_.layers; ++layer) {
+      const absl::Status status = FitLayer(layer, &data.layers[layer]);
+      if (!status.ok()) return status;
+    }
+    return data;
+  }
+
+ private:
+  using Observe = std::function<void(ConstMatrix hidden)>;
+  using Take = std::function<absl::Status(int64_t first_row, Matrix left)>;
+
+  int Kept(int layer, int rung) const {
+    return planned_.rung(rung).prefill.kept(layer, SiteKind::kChannels);
+  }
+
+  // Rungs that do not keep all of the layer's channels.
+  std::vector<int> Narrowed(int layer) const {
+    std::vector<int> rungs;
+    for (int rung = 1; rung < planned_.size(); ++rung) {
+      if (Kept(layer, rung) < config_.channels) rungs.push_back(rung);
+    }
+    return rungs;
+  }
+
+  // What `down` is fitted for: counts, each with a rung that keeps so many.
+  std::map<int, int> Counts(int layer) const {
+    std::map<int, int> counts;
+    for (const int rung : Narrowed(layer)) {
+      if (Kept(layer, rung) > 0) counts.try_emplace(Kept(layer, rung), rung);
+    }
+    return counts;
+  }
+
+  // The planned ladder with all other layers whole, so that only this one has panels.
+  Ladder OnlyAt(int layer) const {
+    Ladder ladder = Ladder::DenseOnly(config_.sites());
+    for (int rung = 1; rung < planned_.size(); ++rung) {
+      KeepProfile keep = KeepProfile::Dense(config_.sites());
+      for (const SiteKind kind : {SiteKind::kHeads, SiteKind::kChannels}) {
+        keep.Keep(layer, kind, planned_.rung(rung).prefill.kept(layer, kind));
+      }
+      ladder.Append({.prefill = keep, .decode = keep});
+    }
+    return ladder;
+  }
+
+  // Runs a layer over all windows from a stream and gives what it leaves to `take`, piece by piece;
+  // `observe` is called before with what met `down`.
+  absl::Status Sweep(int layer, int rung, const Stream& from, const Observe& observe,
+                     const Take& take) {
+    const int hidden = config_.hidden;
+    executor_->set_channel_observer(observe ? [&](int, ConstMatrix rows) { observe(rows); }
+                                            : std::function<void(int, ConstMatrix)>());
+    Batch batch;
+    absl::Status status;
+    int64_t row = 0;
+    for (const std::vector<int32_t>& window : windows_) {
+      const int length = static_cast<int>(window.size());
+      for (int start = 0, rows; start < length && status.ok(); start += rows) {
+        rows = std::min(options_.step_rows, length - start);
+        batch.Clear();
+        batch.tokens.assign(window.begin() + start, window.begin() + start + rows);
+        batch.spans.push_back(
+            {.id = 1, .rows = rows, .start = start, .rung = rung, .page_tables = tables_});
+        batch.prefill_rows = rows;
+        left_.assign(from.begin() + row * hidden, from.begin() + (row + rows) * hidden);
+        const Matrix left(left_.data(), rows, hidden);
+        start_ = start;
+        status = executor_->ExecuteLayer(batch, layer, left);
+        if (status.ok()) status = take(row, left);
+        row += rows;
+      }
+      if (!status.ok()) break;
+    }
+    executor_->set_channel_observer({});
+    if (status.ok() && !progress_(++done_, total_)) {
+      status = absl::CancelledError("interrupted; no ladder was written");
+    }
+    return status;
+  }
+
+  absl::Status Advance(int layer, int rung, Stream* stream, const Observe& observe) {
+    return Sweep(layer, rung, *stream, observe, [&](int64_t row, Matrix left) {
+      std::copy_n(left.data, int64_t{left.rows} * left.cols, stream->begin() + row * left.cols);
+      return absl::OkStatus();
+    });
+  }
+
+  // Rows of the piece in hand without position 0.
+  ConstMatrix Counted(ConstMatrix rows) const {
+    const int skipped = start_ == 0 ? 1 : 0;
+    return {rows.data + skipped * rows.stride, rows.rows - skipped, rows.cols, rows.stride};
+  }
+
+  absl::Status FitLayer(int layer, PruningData::Layer* found) {
+    const std::vector<int> narrowed = Narrowed(layer);
+    // Rungs leave the dense model's stream at the first layer that they narrow.
+    for (const int rung : narrowed) {
+      if (rung < rungs_ && streams_[rung].empty()) streams_[rung] = dense_;
+    }
+    absl::Status status;
+    if (narrowed.empty()) {
+      status = Advance(layer, 0, &dense_, {});
+    } else {
+      const absl::StatusOr<std::vector<float>> down = ReadDown(file_, layer);
+      if (!down.ok()) return down.status();
+      status = RankDense(layer, *down, found);
+      if (status.ok() && rungs_ > 1) status = FitRungs(layer, *down, found);
+    }
+    for (int rung = 1; rung < rungs_ && layer + 1 < config_.layers && status.ok(); ++rung) {
+      if (!streams_[rung].empty()) status = Advance(layer, rung, &streams_[rung], {});
+    }
+    return status;
+  }
+
+  absl::Status RankDense(int layer, std::span<const float> down, PruningData::Layer* found) {
+    SecondMoments moments(config_.channels, 0, backend_);
+    absl::Status added;
+    absl::Status status = Advance(layer, 0, &dense_, [&](ConstMatrix hidden) {
+      added.Update(moments.Add(Counted(hidden), {}));
+    });
+    status.Update(added);
+    if (!status.ok()) return status;
+    const std::vector<float> mean = moments.Mean();
+    found->ranking = Rank(options_.rank, {config_.hidden, config_.channels, down, mean}, moments);
+    return absl::OkStatus();
+  }
+
+  // For every count that rungs keep; afterwards the executor has them.
+  absl::Status FitRungs(int layer, std::span<const float> down, PruningData::Layer* found) {
+    absl::Status status =
+        executor_->SetLadder(OnlyAt(layer), LayerSelector(config_.sites(), layer, found));
+    std::map<int, SecondMoments> moments;  // by count
+    for (const auto& [kept, rung] : Counts(layer)) {
+      if (!status.ok()) break;
+      SecondMoments& sums = moments.try_emplace(kept, kept, config_.hidden, backend_).first->second;
+      std::vector<float> held;  // of the piece in hand
+      status = Sweep(
+          layer, rung, streams_[rung],
+          [&, kept = kept](ConstMatrix hidden) {
+            held.clear();
+            for (int r = 0; r < hidden.rows; ++r) {
+              held.insert(held.end(), hidden.row(r), hidden.row(r) + kept);
+            }
+          },
+          [&, kept = kept](int64_t row, Matrix left) {
+            const float* const whole = dense_.data() + row * left.cols;
+            for (int64_t i = 0; i < int64_t{left.rows} * left.cols; ++i) {
+              left.data[i] = whole[i] - left.data[i];
+            }
+            return sums.Add(Counted(ConstMatrix(held.data(), left.rows, kept)), Counted(left));
+          });
+    }
+    if (!status.ok()) return status;
+    std::vector<std::pair<int, const SecondMoments*>> counts;
+    for (const auto& [kept, sums] : moments) {
+      counts.emplace_back(kept, &sums);
+      found->refits[kept] = {};
+    }
+    backend_->ParallelFor(static_cast<int>(counts.size()), [&](int i) {
+      const auto& [kept, sums] = counts[i];
+      found->refits.at(kept) = Refit(kept, down, found->ranking, *sums);
+    });
+    return executor_->SetLadder(OnlyAt(layer), LayerSelector(config_.sites(), layer, found));
+  }
+
+  std::vector<FourBitGroup> Refit(int kept, std::span<const float> down,
+                                  std::span<const int32_t> ranking,
+                                  const SecondMoments& sums) const {
+    std::vector<float> columns;
+    const std::vector<float> mean = sums.Mean(), missed = sums.Missed();
+    for (int n = 0; n < config_.hidden; ++n) {
+      const auto row = down.subspan(static_cast<size_t>(n) * config_.channels, config_.channels);
+      for (const int32_t channel : ranking.first(kept)) columns.push_back(row[channel]);
+    }
+    return RefitDown({.hidden = config_.hidden,
+                      .kept = kept,
+                      .down = columns,
+                      .moments = mean,
+                      .missed = missed});
+  }
+
+  const LayerFitOptions& options_;
+  const Ladder& planned_;
+  const ModelFile& file_;
+  const ModelConfig& config_;
+  std::span<const std::vector<int32_t>> windows_;
+  ModelExecutor* executor_;
+  Backend* backend_;
+  const std::function<bool(int64_t, int64_t)>& progress_;
+  int rungs_;
+  std::vector<std::vector<int32_t>> tables_;  // [layers], of one window
+  Stream dense_;
+  std::vector<Stream> streams_;  // [rungs]; empty: still the dense one
+  std::vector<float> left_;      // [rows of a piece, hidden]
+  int start_ = 0;                // position of the piece in hand
+  int64_t done_ = 0, total_ = 0;
+};
+
+}  // namespace
+
+absl::StatusOr<PruningData> FitLayers(const LayerFitOptions& options, const Ladder& planned,
+                                      const ModelFile& file,
+                                      std::span<const std::vector<int32_t>> windows,
+                                      ModelExecutor* executor, Backend* backend,
+                                      const std::function<bool(int64_t, int64_t)>& progress) {
+  return LayerFit(options, planned, file, windows, executor, backend, progress).Run();
+}
+
+}  // namespace espalier

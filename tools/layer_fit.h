@@ -1,0 +1,37 @@
+// Calibration's one way through the model, layer by layer: each layer's channels are ranked by what
+// they hold in the dense model, and each rung's `down` is fitted to what is missing, after it, from
+// the dense model's residual stream.
+//
+// What a rung misses at a layer is more than its own channels that left would have added: its rows
+// come from pruned and rounded layers before. A fit that sees them makes up for those too, which
+// halves how far the stream is off in the end (measured: tests/bench/pruning/README.md).
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/model/model_executor.h"
+#include "engine/model/pruning_file.h"
+#include "policy/ladder.h"
+
+namespace espalier {
+
+struct LayerFitOptions {
+  std::string rank;     // "elimination", or one of kImportanceNames
+  bool refit = true;    // false: rankings alone
+  int step_rows = 512;  // as the executor's
+};
+
+// `windows` are as long as each other; the residual streams of all of them, of the dense model and
+// of each rung, stay in memory: 4 * hidden bytes a token each. The executor's ladder is changed.
+// Cancelled if progress(done, total) says false.
+absl::StatusOr<PruningData> FitLayers(
+    const LayerFitOptions& options, const Ladder& planned, const ModelFile& file,
+    std::span<const std::vector<int32_t>> windows, ModelExecutor* executor, Backend* backend,
+    const std::function<bool(int64_t done, int64_t total)>& progress);
+
+}  // namespace espalier
