@@ -19,15 +19,18 @@ absl::StatusOr<const StepReport*> Engine::Step(Instant now) {
   report_.prefill_rows = batch.prefill_rows;
   report_.sequences = static_cast<int>(batch.spans.size());
   report_.phases = {};
+  report_.probe = {};
   if (!batch.empty()) {
     result_.tokens.clear();
     result_.phases = {};
+    result_.probe = {};
     if (absl::Status status = executor_->Execute(batch, &result_); !status.ok()) {
       scheduler_.Discard();
       return status;
     }
     scheduler_.Commit(result_, &report_.outputs);
     report_.phases = result_.phases;
+    report_.probe = result_.probe;
   }
 #ifndef NDEBUG
   scheduler_.CheckInvariants();

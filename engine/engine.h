@@ -16,6 +16,7 @@ struct StepReport {
   std::vector<SequenceOutput> outputs;  // expired ones first, then in the order of the batch
   SchedulerStats stats;
   PhaseTimes phases;
+  ProbeUse probe;
   int decode_rows = 0;
   int prefill_rows = 0;
   int sequences = 0;  // spans of the batch

@@ -143,6 +143,7 @@ void Call::Note(const StreamProgress& progress) {
   summary.cached_tokens = progress.cached_tokens;
   summary.preemptions = progress.preemptions;
   summary.rung = progress.rung;
+  summary.stages = progress.stages;
   const Rung& rung = model().ladder.rung(progress.rung);
   summary.mean_prune_ratio = rung.decode.prune_ratio();
   summary.estimated_loss = rung.price.quality_loss_nats;
@@ -187,6 +188,10 @@ v1::Served Call::WireServed(int tokens) const {
   served.set_mean_prune_ratio(static_cast<float>(summary.mean_prune_ratio));
   served.set_estimated_loss(static_cast<float>(summary.estimated_loss));
   served.set_reason(std::string(summary.rung_by));
+  v1::StageRows* stages = served.mutable_stages();
+  stages->set_full(summary.stages.full);
+  stages->set_probed(summary.stages.probed);
+  stages->set_history(summary.stages.history);
   return served;
 }
 

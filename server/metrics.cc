@@ -141,6 +141,12 @@ struct Metrics::Instruments : prometheus::Collectable {
                       "Requests turned away before any work, by reason.",
                       {{"reason", std::string(reason)}});
   }
+  Counter& Stage(const char* stage) {
+    return AddCounter(r, "espalier_rows_by_stage_total",
+                      "Rows by how their channels were chosen: all kept, by a probe of their step, "
+                      "or before their step.",
+                      {{"stage", stage}});
+  }
   Counter& Success(std::string_view reason) {
     Labels labels = vllm;
     labels["finished_reason"] = std::string(reason);
@@ -193,6 +199,15 @@ struct Metrics::Instruments : prometheus::Collectable {
   std::array<Counter*, kPhases.size()> phases;
   Counter& recomputed = AddCounter(r, "espalier_recomputed_tokens_total",
                                    "Tokens computed again after a preemption.");
+  Counter& full_rows = Stage("full");
+  Counter& probed_rows = Stage("probed");
+  Counter& history_rows = Stage("history");
+  Counter& probe_rows =
+      AddCounter(r, "espalier_probe_rows_total", "Rows that layers were probed with.");
+  Counter& rankings = AddCounter(r, "espalier_rankings_total",
+                                 "Rankings of a layer's channels renewed while serving.");
+  Gauge& ranking_age = AddGauge(r, "espalier_ranking_age_steps",
+                                "Steps that pruned since a ranking was last renewed.");
   Gauge& queue = AddGauge(r, "espalier_queue_requests", "Requests admitted, but not running.");
   Gauge& queue_bound = AddGauge(r, "espalier_queue_limit", "Requests that may wait.");
   Gauge& oldest =
@@ -288,6 +303,9 @@ void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, const S
   Advance(&m.prefix_hits, load.stats.prefix_hits);
   Advance(&m.prefix_evicted, load.stats.prefix_evicted_pages);
   m.prefix_pages.Set(load.stats.pages_cached);
+  Advance(&m.full_rows, load.stats.stages.full);
+  Advance(&m.probed_rows, load.stats.stages.probed);
+  Advance(&m.history_rows, load.stats.stages.history);
 
   const int rows = report.decode_rows + report.prefill_rows;
   if (rows == 0) return;
@@ -299,6 +317,9 @@ void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, const S
   for (size_t i = 0; i < kPhases.size(); ++i) {
     m.phases[i]->Increment(report.phases.*kPhases[i].seconds);
   }
+  m.probe_rows.Increment(static_cast<double>(report.probe.rows));
+  m.rankings.Increment(static_cast<double>(report.probe.rankings));
+  m.ranking_age.Set(static_cast<double>(report.probe.age));
   size_t drawn = 0;
   for (const SequenceOutput& output : report.outputs) drawn += output.tokens.size();
   m.generated.Increment(static_cast<double>(drawn));

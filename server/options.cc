@@ -254,6 +254,32 @@ const std::vector<Setting>& Settings() {
        "Who chooses a request's rung; fixed: always this one, or the hardest\n"
        "milder one that the request's bounds allow",
        FixedRung(&O::fixed_rung)},
+      {kPruning, "probe",
+       "Rank channels anew in each prefill step that prunes, by a probe of its\n"
+       "rows, fused with history (Probe Pruning); off: as calibrated, which loses\n"
+       "less. Needs a ladder of `espalier calibrate --no-refit`",
+       Choice<std::optional<ProbeOptions::Rows>>(&O::probe,
+                                                 {{"off", {}},
+                                                  {"top-norm", ProbeOptions::Rows::kTopNorm},
+                                                  {"spread", ProbeOptions::Rows::kSpread},
+                                                  {"all", ProbeOptions::Rows::kAll}})},
+      {kPruning, "probe-budget", "Most rows that are probed, as a share of those pruned",
+       Share(&O::probe_budget)},
+      {kPruning, "probe-least-rows", "Steps that prune fewer prefill rows are not probed",
+       Whole(&O::probe_least_rows, 0, 65536)},
+      {kPruning, "probe-refresh",
+       "Decode steps after which channels are ranked anew by history; 0: never",
+       Whole(&O::probe_refresh, 0, 1'000'000)},
+      {kPruning, "probe-whole",
+       "Of so many decode steps one leaves nothing out, so that history sees all\n"
+       "channels; 0: none",
+       Whole(&O::probe_whole, 0, 1'000'000)},
+      {kPruning, "history", "What a probe learns: ema: from traffic; frozen: nothing",
+       Choice<bool>(&O::frozen_history, {{"ema", false}, {"frozen", true}})},
+      {kPruning, "history-file",
+       "Where a probe's history is read from at the start, if it is there, and\n"
+       "written to at the end, unless frozen; energies of channels, never text",
+       Text(&O::history_file, "PATH", "a path; empty: none")},
 
       {kNetwork, "host", "Where to listen, for gRPC and metrics", Host(&O::host)},
       {kNetwork, "port", "gRPC port; 0: a free one", Whole(&O::port, 0, 65535)},
@@ -393,6 +419,9 @@ absl::StatusOr<ServerOptions> ReadOptions(const GivenByName& given) {
   if (options.fixed_rung > 0 && options.ladder.empty()) {
     return absl::InvalidArgumentError(
         fmt::format("--policy: rung {} needs a ladder: --ladder", options.fixed_rung));
+  }
+  if (options.probe.has_value() && options.ladder.empty()) {
+    return absl::InvalidArgumentError("--probe: needs a ladder: --ladder");
   }
   if (options.max_sequences > options.max_batch_tokens) {
     return absl::InvalidArgumentError(

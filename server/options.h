@@ -9,6 +9,7 @@
 
 #include "absl/status/statusor.h"
 #include "engine/model/weight_plan.h"
+#include "engine/pruning/probe.h"
 #include "kernels/backend.h"
 #include "kernels/cpu/cpu_backend.h"
 
@@ -40,6 +41,17 @@ struct ServerOptions {
   // The rung that requests without one of their own are served at, or the hardest milder one that
   // their bounds allow; at most the ladder's last.
   int fixed_rung = 0;
+  // Rows by which each prefill step that narrows ranks channels anew, by Probe Pruning; none (off):
+  // channels stay as calibrated. Needs a ladder without refitted weights.
+  std::optional<ProbeOptions::Rows> probe;
+  double probe_budget = 0.05;   // most rows probed, as a share of those narrowed, 0 to 1
+  int probe_least_rows = 64;    // steps that narrow fewer prefill rows are not probed, 0 to 65536
+  int probe_refresh = 64;       // decode steps after which history ranks anew; 0: never
+  int probe_whole = 64;         // of so many decode steps one keeps all channels; 0: none
+  bool frozen_history = false;  // history stays as read
+  // The probe's history: read at the start if the file exists, written at the end unless frozen;
+  // empty: begins anew.
+  std::string history_file;
 
   // --- Network.
   // Address to listen at, for gRPC and metrics.

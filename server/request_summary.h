@@ -4,6 +4,7 @@
 #include <string>
 #include <string_view>
 
+#include "engine/scheduling/batch.h"
 #include "engine/scheduling/request.h"
 
 namespace espalier {
@@ -25,6 +26,7 @@ struct RequestSummary {
   int max_tokens = 0;  // as asked for, or the default
   int preemptions = 0;
   int rung = 0;                 // the last one it was served at
+  StageRows stages;             // rows computed, as in the proto
   std::string_view rung_by;     // who chose it: the policy's name, or "request"
   double mean_prune_ratio = 0;  // of decode rows
   double estimated_loss = 0;    // nats per token above the full model

@@ -19,9 +19,12 @@
 
 #include "engine/engine.h"
 #include "engine/machine_memory.h"
+#include "engine/model/down_norms.h"
 #include "engine/model/files/model_file.h"
+#include "engine/model/history_file.h"
 #include "engine/model/model_executor.h"
 #include "engine/model/pruning_file.h"
+#include "engine/pruning/probe.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "server/api_service.h"
 #include "server/engine_thread.h"
@@ -173,8 +176,14 @@ class Server {
             fmt::format("--policy: fixed:{}, and {} has rungs 0 to {}", options_.fixed_rung,
                         options_.ladder, ladder->ladder.size() - 1));
       }
-      const absl::Status status =
-          executor_->SetLadder(std::move(ladder->ladder), *ladder->channels);
+      if (options_.probe.has_value() && ladder->refitted) {
+        return absl::InvalidArgumentError(
+            fmt::format("--probe: {} has weights refitted to its own channels; make one with "
+                        "`espalier calibrate --no-refit`",
+                        options_.ladder));
+      }
+      absl::Status status = executor_->SetLadder(std::move(ladder->ladder), *ladder->channels);
+      if (status.ok() && options_.probe.has_value()) status = MakeProbe(file);
       if (!status.ok()) return status;
     }
 
@@ -187,6 +196,41 @@ class Server {
                          .prefix_cache = options_.prefix_cache},
         executor_->kv_geometry(), executor_->ladder(), executor_.get(), &policy_);
     return absl::OkStatus();
+  }
+
+  absl::Status MakeProbe(const ModelFile& file) {
+    History history(file.config().layers, file.config().channels);
+    if (!options_.history_file.empty()) {
+      absl::StatusOr<History> read = ReadHistory(options_.history_file, file);
+      if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
+      if (read.ok()) history = *std::move(read);
+      Log(LogLevel::kInfo, read.ok() ? "history read" : "history begins anew",
+          {{"file", options_.history_file}});
+    }
+    absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(file);
+    if (!norms.ok()) return norms.status();
+    fingerprint_ = FingerprintOf(file);
+    probe_ = std::make_unique<Probe>(ProbeOptions{.rows = *options_.probe,
+                                                  .budget = options_.probe_budget,
+                                                  .least_rows = options_.probe_least_rows,
+                                                  .keep = options_.frozen_history ? 1 : 0.99,
+                                                  .refresh = options_.probe_refresh,
+                                                  .whole = options_.probe_whole},
+                                     std::move(history), *std::move(norms));
+    executor_->set_probe(probe_.get());
+    return absl::OkStatus();
+  }
+
+  // After the engine's last step.
+  void KeepHistory() {
+    if (probe_ == nullptr || options_.history_file.empty() || options_.frozen_history) return;
+    const absl::Status status =
+        WriteHistory(options_.history_file, fingerprint_, probe_->history());
+    if (status.ok()) {
+      Log(LogLevel::kInfo, "history written", {{"file", options_.history_file}});
+    } else {
+      Log(LogLevel::kError, "history lost", {{"error", Text(status)}});
+    }
   }
 
   absl::Status ServeMetrics() {
@@ -262,6 +306,7 @@ class Server {
     ready_.reset();                // the last tokens are on their way
     service_.WaitForCalls(until);  // slow readers may have some to read yet
     front_->Shutdown(kGoodbye);
+    KeepHistory();
     Log(LogLevel::kInfo, "stopped", {{"all_finished", all_finished}});
     return lost_ ? 1 : 0;
   }
@@ -305,6 +350,8 @@ class Server {
   std::unique_ptr<PromptEncoder> encoder_;
   const FixedPolicy policy_{options_.fixed_rung};
   std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Probe> probe_;
+  std::string fingerprint_;  // of the model, if there is a probe
   std::unique_ptr<ModelExecutor> executor_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<ReadyQueue> ready_;

@@ -19,6 +19,7 @@ bool TokenStream::Push(const SequenceOutput& output, Instant now) {
   progress.cached_tokens = output.cached_tokens;
   progress.preemptions = output.preemptions;
   progress.rung = output.rung;
+  progress.stages = output.stages;
   return true;
 }
 

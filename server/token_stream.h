@@ -38,6 +38,7 @@ struct StreamProgress {
   int cached_tokens = 0;
   int preemptions = 0;
   int rung = 0;
+  StageRows stages;
 };
 
 // Told, on a writer thread, that a stream has something to drain.

@@ -14,9 +14,9 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include "engine/model/down_norms.h"
 #include "engine/model/pruning_file.h"
 #include "engine/model/text/tokenizer.h"
-#include "engine/pruning/importance.h"
 #include "engine/pruning/probe.h"
 #include "policy/ladder_file.h"
 #include "tools/command.h"
@@ -219,12 +219,8 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
                                                  const Tokenizer& tokenizer,
                                                  ModelExecutor* executor) {
   const ModelConfig& config = file.config();
-  std::vector<std::vector<float>> norms;
-  for (int layer = 0; layer < config.layers; ++layer) {
-    const absl::StatusOr<std::vector<float>> down = ReadDown(file, layer);
-    if (!down.ok()) return down.status();
-    norms.push_back(DownNorms(Importance::kPpsp, *down, config.channels));
-  }
+  absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(file);
+  if (!norms.ok()) return norms.status();
   // As long as what is evaluated, so that positions are those that the history knows.
   const int window = std::min(options.prompt, options.step_rows);
   History history(config.layers, config.channels, options.exact ? options.prompt : 0);
@@ -256,7 +252,7 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
     }
     executor->set_channel_observer({});
   }
-  return std::make_unique<Probe>(probing, std::move(history), std::move(norms));
+  return std::make_unique<Probe>(probing, std::move(history), *std::move(norms));
 }
 
 absl::Status Run(Options options) {
@@ -359,7 +355,19 @@ void AddEval(CLI::App& root, Action* action) {
   };
   share("--probe-tokens", options->probing.token_share, "Of positions");
   share("--probe-sequences", options->probing.sequence_share, "Of sequences");
+  share("--probe-budget", options->probing.budget, "Most rows probed, of those narrowed");
   share("--history-keep", options->probing.keep, "Of history at an update; 1: frozen");
+  const auto every = [&](const char* name, int& value, const char* meaning) {
+    sub->add_option(name, value, meaning)
+        ->type_name("STEPS")
+        ->check(CLI::Range(0, 1'000'000))
+        ->capture_default_str()
+        ->group(probing);
+  };
+  every("--probe-refresh", options->probing.refresh,
+        "Decode steps after which history ranks anew; 0: never");
+  every("--probe-whole", options->probing.whole,
+        "Of so many decode steps one keeps all channels; 0: none");
   sub->add_option("--history-text", options->history,
                   "Files or folders that history is learned from before; none: no history")
       ->type_name("PATH")

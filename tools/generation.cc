@@ -232,6 +232,9 @@ std::string Summary(const StreamResult& result) {
   for (const v1::RungUse& use : served.rungs()) {
     text += fmt::format(" rung {} for {} tokens,", use.rung(), use.tokens());
   }
+  const v1::StageRows& rows = served.stages();
+  text += fmt::format(" rows {} full, {} probed, {} by history,", rows.full(), rows.probed(),
+                      rows.history());
   return text + fmt::format(" prune ratio {:.3g}, estimated loss {:.3g} nats/token, chosen by {}\n",
                             served.mean_prune_ratio(), served.estimated_loss(),
                             served.reason().empty() ? "the server" : served.reason());

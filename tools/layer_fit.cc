@@ -5,10 +5,10 @@
 #include <set>
 #include <utility>
 
+#include "engine/model/down_norms.h"
 #include "engine/pruning/importance.h"
 #include "engine/pruning/refit.h"
 #include "engine/pruning/second_moments.h"
-#include "tools/local_model.h"
 
 namespace espalier {
 namespace {

@@ -48,18 +48,6 @@ void AddLocalModelOptions(CLI::App& sub, LocalModelOptions* options) {
       ->group("Model in this process");
 }
 
-absl::StatusOr<std::vector<float>> ReadDown(const ModelFile& file, int layer) {
-  const ModelConfig& config = file.config();
-  const absl::StatusOr<const StoredTensor*> tensor =
-      file.Find(fmt::format("blk.{}.ffn_down.weight", layer), config.hidden, config.channels);
-  if (!tensor.ok()) return tensor.status();
-  std::vector<float> down(static_cast<size_t>(config.hidden) * config.channels);
-  for (int n = 0; n < config.hidden; ++n) {
-    (*tensor)->ReadRow(n, down.data() + static_cast<size_t>(n) * config.channels);
-  }
-  return down;
-}
-
 int64_t PagedTokens(int64_t tokens) {
   return (tokens + kPageTokens - 1) / kPageTokens * kPageTokens;
 }

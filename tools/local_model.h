@@ -45,9 +45,6 @@ struct LocalModel {
 absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int64_t kv_tokens,
                                           int step_rows);
 
-// down of a layer as the file has it, [hidden, channels].
-absl::StatusOr<std::vector<float>> ReadDown(const ModelFile& file, int layer);
-
 // What a sequence of `tokens` tokens takes of kv_tokens: whole pages.
 int64_t PagedTokens(int64_t tokens);
 

@@ -87,6 +87,8 @@ class Decoder {
   // are left aside: they belong to the rankings they were made for. Null: none. Must outlive its
   // use.
   void set_probe(Probe* probe) { probe_ = probe; }
+  // What the last step did with it.
+  Look look() const { return look_; }
 
   // Called with the residual stream after each layer ([rows, hidden]); for tests.
   void set_layer_observer(std::function<void(int layer, ConstMatrix residual)> observer) {

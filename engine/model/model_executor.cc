@@ -99,6 +99,8 @@ struct ModelExecutor::Impl {
   std::vector<std::span<const int32_t>> tables;  // [layers * spans]
   std::vector<PlanStep> steps;
   std::vector<int32_t> logit_rows;
+  const Probe* probe = nullptr;
+  ProbeCounts probe_counts;  // as of the last step
 };
 
 void ModelExecutor::Impl::MakePlan(const Batch& batch) {
@@ -184,7 +186,11 @@ absl::Status ModelExecutor::SetLadder(Ladder ladder, const ChannelSelector& sele
   return absl::OkStatus();
 }
 
-void ModelExecutor::set_probe(Probe* probe) { impl_->model->set_probe(probe); }
+void ModelExecutor::set_probe(Probe* probe) {
+  impl_->model->set_probe(probe);
+  impl_->probe = probe;
+  impl_->probe_counts = probe == nullptr ? ProbeCounts{} : probe->counts();
+}
 
 void ModelExecutor::set_channel_observer(std::function<void(int, ConstMatrix)> observer) {
   impl_->model->set_channel_observer(std::move(observer));
@@ -194,11 +200,21 @@ absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
   Impl& impl = *impl_;
   result->tokens.resize(batch.logits.size());
   result->phases = PhaseTimes{};
+  result->probe = ProbeUse{};
   if (batch.empty()) return absl::OkStatus();
   impl.MakePlan(batch);
   impl.model->Forward(
       {.tokens = impl.tokens, .spans = impl.spans, .tables = impl.tables, .steps = impl.steps},
       &impl.pool, &impl.activations, &result->phases);
+
+  if (impl.probe != nullptr) {
+    const ProbeCounts now = impl.probe->counts();
+    result->probe = {.ahead = impl.model->look() == Look::kAhead,
+                     .rows = now.rows - impl.probe_counts.rows,
+                     .rankings = now.rankings - impl.probe_counts.rankings,
+                     .age = now.age};
+    impl.probe_counts = now;
+  }
 
   const size_t turn = impl.options.max_logit_rows;
   for (size_t begin = 0; begin < batch.logits.size(); begin += turn) {

@@ -3,59 +3,23 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstdio>
-#include <cstring>
-#include <fstream>
 
 #include "engine/model/files/file_error.h"
 #include "engine/model/files/gguf.h"
+#include "engine/model/files/gguf_writer.h"
 #include "policy/ladder_file.h"
 
 namespace espalier {
 namespace {
 
 constexpr std::string_view kArchitecture = "espalier-pruning";
-constexpr std::string_view kFingerprint = "espalier.fingerprint";
-constexpr size_t kAlignment = 32;  // GGUF's default
-constexpr uint32_t kGgmlQ4_1 = 3;
-static_assert(std::endian::native == std::endian::little);
 
 std::string RankingKey(int layer) { return fmt::format("espalier.ranking.{}", layer); }
 
 std::string RefitName(int layer, int count) {
   return fmt::format("blk.{}.ffn_down.{}.weight", layer, count);
 }
-
-size_t Padding(size_t bytes) { return (kAlignment - bytes % kAlignment) % kAlignment; }
-
-class Writer {
- public:
-  template <typename Value>
-  void Add(Value value) {
-    bytes_.append(reinterpret_cast<const char*>(&value), sizeof(value));
-  }
-  void Text(std::string_view text) {
-    Add<uint64_t>(text.size());
-    bytes_ += text;
-  }
-  void TextKey(std::string_view key, std::string_view value) {
-    Text(key);
-    Add(GgufType::kString);
-    Text(value);
-  }
-  void IntegersKey(std::string_view key, const std::vector<int32_t>& values) {
-    Text(key);
-    Add(GgufType::kArray);
-    Add(GgufType::kInt32);
-    Add<uint64_t>(values.size());
-    for (const int32_t value : values) Add(value);
-  }
-  const std::string& bytes() const { return bytes_; }
-
- private:
-  std::string bytes_;
-};
 
 }  // namespace
 
@@ -75,6 +39,22 @@ std::string FingerprintOf(const ModelFile& model) {
   return fmt::format("{:016x}", hash);
 }
 
+absl::Status CheckOwn(const std::string& path, const Gguf& gguf, std::string_view architecture,
+                      const ModelFile& model) {
+  GgufKeys keys(path, gguf);
+  const std::string_view theirs = keys.String("general.architecture");
+  const std::string_view fingerprint = keys.String(kFingerprintKey);
+  if (!keys.status().ok()) return keys.status();
+  if (theirs != architecture) {
+    return Mismatch(path, "general.architecture", architecture, Quoted(theirs));
+  }
+  const std::string ours = FingerprintOf(model);
+  if (fingerprint == ours) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      fmt::format("{}: made for another model: its fingerprint is {}, that of {} is {}", path,
+                  Quoted(fingerprint), model.path(), ours));
+}
+
 std::string LadderPathOf(std::string_view model) {
   while (model.size() > 1 && model.ends_with('/')) model.remove_suffix(1);
   if (model.ends_with(".gguf")) model.remove_suffix(5);
@@ -91,18 +71,10 @@ absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string
   std::unique_ptr<PruningFile> file(new PruningFile(*std::move(mapped), config.sites()));
   const absl::StatusOr<Gguf> gguf = ParseGguf(path, file->file_.bytes());
   if (!gguf.ok()) return gguf.status();
+  if (absl::Status status = CheckOwn(path, *gguf, kArchitecture, model); !status.ok()) {
+    return status;
+  }
   GgufKeys keys(path, *gguf);
-  const std::string_view architecture = keys.String("general.architecture");
-  const std::string_view fingerprint = keys.String(kFingerprint);
-  if (!keys.status().ok()) return keys.status();
-  if (architecture != kArchitecture) {
-    return Mismatch(path, "general.architecture", kArchitecture, Quoted(architecture));
-  }
-  if (const std::string ours = FingerprintOf(model); fingerprint != ours) {
-    return absl::InvalidArgumentError(
-        fmt::format("{}: made for another model: its fingerprint is {}, that of {} is {}", path,
-                    Quoted(fingerprint), model.path(), ours));
-  }
   for (int layer = 0; layer < config.layers; ++layer) {
     const std::string key = RankingKey(layer);
     if (!keys.Has(key)) continue;
@@ -140,7 +112,7 @@ absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string
       return Mismatch(path, fmt::format("tensor {}", tensor.name),
                       fmt::format("key {} with it", RankingKey(layer)), "none");
     }
-    static_assert(alignof(FourBitGroup) <= kAlignment);
+    static_assert(alignof(FourBitGroup) <= 32);  // the format's alignment
     file->refits_[{layer, count}] = {reinterpret_cast<const FourBitGroup*>(tensor.data),
                                      tensor.bytes / sizeof(FourBitGroup)};
   }
@@ -184,60 +156,26 @@ absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const Model
   absl::StatusOr<std::unique_ptr<PruningFile>> channels =
       PruningFile::Open(ChannelsPathOf(path), model);
   if (!channels.ok()) return channels.status();
+  made.refitted = (*channels)->has_refits();
   made.channels = *std::move(channels);
   return made;
 }
 
 absl::Status WritePruningFile(const std::string& path, const ModelFile& model,
                               const PruningData& data) {
-  uint64_t tensors = 0, keys = 2;
-  for (const PruningData::Layer& layer : data.layers) {
-    keys += layer.ranking.empty() ? 0 : 1;
-    tensors += layer.refits.size();
-  }
-  Writer head;
-  for (const char c : std::string_view("GGUF")) head.Add(c);
-  head.Add<uint32_t>(3);
-  head.Add<uint64_t>(tensors);
-  head.Add<uint64_t>(keys);
-  head.TextKey("general.architecture", kArchitecture);
-  head.TextKey(kFingerprint, FingerprintOf(model));
+  GgufWriter writer;
+  writer.Add("general.architecture", kArchitecture);
+  writer.Add(kFingerprintKey, FingerprintOf(model));
   for (size_t i = 0; i < data.layers.size(); ++i) {
-    if (data.layers[i].ranking.empty()) continue;
-    head.IntegersKey(RankingKey(static_cast<int>(i)), data.layers[i].ranking);
-  }
-  uint64_t offset = 0;
-  for (size_t i = 0; i < data.layers.size(); ++i) {
-    for (const auto& [count, groups] : data.layers[i].refits) {
-      head.Text(RefitName(static_cast<int>(i), count));
-      head.Add<uint32_t>(2);
-      head.Add<uint64_t>(count);
-      head.Add<uint64_t>(model.config().hidden);
-      head.Add(kGgmlQ4_1);
-      head.Add(offset);
-      const size_t bytes = groups.size() * sizeof(FourBitGroup);
-      offset += bytes + Padding(bytes);
-    }
-  }
-  const std::string temporary = path + ".new";
-  std::ofstream file(temporary, std::ios::binary);
-  const auto write = [&file](const void* bytes, size_t size) {
-    static constexpr char kZeros[kAlignment] = {};
-    file.write(static_cast<const char*>(bytes), static_cast<std::streamsize>(size));
-    file.write(kZeros, static_cast<std::streamsize>(Padding(size)));
-  };
-  write(head.bytes().data(), head.bytes().size());
-  for (const PruningData::Layer& layer : data.layers) {
+    const PruningData::Layer& layer = data.layers[i];
+    const int index = static_cast<int>(i);
+    if (!layer.ranking.empty()) writer.Add(RankingKey(index), layer.ranking);
     for (const auto& [count, groups] : layer.refits) {
-      write(groups.data(), groups.size() * sizeof(FourBitGroup));
+      writer.AddTensor(RefitName(index, count), BlockType::kQ4_1, model.config().hidden, count,
+                       std::as_bytes(std::span(groups)));
     }
   }
-  file.close();
-  if (!file || std::rename(temporary.c_str(), path.c_str()) != 0) {
-    std::remove(temporary.c_str());
-    return absl::UnavailableError(fmt::format("{}: cannot be written", path));
-  }
-  return absl::OkStatus();
+  return writer.Write(path);
 }
 
 }  // namespace espalier

@@ -19,6 +19,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/model/files/gguf.h"
 #include "engine/model/files/mapped_file.h"
 #include "engine/model/files/model_file.h"
 #include "engine/pruning/channel_selector.h"
@@ -29,6 +30,12 @@ namespace espalier {
 // Of a model's tensors: names, types, shapes and the ends of their data. Refits of another model
 // would be noise; this tells them apart in a millisecond.
 std::string FingerprintOf(const ModelFile& model);
+
+inline constexpr std::string_view kFingerprintKey = "espalier.fingerprint";
+
+// That a file of ours is of this architecture and model; names the key if it is not.
+absl::Status CheckOwn(const std::string& path, const Gguf& gguf, std::string_view architecture,
+                      const ModelFile& model);
 
 class PruningFile final : public ChannelSelector {
  public:
@@ -42,6 +49,7 @@ class PruningFile final : public ChannelSelector {
     return rankings_.Ranking(layer, kind);
   }
   std::span<const FourBitGroup> Refit(int layer, int count) const override;
+  bool has_refits() const { return !refits_.empty(); }
 
  private:
   PruningFile(MappedFile file, const SiteWidths& widths)
@@ -56,6 +64,7 @@ class PruningFile final : public ChannelSelector {
 struct CalibratedLadder {
   Ladder ladder;
   std::unique_ptr<const ChannelSelector> channels;
+  bool refitted = false;  // its losses are those of refitted weights
 };
 
 // Reads both. NotFound or InvalidArgument, with path and line or tensor. A ladder that only drops

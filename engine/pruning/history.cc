@@ -43,7 +43,8 @@ void History::Update(int layer, ConstMatrix hidden, std::span<const int> positio
     float* const energy = energy_[layer].data() + static_cast<size_t>(bucket) * channels_;
     for (size_t i = 0; i < channels.size(); ++i) {
       float& value = energy[channels[i]];
-      value = static_cast<float>(keep * value + (1 - keep) * sums_[i] / rows);
+      const float mean = sums_[i] / static_cast<float>(rows);
+      value = value == 0 ? mean : static_cast<float>(keep * value + (1 - keep) * mean);
     }
   }
 }

@@ -19,6 +19,7 @@ class History {
   // buckets {0}, {1 .. 3}, {4 .. 15}, {16 .. 63}, {64 .. 255}, {256 .. 1023}, {1024 ..}.
   History(int layers, int channels, int exact_positions = 0);
 
+  int layers() const { return static_cast<int>(energy_.size()); }
   int channels() const { return channels_; }
   int buckets() const { return buckets_; }
   int BucketOf(int position) const;
@@ -28,11 +29,20 @@ class History {
     return std::span(energy_[layer]).subspan(static_cast<size_t>(bucket) * channels_, channels_);
   }
 
+  // Of all buckets, [buckets, channels].
+  std::span<const float> Energies(int layer) const { return energy_[layer]; }
+
+  // Sets them as Energies gave them, in place of what was there.
+  void Restore(int layer, std::span<const float> energies) {
+    energy_[layer].assign(energies.begin(), energies.end());
+  }
+
   // Takes dense rows into the means: hidden [rows, channels] at positions [rows].
   void Learn(int layer, ConstMatrix hidden, std::span<const int> positions);
 
   // V = keep V + (1 - keep) mean of h^2, for the channels listed, of which hidden [rows, listed]
-  // holds the values, in the buckets that have rows. Others keep their value.
+  // holds the values, in the buckets that have rows; the mean itself where V is zero yet. Others
+  // keep their value.
   void Update(int layer, ConstMatrix hidden, std::span<const int> positions,
               std::span<const int32_t> channels, double keep);
 

@@ -73,9 +73,33 @@ struct PhaseTimes {
   double sampling = 0;
 };
 
+// What looking ahead and back for channels to keep took, and how old the rankings are.
+struct ProbeUse {
+  bool ahead = false;    // narrowed prefill rows were ranked by a probe of their own step
+  int64_t rows = 0;      // probed, summed over layers
+  int64_t rankings = 0;  // renewed, of a layer each
+  int64_t age = 0;       // steps with narrowed rows since the last was
+};
+
+// Rows by how the channels that they keep were chosen.
+struct StageRows {
+  int64_t full = 0;     // all are kept
+  int64_t probed = 0;   // by a probe of their own step
+  int64_t history = 0;  // before their step: by calibration, by earlier probes or by history
+
+  StageRows& operator+=(const StageRows& other) {
+    full += other.full;
+    probed += other.probed;
+    history += other.history;
+    return *this;
+  }
+  bool operator==(const StageRows&) const = default;
+};
+
 struct StepResult {
   std::vector<TokenResult> tokens;  // one per Batch::logits, same order
   PhaseTimes phases;
+  ProbeUse probe;
 };
 
 }  // namespace espalier

@@ -19,7 +19,8 @@ SequenceOutput Describe(const Sequence& sequence, FinishReason finish) {
           .output_tokens = sequence.output_tokens(),
           .preemptions = sequence.preemptions,
           .first_scheduled = sequence.first_scheduled,
-          .rung = sequence.rung};
+          .rung = sequence.rung,
+          .stages = sequence.stages};
 }
 
 bool Contains(const std::vector<int32_t>& tokens, int32_t token) {
@@ -293,6 +294,9 @@ void Scheduler::Commit(const StepResult& result, std::vector<SequenceOutput>* ou
   for (size_t i = 0; i < scheduled_.size(); ++i) {
     Sequence* sequence = scheduled_[i];
     sequence->computed += batch_.spans[i].rows;
+    const StageRows stages = Stages(batch_.spans[i], result.probe);
+    sequence->stages += stages;
+    stages_ += stages;
     SharePages(sequence);
     SequenceOutput output;
     for (; next < batch_.logits.size() && batch_.logits[next].span == static_cast<int>(i); ++next) {
@@ -316,6 +320,13 @@ void Scheduler::Commit(const StepResult& result, std::vector<SequenceOutput>* ou
     if (told.finish != FinishReason::kNone) End(sequence);
   }
   Discard();
+}
+
+StageRows Scheduler::Stages(const BatchSpan& span, const ProbeUse& probe) const {
+  const Rung& rung = ladder_.rung(span.rung);
+  if ((span.decode ? rung.decode : rung.prefill).dense()) return {.full = span.rows};
+  if (!span.decode && probe.ahead) return {.probed = span.rows};
+  return {.history = span.rows};
 }
 
 FinishReason Scheduler::Append(const TokenResult& drawn, Sequence* sequence,
@@ -492,7 +503,8 @@ SchedulerStats Scheduler::stats() const {
           .recomputed_tokens = recomputed_tokens_,
           .prefix_queries = prefix_queries_,
           .prefix_hits = prefix_hits_,
-          .prefix_evicted_pages = cache_.evicted_pages()};
+          .prefix_evicted_pages = cache_.evicted_pages(),
+          .stages = stages_};
 }
 
 void Scheduler::CheckInvariants() const {

@@ -82,6 +82,7 @@ struct SequenceOutput {
   int preemptions = 0;
   Instant first_scheduled = kNever;  // kNever: never left the queue
   int rung = 0;
+  StageRows stages;  // rows computed, again after preemptions
 };
 
 struct SchedulerStats {
@@ -97,6 +98,7 @@ struct SchedulerStats {
   uint64_t prefix_queries = 0;  // prompt tokens
   uint64_t prefix_hits = 0;     // of these, found in the prefix cache
   uint64_t prefix_evicted_pages = 0;
+  StageRows stages;  // since start, rows computed
 };
 
 class Scheduler {
@@ -160,6 +162,7 @@ class Scheduler {
   bool Grow(Sequence* sequence);
   void Preempt(Sequence* sequence);
   void AddSpan(Sequence* sequence, bool decode);
+  StageRows Stages(const BatchSpan& span, const ProbeUse& probe) const;
   FinishReason Append(const TokenResult& drawn, Sequence* sequence, SequenceOutput* output);
 
   // Fills hits_ with the nodes that hold what `sequence` would compute first.
@@ -196,6 +199,7 @@ class Scheduler {
   uint64_t recomputed_tokens_ = 0;
   uint64_t prefix_queries_ = 0;
   uint64_t prefix_hits_ = 0;
+  StageRows stages_;
 
   Batch batch_;                                         // empty unless out
   std::vector<Sequence*> scheduled_;                    // [batch_.spans]

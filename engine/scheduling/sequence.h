@@ -5,6 +5,7 @@
 #include <string_view>
 #include <vector>
 
+#include "engine/scheduling/batch.h"
 #include "engine/scheduling/request.h"
 
 namespace espalier {
@@ -34,6 +35,7 @@ struct Sequence {
   int cached_tokens = 0;  // of the prompt, found in the prefix cache at the first admission
   int prefilled = 0;      // tokens before the first decode row since the last admission
   int lost = 0;           // computed when last preempted
+  StageRows stages;       // rows computed, again after preemptions
   Instant first_scheduled = kNever;
   int table_length = 0;  // pages held in each layer that keeps K and V at this rung
   std::vector<std::vector<int32_t>> page_tables;  // [layers][table_length], other layers empty

@@ -6,11 +6,13 @@ Used as: python X_test.py SERVER_BINARY MODEL, from `make test` with the Python 
 import contextlib
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 
 import grpc
 import grpc_tools
@@ -103,6 +105,12 @@ class Server:
 
     def log(self):
         return self.log_path.read_text(errors="replace")
+
+    def metrics(self):
+        """/metrics of a server with --metrics-port 0, in Prometheus' text format."""
+        port = re.search(r"metrics.*port\D+(\d+)", self.log())[1]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            return answer.read().decode()
 
     def load(self):
         return self.stub.GetLoad(pb.GetLoadRequest(), timeout=10)

@@ -163,6 +163,84 @@ class Calls(unittest.TestCase):
         self.assertIn("FINISH_REASON_LENGTH", answer.stdout, answer.stderr)
 
 
+class Pruning(unittest.TestCase):
+    """Real ladders of the tiny model, calibrated on the README: their losses mean nothing."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.TemporaryDirectory(prefix="espalier-ladders-")
+        folder = pathlib.Path(cls.folder.name)
+        cls.refitted, cls.plain = folder / "refitted.ladder", folder / "plain.ladder"
+        for path, extra in ((cls.refitted, ()), (cls.plain, ("--no-refit",))):
+            subprocess.run(
+                [pathlib.Path(BINARY).with_name("espalier"), "calibrate", "--model", MODEL,
+                 "--text", harness.ROOT / "README.md", "--tokens", "3000", "--dense-layers", "0",
+                 "--ratios", "0.6", "--out", path, *extra], check=True, stdout=subprocess.DEVNULL)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.folder.cleanup()
+
+    @staticmethod
+    def served(server, rung, tokens=20):
+        request = text_request("the quick brown fox jumps over the lazy dog " * 3, tokens)
+        request.prune.rung = rung
+        finished = list(server.stub.Generate(request, timeout=30))[-1].finished
+        return finished.usage.prompt_tokens - finished.usage.cached_tokens, finished.served.stages
+
+    @staticmethod
+    def metric(server, name):
+        found = re.search(rf"^{re.escape(name)} (\S+)$", server.metrics(), re.M)
+        return float(found[1]) if found else None
+
+    def test_stages_of_a_calibrated_ladder(self):
+        with Server(BINARY, MODEL, "--ladder", self.refitted, "--metrics-port", "0") as server:
+            prompt, stages = self.served(server, 0)
+            self.assertEqual((stages.full, stages.probed, stages.history), (prompt + 19, 0, 0))
+            prompt, stages = self.served(server, 1)
+            self.assertEqual((stages.full, stages.probed, stages.history), (0, 0, prompt + 19))
+            self.assertEqual(
+                self.metric(server, 'espalier_rows_by_stage_total{stage="history"}'), prompt + 19)
+            self.assertEqual(self.metric(server, "espalier_probe_rows_total"), 0)
+
+    def test_probe_ranks_and_remembers(self):
+        history = pathlib.Path(self.folder.name) / "history.gguf"
+        options = ("--ladder", self.plain, "--probe", "spread", "--probe-least-rows", "8",
+                   "--probe-refresh", "5", "--probe-whole", "7", "--history-file", history,
+                   "--metrics-port", "0")
+        for start in ("history begins anew", "history read"):
+            with Server(BINARY, MODEL, *options) as server:
+                self.assertIn(start, server.log())
+                prompt, stages = self.served(server, 1)
+                self.assertEqual((stages.full, stages.probed, stages.history), (0, prompt, 19))
+                self.assertGreater(self.metric(server, "espalier_probe_rows_total"), 0)
+                # One a layer in the prefill step, and one every five of 19 decode steps, but for
+                # those in which a whole one is due.
+                self.assertEqual(self.metric(server, "espalier_rankings_total") % 2, 0)
+                self.assertGreater(self.metric(server, "espalier_rankings_total"), 2 * 2)
+                self.assertIsNotNone(self.metric(server, "espalier_ranking_age_steps"))
+                self.assertGreater(
+                    self.metric(server, 'espalier_step_phase_seconds_total{phase="probe"}'), 0)
+                self.assertEqual(server.terminate(), 0)
+            self.assertTrue(history.exists())
+
+    def test_probe_refuses_weights_of_other_channels(self):
+        done = subprocess.run(
+            [BINARY, "--model", MODEL, "--port", "0", "--ladder", self.refitted, "--probe", "all"],
+            capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("calibrate --no-refit", done.stderr)
+
+    def test_dashboard_names_what_is_there(self):
+        board = (harness.ROOT / "deploy/grafana/espalier.json").read_text()
+        named = set(re.findall(r"\b(?:espalier|vllm:)[a-z_:]*[a-z]\b(?=\{|, job)", board))
+        self.assertGreater(len(named), 25)
+        with Server(BINARY, MODEL, "--ladder", self.plain, "--metrics-port", "0") as server:
+            self.served(server, 1)
+            there = set(re.findall(r"^([\w:]+)(?:\{| )", server.metrics(), re.M))
+        self.assertEqual(named - there, set())
+
+
 class Lifecycle(unittest.TestCase):
     def test_deadline_in_the_queue(self):
         with Server(BINARY, MODEL, "--max-sequences", "1") as server:

@@ -297,6 +297,16 @@ TEST_F(OptionsTest, VersionIsPrinted) {
   EXPECT_FALSE(options->has_value());
 }
 
+TEST_F(OptionsTest, ProbeNeedsALadderToPruneBy) {
+  EXPECT_FALSE(Read({}).probe.has_value());
+  const ServerOptions options =
+      Read({"--ladder=m.ladder", "--probe=top-norm", "--probe-budget=0.5", "--history=frozen"});
+  EXPECT_EQ(options.probe, ProbeOptions::Rows::kTopNorm);
+  EXPECT_EQ(options.probe_budget, 0.5);
+  EXPECT_TRUE(options.frozen_history);
+  EXPECT_EQ(Refusal({"--probe=all"}), "--probe: needs a ladder: --ladder");
+}
+
 TEST_F(OptionsTest, PolicyIsFixedAtARungOfTheLadder) {
   EXPECT_EQ(Read({}).fixed_rung, 0);
   EXPECT_EQ(Read({"--policy=fixed:0"}).ladder, "");

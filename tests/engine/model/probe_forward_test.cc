@@ -61,12 +61,22 @@ class ProbeForwardTest : public ::testing::TestWithParam<WeightPlan> {
     return run;
   }
 
-  // By norms that are zero for every third channel, which therefore leaves.
-  Probe ThirdsLeave(ProbeOptions options) {
+  // Zero for every third channel, which therefore leaves.
+  std::vector<std::vector<float>> Norms() const {
     std::vector<float> norms(widths_.channels, 1);
     for (int c = 0; c < widths_.channels; c += 3) norms[c] = 0;
-    return Probe(options, History(widths_.layers, widths_.channels),
-                 std::vector<std::vector<float>>(widths_.layers, norms));
+    return std::vector(widths_.layers, norms);
+  }
+  Probe ThirdsLeave(ProbeOptions options) const {
+    return Probe(options, History(widths_.layers, widths_.channels), Norms());
+  }
+
+  // All channels held as much at all positions.
+  History Ones() const {
+    History history(widths_.layers, widths_.channels);
+    const std::vector<float> ones(history.buckets() * widths_.channels, 1);
+    for (int layer = 0; layer < widths_.layers; ++layer) history.Restore(layer, ones);
+    return history;
   }
 
   void RankThirdsLast() {
@@ -107,6 +117,39 @@ TEST_P(ProbeForwardTest, KeepsWhatItRanksFirst) {
   EXPECT_LT(off(probed), (GetParam() == WeightPlan::kF32 ? 1e-5 : 0.2) * off(natural));
   EXPECT_GT(off(natural), 0.05) << "which channels stay makes no difference";
   EXPECT_EQ(probed.dense, ranked.dense) << "rows that keep all";
+}
+
+TEST_P(ProbeForwardTest, RanksDecodeStepsByHistory) {
+  model_.SetLadder(Narrow(widths_));
+  const Run natural = Serve();
+  Probe probe({.least_rows = 1000, .keep = 1, .refresh = 1}, Ones(), Norms());
+  model_.decoder().set_probe(&probe);
+  const Run refreshed = Serve();
+  model_.decoder().set_probe(nullptr);
+  EXPECT_EQ(probe.counts().rankings, 3 * widths_.layers);
+  EXPECT_EQ(probe.counts().rows, 0);
+  const size_t prompt = 20 * 320;
+  EXPECT_TRUE(
+      std::equal(natural.narrow.begin(), natural.narrow.begin() + prompt, refreshed.narrow.begin()))
+      << "prefill meets the ranking there was";
+  EXPECT_NE(natural.narrow, refreshed.narrow);
+  EXPECT_EQ(natural.dense, refreshed.dense);
+}
+
+TEST_P(ProbeForwardTest, KeepsAllChannelsInWholeSteps) {
+  Ladder half = Ladder::DenseOnly(widths_);  // decodes whole by itself
+  half.Append({.prefill = Narrow(widths_).rung(1).prefill, .decode = half.rung(0).decode});
+  model_.SetLadder(half);
+  const Run whole = Serve();
+  model_.SetLadder(Narrow(widths_));
+  Probe probe = ThirdsLeave({.least_rows = 1000, .keep = 0.5, .whole = 1});
+  model_.decoder().set_probe(&probe);
+  const Run got = Serve();
+  model_.decoder().set_probe(nullptr);
+  EXPECT_EQ(got.narrow, whole.narrow);
+  EXPECT_EQ(got.dense, whole.dense);
+  // Position 20 is in the fourth bucket, of which history now knows every channel.
+  for (const float energy : probe.history().Energy(0, 3)) EXPECT_GT(energy, 0);
 }
 
 TEST_P(ProbeForwardTest, UpdatesHistoryOfMixedSteps) {

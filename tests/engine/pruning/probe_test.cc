@@ -56,6 +56,46 @@ TEST(ProbeRows, OfRaggedSequencesNeedNoPadding) {
   EXPECT_TRUE(ChooseProbeRows({}, {}, {}).empty());
 }
 
+TEST(ProbeRows, OverBudgetAreSpreadOverThoseChosen) {
+  const std::vector<ProbeRow> rows = RowsOf({40});
+  std::vector<float> norms(40, 1);
+  for (int p = 20; p < 40; ++p) norms[p] = 2;
+  EXPECT_THAT(ChooseProbeRows({.budget = 0.1}, norms, rows), ElementsAre(22, 27, 32, 37));
+  EXPECT_THAT(ChooseProbeRows({.rows = Rows::kSpread, .budget = 0.1}, norms, rows),
+              ElementsAre(5, 15, 25, 35));
+  EXPECT_THAT(ChooseProbeRows({.rows = Rows::kAll, .budget = 0.05}, norms, rows),
+              ElementsAre(10, 30));
+  EXPECT_EQ(ChooseProbeRows({.budget = 0}, norms, rows).size(), 1) << "one at least";
+}
+
+TEST(Probe, LooksAheadInPrefillAndBackInDecode) {
+  Probe probe({.least_rows = 8, .refresh = 2, .whole = 3}, History(1, 2), {{1, 1}});
+  EXPECT_EQ(probe.Next(8, 3), Look::kAhead);
+  EXPECT_EQ(probe.Next(7, 3), Look::kNone) << "too few rows to pay";
+  EXPECT_EQ(probe.Next(0, 3), Look::kNone);
+  EXPECT_EQ(probe.Next(0, 3), Look::kBack);
+  EXPECT_EQ(probe.Next(0, 3), Look::kWhole);
+  EXPECT_EQ(probe.Next(0, 1), Look::kBack);
+  EXPECT_EQ(probe.Next(0, 1), Look::kNone);
+  EXPECT_EQ(probe.Next(0, 1), Look::kWhole) << "the sixth is both: whole is rarer";
+  EXPECT_EQ(probe.counts().age, 8) << "nothing was ranked";
+}
+
+TEST(Probe, RanksByHistoryWhereItsRowsAre) {
+  History history(1, 3);
+  const float near[] = {3, 1, 2}, far[] = {1, 3, 2};
+  const int positions[] = {1, 300};
+  history.Learn(0, ConstMatrix(near, 1, 3), {positions, 1});
+  history.Learn(0, ConstMatrix(far, 1, 3), {positions + 1, 1});
+  Probe probe({}, history, {{1, 1, 1}});
+  const ProbeRow rows[] = {{0, 2}, {1, 400}, {2, 500}};
+  EXPECT_THAT(probe.RankByHistory(0, {rows, 1}), ElementsAre(0, 2, 1));
+  EXPECT_THAT(probe.RankByHistory(0, rows), ElementsAre(1, 2, 0)) << "11, 19 and 12";
+  EXPECT_EQ(probe.counts().rankings, 2);
+  EXPECT_EQ(probe.counts().rows, 0);
+  EXPECT_EQ(probe.counts().age, 0);
+}
+
 TEST(FusedEnergy, WeighsTheLargerOfProbeAndHistoryMore) {
   History history(1, 2, 4);
   const float past[] = {2, 0};  // energies 4 and 0

@@ -360,6 +360,34 @@ TEST_F(SchedulerTest, TheRungIsAllowedToldAndTakesNoPagesWhereItDropsABlock) {
   EXPECT_EQ(scheduler_->stats().pages_used, 2 + kLayers);
 }
 
+TEST_F(SchedulerTest, RowsAreCountedByHowTheirChannelsWereChosen) {
+  Rung decodes_narrow = ladder_.rung(0), narrow = ladder_.rung(0);
+  decodes_narrow.decode.Keep(0, SiteKind::kChannels, 4);
+  for (KeepProfile* profile : {&narrow.prefill, &narrow.decode}) {
+    profile->Keep(0, SiteKind::kChannels, 4);
+  }
+  ASSERT_TRUE(ladder_.Append(decodes_narrow));
+  ASSERT_TRUE(ladder_.Append(narrow));
+  const FixedPolicy hard(2);
+  policy_ = &hard;
+  Make(8, {.max_batch_tokens = 12});
+  for (int rung = 0; rung < 3; ++rung) {
+    Request request = MakeRequest(rung, {.prompt = 3 + rung, .max_tokens = 3});
+    request.bounds.rung = rung;
+    ASSERT_EQ(scheduler_->Submit(request), absl::OkStatus());
+  }
+  result_.probe.ahead = true;
+  EXPECT_EQ(Step(), "0[0,3) 1[0,4) 2[0,5)");
+  result_.probe.ahead = false;
+  Step();
+  result_.probe.ahead = true;  // of others' prompts: decode rows meet what was there
+  Step();
+  EXPECT_EQ(outputs_.at(0).stages, (StageRows{.full = 5}));
+  EXPECT_EQ(outputs_.at(1).stages, (StageRows{.full = 4, .history = 2}));
+  EXPECT_EQ(outputs_.at(2).stages, (StageRows{.probed = 5, .history = 2}));
+  EXPECT_EQ(scheduler_->stats().stages, (StageRows{.full = 9, .probed = 5, .history = 4}));
+}
+
 class PrefixCacheTest : public SchedulerTest {
  protected:
   PrefixCacheTest() { prefix_cache_ = true; }

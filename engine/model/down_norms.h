@@ -1,0 +1,17 @@
+// `down` as a model's file has it, and the norms of it that published measures of channels need.
+#pragma once
+
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "engine/model/files/model_file.h"
+
+namespace espalier {
+
+// Of a layer, [hidden, channels]. InvalidArgument, with file and tensor, if it is not there.
+absl::StatusOr<std::vector<float>> ReadDown(const ModelFile& file, int layer);
+
+// DownNorms by kPpsp of every layer, [layers][channels]: what a Probe ranks by.
+absl::StatusOr<std::vector<std::vector<float>>> PpspNorms(const ModelFile& file);
+
+}  // namespace espalier
