@@ -3,11 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <fstream>
 #include <memory>
 #include <numeric>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,7 +39,36 @@ namespace {
 
 constexpr int kStepRows = 512;
 constexpr int kChannelMultiple = 64;  // the published code's; also what a task of the kernels takes
-constexpr int kTurns = 3;             // of timings
+constexpr int kTurns = 5;             // of timings
+constexpr size_t kDropWindows = 16;   // that the order of attention blocks is found on
+
+// A rung as it is asked for: "0.4+3".
+struct RungPlan {
+  double ratio = 0;  // of the MLPs' channels, left out
+  int blocks = 0;    // of attention, dropped
+
+  auto operator<=>(const RungPlan&) const = default;
+};
+
+bool ReadRung(const std::string& text, RungPlan* plan) {
+  const char* const end = text.data() + text.size();
+  auto [stop, error] = std::from_chars(text.data(), end, plan->ratio);
+  if (error != std::errc() || !(plan->ratio >= 0 && plan->ratio <= 0.95)) return false;
+  if (stop != end) {
+    if (*stop != '+') return false;
+    const auto blocks = std::from_chars(stop + 1, end, plan->blocks);
+    if (blocks.ec != std::errc() || blocks.ptr != end || plan->blocks < 1) return false;
+  }
+  return plan->ratio > 0 || plan->blocks > 0;
+}
+
+CLI::Validator IsRung() {
+  const auto check = [](std::string& text) -> std::string {
+    RungPlan plan;
+    return ReadRung(text, &plan) ? "" : fmt::format("expected RATIO or RATIO+BLOCKS, got {}", text);
+  };
+  return CLI::Validator(check, "");
+}
 
 struct Options {
   LocalModelOptions model;
@@ -45,7 +76,8 @@ struct Options {
   int64_t tokens = 160'000;
   int window = 512;
   uint64_t seed = 1;
-  std::vector<double> ratios = {0.1, 0.2, 0.3, 0.4, 0.5, 0.6};
+  std::vector<std::string> rungs = {"0.1",    "0.2",   "0.3",    "0.4",
+                                    "0.45+3", "0.5+3", "0.55+6", "0.6+6"};
   int dense_layers = 3;
   std::string rank = "elimination";
   bool no_refit = false;
@@ -123,19 +155,57 @@ absl::StatusOr<Corpus> ReadCorpus(const Options& options, const Tokenizer& token
   return corpus;
 }
 
+// Nats per token of windows that lie in the KV pool together.
+absl::StatusOr<double> Loss(std::span<const std::vector<int32_t>> windows, int rung,
+                            ModelExecutor* executor) {
+  std::vector<ForcedText> texts;
+  for (const std::vector<int32_t>& window : windows) {
+    texts.push_back({.tokens = window, .prompt = static_cast<int>(window.size()), .rung = rung});
+  }
+  const absl::StatusOr<ForcedResult> result = RunForced(executor, kStepRows, texts);
+  if (!result.ok()) return result.status();
+  return std::accumulate(result->nll.begin(), result->nll.end(), 0.0) /
+         std::accumulate(result->terms.begin(), result->terms.end(), 0);
+}
+
+// Layers by what the model loses without their attention alone, least first.
+absl::StatusOr<std::vector<int>> DropOrder(const Corpus& corpus, ModelExecutor* executor) {
+  const SiteWidths widths = executor->config().sites();
+  const auto windows =
+      std::span(corpus.windows).first(std::min<size_t>(corpus.windows.size(), kDropWindows));
+  std::vector<std::pair<double, int>> losses;
+  Progress bar("attention blocks");
+  for (int layer = 0; layer < widths.layers; ++layer) {
+    KeepProfile keep = KeepProfile::Dense(widths);
+    keep.Keep(layer, SiteKind::kHeads, 0);
+    Ladder ladder = Ladder::DenseOnly(widths);
+    ladder.Append({.prefill = keep, .decode = keep});
+    absl::Status status = executor->SetLadder(ladder, StaticSelector(widths));
+    if (!status.ok()) return status;
+    double sum = 0;
+    for (size_t i = 0; i < windows.size(); ++i) {
+      const absl::StatusOr<double> loss = Loss(windows.subspan(i, 1), 1, executor);
+      if (!loss.ok()) return loss.status();
+      sum += *loss;
+    }
+    if (Interrupt::raised()) return Cancelled();
+    losses.emplace_back(sum, layer);
+    bar.Update(layer + 1, widths.layers);
+  }
+  std::ranges::sort(losses);
+  std::vector<int> order;
+  for (const auto& [loss, layer] : losses) order.push_back(layer);
+  return order;
+}
+
 // Nats per token of each kind.
 absl::StatusOr<std::vector<double>> Losses(const Corpus& corpus, int rung,
                                            ModelExecutor* executor) {
   std::vector<double> losses;
   for (const auto& [kind, windows] : corpus.held_out) {
-    std::vector<ForcedText> texts;
-    for (const std::vector<int32_t>& window : windows) {
-      texts.push_back({.tokens = window, .prompt = static_cast<int>(window.size()), .rung = rung});
-    }
-    const absl::StatusOr<ForcedResult> result = RunForced(executor, kStepRows, texts);
-    if (!result.ok()) return result.status();
-    losses.push_back(std::accumulate(result->nll.begin(), result->nll.end(), 0.0) /
-                     std::accumulate(result->terms.begin(), result->terms.end(), 0));
+    const absl::StatusOr<double> loss = Loss(windows, rung, executor);
+    if (!loss.ok()) return loss.status();
+    losses.push_back(*loss);
   }
   return losses;
 }
@@ -173,23 +243,45 @@ absl::StatusOr<Prices> Time(ModelExecutor* executor, int rungs) {
   return prices;
 }
 
-// The rungs that the ratios ask for, without prices, mildest first; rung 0 is dense.
-Ladder PlannedLadder(const Options& options, const ModelConfig& config) {
+// The rungs asked for, without prices, mildest first; rung 0 is dense.
+absl::StatusOr<Ladder> PlanLadder(const Options& options, const ModelConfig& config,
+                                  const std::vector<RungPlan>& plans,
+                                  std::span<const int> drop_order) {
   Ladder ladder = Ladder::DenseOnly(config.sites());
-  std::vector<double> ratios = options.ratios;
-  std::ranges::sort(ratios);
-  for (const double ratio : ratios) {
+  for (const RungPlan& plan : plans) {
     const int kept = KeptChannels(
-        config.channels, NarrowedLayerRatio(config.layers, options.dense_layers, ratio),
+        config.channels, NarrowedLayerRatio(config.layers, options.dense_layers, plan.ratio),
         config.channels % kChannelMultiple == 0 ? kChannelMultiple : kQuantGroup);
     KeepProfile keep = KeepProfile::Dense(config.sites());
     for (int layer = options.dense_layers; layer < config.layers; ++layer) {
       keep.Keep(layer, SiteKind::kChannels, kept);
     }
+    for (const int layer : drop_order.first(plan.blocks)) keep.Keep(layer, SiteKind::kHeads, 0);
     if (keep == ladder.rung(ladder.size() - 1).prefill) continue;  // nothing left to tell apart
-    ladder.Append({.prefill = keep, .decode = keep});
+    if (!ladder.Append({.prefill = keep, .decode = keep})) {
+      return absl::InvalidArgumentError(
+          fmt::format("--rungs: {}+{} drops fewer blocks than a rung of a smaller ratio",
+                      plan.ratio, plan.blocks));
+    }
+  }
+  if (ladder.size() == 1) {
+    return absl::InvalidArgumentError("--rungs: none of them narrows this model");
   }
   return ladder;
+}
+
+// The plans, mildest first.
+absl::StatusOr<std::vector<RungPlan>> PlansOf(const Options& options, const ModelConfig& config) {
+  std::vector<RungPlan> plans(options.rungs.size());
+  for (size_t i = 0; i < plans.size(); ++i) {
+    ReadRung(options.rungs[i], &plans[i]);
+    if (plans[i].blocks >= config.layers) {
+      return absl::InvalidArgumentError(fmt::format("--rungs: {} of {} attention blocks leave none",
+                                                    plans[i].blocks, config.layers));
+    }
+  }
+  std::ranges::sort(plans);
+  return plans;
 }
 
 absl::Status WriteText(const std::string& path, const std::string& text) {
@@ -229,14 +321,25 @@ absl::Status Run(const Options& options) {
   }
   auto tokenizer = Tokenizer::Create(file.vocabulary());
   if (!tokenizer.ok()) return tokenizer.status();
-  const absl::StatusOr<Corpus> corpus = ReadCorpus(options, **tokenizer, model->executor.get());
-  if (!corpus.ok()) return corpus.status();
-  const Ladder planned = PlannedLadder(options, config);
-  if (planned.size() == 1) {
-    return absl::InvalidArgumentError("--ratios: none of them narrows this model");
-  }
-
+  const absl::StatusOr<std::vector<RungPlan>> plans = PlansOf(options, config);
+  if (!plans.ok()) return plans.status();
+  // With any order of blocks, before minutes are spent on finding it.
+  std::vector<int> drop_order(config.layers);
+  std::iota(drop_order.begin(), drop_order.end(), 0);
+  absl::StatusOr<Ladder> plan = PlanLadder(options, config, *plans, drop_order);
+  if (!plan.ok()) return plan.status();
   ModelExecutor* executor = model->executor.get();
+  const absl::StatusOr<Corpus> corpus = ReadCorpus(options, **tokenizer, executor);
+  if (!corpus.ok()) return corpus.status();
+  if (plans->back().blocks > 0) {
+    absl::StatusOr<std::vector<int>> order = DropOrder(*corpus, executor);
+    if (!order.ok()) return order.status();
+    drop_order = *std::move(order);
+    plan = PlanLadder(options, config, *plans, drop_order);
+    if (!plan.ok()) return plan.status();
+  }
+  const Ladder planned = *std::move(plan);
+
   Progress bar_of_fit("rankings and refits");
   const absl::StatusOr<PruningData> data = FitLayers(
       {.rank = options.rank, .refit = !options.no_refit, .step_rows = kStepRows}, planned, file,
@@ -285,9 +388,9 @@ absl::Status Run(const Options& options) {
       const PriceTag& last = ladder.rung(ladder.size() - 1).price;
       const bool faster = priced.price.prefill_us_per_token < last.prefill_us_per_token ||
                           priced.price.decode_us_per_row < last.decode_us_per_row;
-      if (!faster) {
-        lines += fmt::format("left out: {:.1f} % of channels, no faster than the rung before\n",
-                             100 * priced.decode.prune_ratio());
+      if (!faster && priced.price.kv_bytes_per_token == last.kv_bytes_per_token) {
+        lines += fmt::format("left out: prune ratio {:.3f}, no faster than the rung before\n",
+                             priced.decode.prune_ratio());
         continue;
       }
       lines += fmt::format("loss of rung {} by kind:{}\n", ladder.size(), kinds);
@@ -331,14 +434,17 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("NUMBER")
       ->check(Unsigned64())
       ->capture_default_str();
-  sub->add_option("--ratios", options->ratios,
-                  "A rung for each share of the MLPs' channels to leave out")
-      ->type_name("SHARE")
+  sub->add_option(
+         "--rungs", options->rungs,
+         "A rung for each: the share of the MLPs' channels to leave out, and how many "
+         "blocks of attention to drop, those first that are missed least. Rungs of one ratio "
+         "share the weights that are refitted for the mildest of them")
+      ->type_name("RATIO[+BLOCKS]")
       ->delimiter(',')
-      ->check(Within(0.01, 0.95))
-      ->default_str("0.1,0.2,0.3,0.4,0.5,0.6");
+      ->check(IsRung())
+      ->default_str(fmt::format("{}", fmt::join(options->rungs, ",")));
   sub->add_option("--dense-layers", options->dense_layers, "First layers to leave whole")
-      ->type_name("TOKENS")
+      ->type_name("LAYERS")
       ->check(CLI::Range(0, 1023))
       ->capture_default_str();
   std::vector<std::string> ranks = {"elimination"};

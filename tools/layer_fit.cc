@@ -97,11 +97,14 @@ class LayerFit {
     return planned_.rung(rung).prefill.kept(layer, SiteKind::kChannels);
   }
 
-  // Rungs that do not keep all of the layer's channels.
+  // Rungs that do not keep all of the layer.
   std::vector<int> Narrowed(int layer) const {
     std::vector<int> rungs;
     for (int rung = 1; rung < planned_.size(); ++rung) {
-      if (Kept(layer, rung) < config_.channels) rungs.push_back(rung);
+      if (Kept(layer, rung) < config_.channels ||
+          planned_.rung(rung).prefill.kept(layer, SiteKind::kHeads) < config_.heads) {
+        rungs.push_back(rung);
+      }
     }
     return rungs;
   }
@@ -110,7 +113,8 @@ class LayerFit {
   std::map<int, int> Counts(int layer) const {
     std::map<int, int> counts;
     for (const int rung : Narrowed(layer)) {
-      if (Kept(layer, rung) > 0) counts.try_emplace(Kept(layer, rung), rung);
+      const int kept = Kept(layer, rung);
+      if (kept > 0 && kept < config_.channels) counts.try_emplace(kept, rung);
     }
     return counts;
   }
@@ -183,8 +187,11 @@ class LayerFit {
       if (rung < rungs_ && streams_[rung].empty()) streams_[rung] = dense_;
     }
     absl::Status status;
-    if (narrowed.empty()) {
+    if (Counts(layer).empty()) {
       status = Advance(layer, 0, &dense_, {});
+      if (status.ok() && rungs_ > 1 && !narrowed.empty()) {
+        status = executor_->SetLadder(OnlyAt(layer), StaticSelector(config_.sites()));
+      }
     } else {
       const absl::StatusOr<std::vector<float>> down = ReadDown(file_, layer);
       if (!down.ok()) return down.status();

@@ -98,10 +98,10 @@ def main(espalier, model, text):
             command += ["--weights", "f32", "--kv", "f32"]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-        told = run("calibrate", "--tokens", "4000", "--dense-layers", "0", "--ratios", "0.6,0.7",
-                   "--out", str(ladder))  # fmt: skip
-        assert "channels=64*2" in told and "channels=32*2" in told, told
-        # The same refits under profiles that calibration does not make.
+        run("calibrate", "--tokens", "4000", "--dense-layers", "0", "--rungs", "0.6,0.7",
+            "--out", str(ladder))  # fmt: skip
+        # Its refits, of 64 and 32 channels, under profiles that calibration does not make; rungs of
+        # so small a model may be no faster, and then it leaves them out of its ladder.
         ladder.write_text(
             "espalier-ladder 1\nmodel layers=2 heads=4 channels=96\nrung 0 loss=0\n"
             "rung 1 loss=0.1 prefill.channels=96,64 decode.channels=64*2\n"

@@ -159,6 +159,32 @@ TEST_F(LayerFitTest, BringsTheStreamNearerToTheDenseOne) {
   EXPECT_LT(Off(LastHidden(2), dense), 0.9 * plain[1]);
 }
 
+TEST_F(LayerFitTest, SeesBlocksThatAreDropped) {
+  // The first layer's attention leaves, and the second's channels have to make up for it.
+  Ladder dropped = Ladder::DenseOnly(widths_);
+  KeepProfile keep = dropped.rung(0).prefill;
+  keep.Keep(0, SiteKind::kHeads, 0);
+  keep.Keep(1, SiteKind::kChannels, 64);
+  ASSERT_TRUE(dropped.Append({.prefill = keep, .decode = keep}));
+  ladder_ = dropped;
+  const absl::StatusOr<PruningData> with = Fit({.rank = "ppsp"});
+  ASSERT_TRUE(with.ok()) << with.status();
+  EXPECT_EQ(done_, total_);
+  EXPECT_TRUE(with->layers[0].ranking.empty());
+  ladder_ = Ladder::DenseOnly(widths_);
+  KeepProfile whole = ladder_.rung(0).prefill;
+  whole.Keep(1, SiteKind::kChannels, 64);
+  ASSERT_TRUE(ladder_.Append({.prefill = whole, .decode = whole}));
+  const absl::StatusOr<PruningData> without = Fit({.rank = "ppsp"});
+  ASSERT_TRUE(without.ok()) << without.status();
+  EXPECT_EQ(with->layers[1].ranking, without->layers[1].ranking);
+  const auto bytes = [](const PruningData& data) {
+    return std::string(reinterpret_cast<const char*>(data.layers[1].refits.at(64).data()),
+                       data.layers[1].refits.at(64).size() * sizeof(FourBitGroup));
+  };
+  EXPECT_NE(bytes(*with), bytes(*without));
+}
+
 TEST_F(LayerFitTest, StopsWhenTold) {
   stop_at_ = 3;
   EXPECT_EQ(Fit({.rank = "ppsp"}).status().code(), absl::StatusCode::kCancelled);

@@ -33,7 +33,7 @@ if [ ! -s "$ladder" ]; then
   texts=($work/texts/calibrate/*.txt)
   [ -s "${texts[0]}" ] || texts=(self)  # a machine without any text
   mkdir -p build/ladders
-  $bin/espalier calibrate --model "$model" --text "${texts[@]}" --tokens 30000 --ratios 0.1,0.3 \
+  $bin/espalier calibrate --model "$model" --text "${texts[@]}" --tokens 30000 --rungs 0.1,0.3 \
     --out "$ladder" >$work/calibrate.log || ladder=  # a shape that panels cannot have: dense only
 fi
 rungs=(0)

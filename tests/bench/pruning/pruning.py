@@ -44,7 +44,7 @@ class Bench:
         path = self.folder / f"{name}.ladder"
         if self.options.fresh or not path.exists():
             ratios = ",".join(str(ratio / 100) for ratio in RATIOS)
-            self.run("calibrate", "--ratios", ratios, "--out", path, *arguments)
+            self.run("calibrate", "--rungs", ratios, "--out", path, *arguments)
         return path
 
     def eval(self, ladder, rungs, *arguments):
