@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <fstream>
 #include <map>
 #include <memory>
 #include <numeric>
@@ -25,6 +26,7 @@
 #include "tools/interrupt.h"
 #include "tools/local_model.h"
 #include "tools/progress.h"
+#include "tools/scatter.h"
 #include "tools/value_checks.h"
 
 namespace espalier {
@@ -47,6 +49,7 @@ struct Options {
   int history_tokens = 100'000;
   bool mixed = false;
   bool json = false;
+  std::string plot;
 };
 
 // Tokens of a text; the last is predicted by the last decode row, and is none itself.
@@ -81,7 +84,7 @@ absl::StatusOr<std::vector<Text>> ReadTexts(const Options& options, const Tokeni
 // What a rung made of the texts.
 struct RungResult {
   std::vector<double> loss;  // [texts], nats per token
-  double prefill_s = 0, decode_s = 0;
+  double prefill_s = 0, decode_s = 0, probe_s = 0;
   int64_t prefill_rows = 0, decode_rows = 0, terms = 0;
 };
 
@@ -117,6 +120,7 @@ absl::StatusOr<std::vector<RungResult>> Measure(const Options& options,
       RungResult& result = results[turn];
       result.prefill_s += run->prefill_s;
       result.decode_s += run->decode_s;
+      result.probe_s += run->probe_s;
       result.prefill_rows += run->prefill_rows;
       result.decode_rows += run->decode_rows;
       bar.Update(static_cast<int64_t>(turn * texts.size() + end),
@@ -175,6 +179,9 @@ nlohmann::ordered_json Report(const Options& options, const std::vector<Text>& t
           result.prefill_s > 0 ? static_cast<double>(result.prefill_rows) / result.prefill_s : 0},
          {"decode_tokens_per_s",
           result.decode_s > 0 ? static_cast<double>(result.decode_rows) / result.decode_s : 0},
+         {"prefill_s", result.prefill_s},
+         {"decode_s", result.decode_s},
+         {"probe_s", result.probe_s},
          {"seconds", result.prefill_s + result.decode_s},
          {"above_first_by_kind", kinds}});
   }
@@ -210,6 +217,27 @@ void Print(const Options& options, const nlohmann::ordered_json& report) {
   }
   fmt::print("\nPRR: perplexity lost per second saved of these runs, {:.2f} s at rung {}\n",
              first["seconds"].get<double>(), options.rungs[0]);
+}
+
+// Loss above the first rung over time to it.
+absl::Status Plot(const std::string& path, const nlohmann::ordered_json& report) {
+  std::vector<ScatterPoint> points;
+  const double first = report["rungs"][0]["seconds"].get<double>();
+  for (const auto& rung : report["rungs"]) {
+    points.push_back({.x = first > 0 ? rung["seconds"].get<double>() / first : 0,
+                      .y = rung["above_first"].get<double>(),
+                      .error = rung["standard_error"].get<double>(),
+                      .told = rung["told"].get<double>(),
+                      .label = fmt::format("rung {}", rung["rung"].get<int>())});
+  }
+  std::ofstream file(path);
+  file << ScatterSvg(
+      points, "What rungs lose and save (hollow: told)",
+      fmt::format("time, of rung {}'s", report["rungs"][0]["rung"].get<int>()),
+      fmt::format("nats/token above rung {}", report["rungs"][0]["rung"].get<int>()));
+  file.close();
+  return file ? absl::OkStatus()
+              : absl::UnavailableError(fmt::format("--plot: {}: cannot be written", path));
 }
 
 constexpr std::string_view kProbeNames[] = {"none", "top-norm", "spread", "all"};
@@ -303,7 +331,7 @@ absl::Status Run(Options options) {
   } else {
     Print(options, report);
   }
-  return absl::OkStatus();
+  return options.plot.empty() ? absl::OkStatus() : Plot(options.plot, report);
 }
 
 }  // namespace
@@ -380,7 +408,11 @@ void AddEval(CLI::App& root, Action* action) {
   sub->add_flag("--exact-history", options->exact,
                 "A mean for each position of a prompt, as published, in place of seven buckets")
       ->group(probing);
-  sub->add_flag("--mixed", options->mixed, "Rungs side by side in each batch");
+  CLI::Option* const mixed =
+      sub->add_flag("--mixed", options->mixed, "Rungs side by side in each batch");
+  sub->add_option("--plot", options->plot, "Draw loss over time there, as SVG")
+      ->type_name("PATH")
+      ->excludes(mixed);
   sub->add_flag("--json", options->json, "Print one JSON object, with each text's tokens and loss");
   AddLocalModelOptions(*sub, &options->model);
   sub->get_option("--model")->required();

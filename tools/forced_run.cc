@@ -66,6 +66,7 @@ absl::StatusOr<ForcedResult> RunForced(ModelExecutor* executor, int step_rows,
     const absl::Status status = executor->Execute(batch, &step);
     if (!status.ok()) return status;
     const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+    result.probe_s += step.phases.probe;
     (batch.prefill_rows > 0 ? result.prefill_s : result.decode_s) += seconds;
     result.prefill_rows += batch.prefill_rows;
     result.decode_rows += batch.decode_rows;

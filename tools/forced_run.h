@@ -23,6 +23,7 @@ struct ForcedResult {
   std::vector<double> nll;
   std::vector<int> terms;  // predictions it is the sum of
   double prefill_s = 0, decode_s = 0;
+  double probe_s = 0;  // of both
   int64_t prefill_rows = 0, decode_rows = 0;
 };
 

@@ -17,7 +17,9 @@
 
 #include <nlohmann/json.hpp>
 
+#include "engine/model/down_norms.h"
 #include "engine/pruning/channel_selector.h"
+#include "engine/pruning/probe.h"
 #include "tools/bench_run.h"
 #include "tools/commit.h"
 #include "tools/local_model.h"
@@ -28,7 +30,8 @@ namespace espalier {
 namespace {
 
 constexpr int kStepRows = 512;
-constexpr int kDenseLayers = 3;  // the first, which bear pruning least
+constexpr int kDenseLayers = 3;        // the first, which bear pruning least
+constexpr double kProbeBudget = 0.04;  // of the rows
 
 // Multiplications of a row in all blocks' products, and in their MLPs.
 struct BlockCosts {
@@ -87,12 +90,14 @@ KeepProfile Narrowed(const ModelConfig& config, double share) {
 struct Step {
   double all = 0;
   double products = 0;  // q, k, v, o and MLP
+  double probe = 0;
 };
 
 Step StepOf(const StepTotals& totals) {
   const PhaseTimes& p = totals.phases;
   return {.all = totals.seconds / totals.steps,
-          .products = (p.attention_projections + p.mlp) / totals.steps};
+          .products = (p.attention_projections + p.mlp) / totals.steps,
+          .probe = p.probe / totals.steps};
 }
 
 // Of fn(turn) over all turns: what is compared was measured one right after the other.
@@ -152,6 +157,12 @@ int Main(int argc, char** argv) {
   const std::vector<std::vector<int>> lots = {{0}, {1}, {2}, {0, 1, 2}};
   std::map<std::pair<std::string, size_t>, std::vector<Step>> steps;  // [turns]
   std::map<std::string, std::vector<double>> over_bare;  // rung 0, to without panels, [turns]
+  // Of prefill steps: the probe's share of their time, and what they take to those without one.
+  std::map<std::string, std::vector<double>> probe_share, over_unprobed;  // [turns]
+  const absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(*model->file);
+  if (!norms.ok()) return 1;
+  Probe probe({.rows = ProbeOptions::Rows::kSpread, .budget = kProbeBudget},
+              History(config.layers, config.channels), *norms);
   CpuWatch watch;
   const auto measure = [&](const Shape& shape, const std::vector<int>& rungs,
                            int turn) -> absl::StatusOr<Step> {
@@ -184,6 +195,20 @@ int Main(int argc, char** argv) {
           steps[{shape.name, lot}].push_back(*step);
         }
       }
+      // A probe's rankings belong to weights as loaded.
+      const absl::Status set = model->executor->SetLadder(ladder, StaticSelector(config.sites()));
+      if (!set.ok()) return set;
+      for (const Shape& shape : shapes) {
+        if (!shape.prefill) continue;
+        const absl::StatusOr<Step> without = measure(shape, {2}, turn);
+        if (!without.ok()) return without.status();
+        model->executor->set_probe(&probe);
+        const absl::StatusOr<Step> with = measure(shape, {2}, turn);
+        model->executor->set_probe(nullptr);
+        if (!with.ok()) return with.status();
+        probe_share[shape.name].push_back(with->probe / with->all);
+        over_unprobed[shape.name].push_back(with->all / without->all);
+      }
     }
     return absl::OkStatus();
   };
@@ -201,7 +226,7 @@ int Main(int argc, char** argv) {
              model->threads, turns, panels / 1e6);
   fmt::print("{:>14} {:>12} {:>10} {:>10} {:>10} {:>12}\n", "", "of blocks", "ms a step", "ideal",
              "got", "of saving");
-  double worst_area = 0, worst_rung0 = 0;
+  double worst_area = 0, worst_rung0 = 0, worst_probe = 0;
   for (const Shape& shape : shapes) {
     const auto step = [&](int lot, int turn) -> const Step& {
       return steps[{shape.name, lot}][turn];
@@ -223,6 +248,15 @@ int Main(int argc, char** argv) {
     fmt::print("{:>14} {:>12} {:>32.1f} % of the time without panels\n", "", "rung 0", 100 * rung0);
     figures[fmt::format("rung0_cost_{}", shape.name)] = rung0 - 1;
     worst_rung0 = std::max(worst_rung0, rung0 - 1);
+    if (shape.prefill) {
+      const double share = Median(probe_share[shape.name]);
+      fmt::print("{:>14} {:>12} {:>10.1f} % of the step, which takes {:.1f} % of one without\n", "",
+                 "probe", 100 * share, 100 * Median(over_unprobed[shape.name]));
+      figures[fmt::format("probe_share_{}", shape.name)] = share;
+      figures[fmt::format("probed_over_unprobed_{}", shape.name)] =
+          Median(over_unprobed[shape.name]);
+      worst_probe = std::max(worst_probe, share);
+    }
     if (shape.shape.batch < 8) continue;
     const double over = median([&](int t) {
       double area = 0;
@@ -236,6 +270,7 @@ int Main(int argc, char** argv) {
   }
   figures["staircase_over_area"] = worst_area;
   figures["rung0_cost"] = worst_rung0;
+  figures["probe_share"] = worst_probe;
   if (const auto others = watch.OthersShare()) {
     figures["others_cpu_share"] = *others;
     if (*others > 0.05)
