@@ -1,6 +1,6 @@
 # The commands of this tree; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve bench bench-serve bench-peers bench-pruning build debug asan tsan fuzz format format-check tidy \
+.PHONY: help demo test serve ladder bench bench-serve bench-peers bench-pruning build debug asan tsan fuzz format format-check tidy \
   layering lint-proto packages clean
 
 SCRIPTS := tools/scripts
@@ -20,6 +20,10 @@ test: ## Build and run every test
 
 serve: build ## Serve the model until Ctrl-C
 	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/espalier-server --model "$$model" $(ARGS)
+
+ladder: build ## Calibrate the model's ladder on texts of this machine, beside it; most of an hour
+	@model=$$($(SCRIPTS)/fetch_model.sh) && python3 tests/bench/pruning/texts.py build/ladders/texts && \
+	  exec build/release/bin/espalier calibrate --model "$$model" --text build/ladders/texts/calibrate/*.txt $(ARGS)
 
 bench: build ## Prefill and decode speed, and their share of this machine's roofline
 	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/espalier bench --model "$$model" $(ARGS)

@@ -4,6 +4,17 @@
 
 namespace espalier {
 
+bool Dominated(const PriceTag& a, const PriceTag& b) {
+  bool lower = false;
+  for (double PriceTag::* const price :
+       {&PriceTag::prefill_us_per_token, &PriceTag::decode_us_per_row,
+        &PriceTag::kv_bytes_per_token, &PriceTag::quality_loss_nats}) {
+    if (b.*price > a.*price) return false;
+    lower = lower || b.*price < a.*price;
+  }
+  return lower;
+}
+
 Ladder Ladder::DenseOnly(const SiteWidths& widths, const PriceTag& price) {
   Ladder ladder;
   ladder.rungs_.push_back(Rung{KeepProfile::Dense(widths), KeepProfile::Dense(widths), price});

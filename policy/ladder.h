@@ -16,6 +16,10 @@ struct PriceTag {
   double quality_loss_nats = 0;     // expected loss above dense, nats per token
 };
 
+// Whether what costs `a` is never to be chosen over what costs `b`: no price of `b` is higher, and
+// one is lower.
+bool Dominated(const PriceTag& a, const PriceTag& b);
+
 // One step of the ladder. Prefill rows and decode rows may be narrowed differently.
 struct Rung {
   KeepProfile prefill;

@@ -40,7 +40,7 @@ namespace {
 constexpr int kStepRows = 512;
 constexpr int kChannelMultiple = 64;  // the published code's; also what a task of the kernels takes
 constexpr int kTurns = 5;             // of timings
-constexpr size_t kDropWindows = 16;   // that the order of attention blocks is found on
+constexpr size_t kDropWindows = 8;    // that the order of attention blocks is found on
 
 // A rung as it is asked for: "0.4+3".
 struct RungPlan {
@@ -360,8 +360,8 @@ absl::Status Run(const Options& options) {
   if (!prices.ok()) return prices.status();
   const KvPoolShape page = {
       .type = model->kv, .pages = 1, .kv_heads = config.kv_heads, .head_dim = config.head_dim};
-  Ladder ladder;
-  std::string lines;
+  std::vector<Rung> rungs;
+  std::vector<std::string> kinds;  // [rungs]
   std::vector<double> dense;
   Progress bar("losses");
   for (int rung = 0; rung < planned.size(); ++rung) {
@@ -369,13 +369,13 @@ absl::Status Run(const Options& options) {
     if (!losses.ok()) return losses.status();
     bar.Update(rung + 1, planned.size());
     if (rung == 0) dense = *losses;
-    Rung priced = planned.rung(rung);
-    std::string kinds;
+    Rung& priced = rungs.emplace_back(planned.rung(rung));
+    std::string& by_kind = kinds.emplace_back();
     double loss = 0;
     for (size_t kind = 0; kind < losses->size(); ++kind) {
       const double above = (*losses)[kind] - dense[kind];
       loss += above / static_cast<double>(losses->size());
-      kinds += fmt::format(" {} {:.3f}", corpus->held_out[kind].first, above);
+      by_kind += fmt::format(" {} {:.3f}", corpus->held_out[kind].first, above);
     }
     int kv_layers = 0;
     for (int layer = 0; layer < config.layers; ++layer) kv_layers += priced.HoldsKv(layer) ? 1 : 0;
@@ -384,22 +384,20 @@ absl::Status Run(const Options& options) {
         .decode_us_per_row = std::round(10 * prices->decode_us[rung]) / 10,
         .kv_bytes_per_token = static_cast<double>(page.page_bytes()) * kv_layers / kPageTokens,
         .quality_loss_nats = std::max(0.0, std::round(1e4 * loss) / 1e4)};
-    if (rung > 0) {
-      const PriceTag& last = ladder.rung(ladder.size() - 1).price;
-      const bool faster = priced.price.prefill_us_per_token < last.prefill_us_per_token ||
-                          priced.price.decode_us_per_row < last.decode_us_per_row;
-      if (!faster && priced.price.kv_bytes_per_token == last.kv_bytes_per_token) {
-        lines += fmt::format("left out: prune ratio {:.3f}, no faster than the rung before\n",
-                             priced.decode.prune_ratio());
-        continue;
-      }
-      lines += fmt::format("loss of rung {} by kind:{}\n", ladder.size(), kinds);
+  }
+  Ladder ladder = Ladder::DenseOnly(config.sites(), rungs[0].price);
+  std::string lines;
+  for (size_t rung = 1; rung < rungs.size(); ++rung) {
+    const auto better = std::ranges::find_if(
+        rungs, [&](const Rung& other) { return Dominated(rungs[rung].price, other.price); });
+    if (better != rungs.end()) {
+      lines +=
+          fmt::format("left out: prune ratio {:.3f}; one of {:.3f} is as fast and loses no more\n",
+                      rungs[rung].decode.prune_ratio(), better->decode.prune_ratio());
+      continue;
     }
-    if (rung == 0) {
-      ladder = Ladder::DenseOnly(config.sites(), priced.price);
-    } else {
-      ladder.Append(std::move(priced));
-    }
+    lines += fmt::format("loss of rung {} by kind:{}\n", ladder.size(), kinds[rung]);
+    ladder.Append(rungs[rung]);
   }
   std::string told = fmt::format(
       "espalier calibrate: {}, ranked by {}{}, {} tokens of", config.name, options.rank,

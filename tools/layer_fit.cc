@@ -1,10 +1,13 @@
 #include "tools/layer_fit.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <map>
 #include <set>
 #include <utility>
 
+#include "engine/machine_memory.h"
 #include "engine/model/down_norms.h"
 #include "engine/pruning/importance.h"
 #include "engine/pruning/refit.h"
@@ -295,6 +298,16 @@ absl::StatusOr<PruningData> FitLayers(const LayerFitOptions& options, const Ladd
                                       std::span<const std::vector<int32_t>> windows,
                                       ModelExecutor* executor, Backend* backend,
                                       const std::function<bool(int64_t, int64_t)>& progress) {
+  // What is not there would be written to all the same, until the process is killed for it.
+  const uint64_t bytes = sizeof(float) * windows.size() * windows.front().size() *
+                         file.config().hidden * (options.refit ? planned.size() : 1);
+  const uint64_t available = ReadMachineMemory().available;
+  if (bytes > available) {
+    return absl::ResourceExhaustedError(fmt::format(
+        "residual streams of {} tokens on {} rungs take {} MiB, {} are available: --tokens, "
+        "--rungs",
+        windows.size() * windows.front().size(), planned.size(), bytes >> 20, available >> 20));
+  }
   return LayerFit(options, planned, file, windows, executor, backend, progress).Run();
 }
 

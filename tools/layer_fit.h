@@ -28,7 +28,7 @@ struct LayerFitOptions {
 
 // `windows` are as long as each other; the residual streams of all of them, of the dense model and
 // of each rung, stay in memory: 4 * hidden bytes a token each. The executor's ladder is changed.
-// Cancelled if progress(done, total) says false.
+// ResourceExhausted if they do not fit; Cancelled if progress(done, total) says false.
 absl::StatusOr<PruningData> FitLayers(
     const LayerFitOptions& options, const Ladder& planned, const ModelFile& file,
     std::span<const std::vector<int32_t>> windows, ModelExecutor* executor, Backend* backend,

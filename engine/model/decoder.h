@@ -86,7 +86,10 @@ class Decoder {
   // the step's narrowed prefill rows, or by its history. Other steps meet the last ranking. Refits
   // are left aside: they belong to the rankings they were made for. Null: none. Must outlive its
   // use.
-  void set_probe(Probe* probe) { probe_ = probe; }
+  void set_probe(Probe* probe) {
+    probe_ = probe;
+    look_ = Look::kNone;
+  }
   // What the last step did with it.
   Look look() const { return look_; }
 

@@ -15,6 +15,17 @@ TEST(Ladder, RungZeroIsDenseAndLosesNothing) {
   EXPECT_EQ(ladder.rung(0).price.quality_loss_nats, 0);
 }
 
+TEST(PriceTag, IsDominatedByOneThatIsLowerInSomeAndHigherInNone) {
+  const PriceTag price{2, 3, 100, 0.1};
+  EXPECT_FALSE(Dominated(price, price));
+  EXPECT_FALSE(Dominated(price, {1, 4, 50, 0})) << "slower in decode";
+  for (const PriceTag better :
+       {PriceTag{1, 3, 100, 0.1}, {2, 2, 100, 0.1}, {2, 3, 99, 0.1}, {2, 3, 100, 0}}) {
+    EXPECT_TRUE(Dominated(price, better));
+    EXPECT_FALSE(Dominated(better, price));
+  }
+}
+
 TEST(Ladder, TakesOnlyNestedRungs) {
   Ladder ladder = Ladder::DenseOnly(kWidths);
   Rung rung = ladder.rung(0);

@@ -90,7 +90,7 @@ def mixed(bench, kinds):
     calibrate = [bench.folder / f"texts/calibrate/{kind}.txt" for kind in kinds]
     test = [bench.folder / f"texts/test/{kind}.txt" for kind in kinds]
     ladders = {
-        "mixed": bench.ladder("mixed", "--text", *calibrate, "--tokens", 240000),
+        "mixed": bench.ladder("mixed", "--text", *calibrate, "--tokens", 160000),
         "self": bench.ladder("self", "--text", "self", "--tokens", 200000),
     }
     if "wiki" in kinds:
