@@ -21,7 +21,10 @@ void KeepProfile::Keep(int layer, SiteKind kind, int count) {
   }
 }
 
-bool KeepProfile::dense() const { return *this == Dense(widths_); }
+bool KeepProfile::dense() const {  // asked in every step, so nothing is allocated
+  return std::ranges::all_of(heads_, [&](int kept) { return kept == widths_.heads; }) &&
+         std::ranges::all_of(channels_, [&](int kept) { return kept == widths_.channels; });
+}
 
 double KeepProfile::prune_ratio() const {
   int64_t kept = 0;
