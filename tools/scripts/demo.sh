@@ -28,12 +28,12 @@ rm -rf $work
 mkdir -p $work
 ladder=build/ladders/$(basename "${model%.gguf}").ladder
 if [ ! -s "$ladder" ]; then
-  say "Measuring what the model can spare, once: a minute or two"
+  say "Measuring what the model can spare, once: three minutes or so"
   python3 tests/bench/pruning/texts.py $work/texts >/dev/null 2>&1
   texts=($work/texts/calibrate/*.txt)
   [ -s "${texts[0]}" ] || texts=(self)  # a machine without any text
   mkdir -p build/ladders
-  $bin/espalier calibrate --model "$model" --text "${texts[@]}" --tokens 30000 --rungs 0.1,0.3 \
+  $bin/espalier calibrate --model "$model" --text "${texts[@]}" --tokens 16000 --rungs 0.1,0.3 \
     --out "$ladder" >$work/calibrate.log || ladder=  # a shape that panels cannot have: dense only
 fi
 rungs=(0)
