@@ -161,6 +161,15 @@ std::vector<std::pair<std::string, WeightPlan>> WeightPlans() {
   return plans;
 }
 
+std::vector<std::pair<std::string, std::optional<ProbeOptions::Rows>>> ProbeChoices() {
+  std::vector<std::pair<std::string, std::optional<ProbeOptions::Rows>>> choices;
+  for (const std::string_view name : kProbeNames) choices.emplace_back(name, std::nullopt);
+  for (size_t i = 1; i < choices.size(); ++i) {
+    choices[i].second = static_cast<ProbeOptions::Rows>(i - 1);
+  }
+  return choices;
+}
+
 Value FixedRung(int ServerOptions::* field) {
   const std::string prefix = "fixed:";
   return {"fixed:RUNG", "fixed:RUNG, a rung from 0 to 63",
@@ -258,11 +267,7 @@ const std::vector<Setting>& Settings() {
        "Rank channels anew in each prefill step that prunes, by a probe of its\n"
        "rows, fused with history (Probe Pruning); off: as calibrated, which loses\n"
        "less. Needs a ladder of `espalier calibrate --no-refit`",
-       Choice<std::optional<ProbeOptions::Rows>>(&O::probe,
-                                                 {{"off", {}},
-                                                  {"top-norm", ProbeOptions::Rows::kTopNorm},
-                                                  {"spread", ProbeOptions::Rows::kSpread},
-                                                  {"all", ProbeOptions::Rows::kAll}})},
+       Choice<std::optional<ProbeOptions::Rows>>(&O::probe, ProbeChoices())},
       {kPruning, "probe-budget", "Most rows that are probed, as a share of those pruned",
        Share(&O::probe_budget)},
       {kPruning, "probe-least-rows", "Steps that prune fewer prefill rows are not probed",

@@ -182,14 +182,10 @@ absl::StatusOr<std::vector<int>> DropOrder(const Corpus& corpus, ModelExecutor* 
     ladder.Append({.prefill = keep, .decode = keep});
     absl::Status status = executor->SetLadder(ladder, StaticSelector(widths));
     if (!status.ok()) return status;
-    double sum = 0;
-    for (size_t i = 0; i < windows.size(); ++i) {
-      const absl::StatusOr<double> loss = Loss(windows.subspan(i, 1), 1, executor);
-      if (!loss.ok()) return loss.status();
-      sum += *loss;
-    }
+    const absl::StatusOr<double> loss = Loss(windows, 1, executor);
+    if (!loss.ok()) return loss.status();
     if (Interrupt::raised()) return Cancelled();
-    losses.emplace_back(sum, layer);
+    losses.emplace_back(*loss, layer);
     bar.Update(layer + 1, widths.layers);
   }
   std::ranges::sort(losses);

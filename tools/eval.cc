@@ -42,7 +42,7 @@ struct Options {
   int batch = 8;
   int count = 32;
   int step_rows = 512;
-  std::string probe = "none";
+  std::string probe = "off";
   ProbeOptions probing;
   bool exact = false;
   std::vector<std::string> history;
@@ -240,8 +240,6 @@ absl::Status Plot(const std::string& path, const nlohmann::ordered_json& report)
               : absl::UnavailableError(fmt::format("--plot: {}: cannot be written", path));
 }
 
-constexpr std::string_view kProbeNames[] = {"none", "top-norm", "spread", "all"};
-
 // A probe with the history of the texts asked for.
 absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const ModelFile& file,
                                                  const Tokenizer& tokenizer,
@@ -315,7 +313,7 @@ absl::Status Run(Options options) {
   absl::StatusOr<std::vector<Text>> texts = ReadTexts(options, **tokenizer);
   if (!texts.ok()) return texts.status();
   std::unique_ptr<Probe> probe;
-  if (options.probe != "none") {
+  if (options.probe != "off") {
     absl::StatusOr<std::unique_ptr<Probe>> made =
         MakeProbe(options, *model->file, **tokenizer, model->executor.get());
     if (!made.ok()) return made.status();

@@ -18,29 +18,6 @@ namespace {
 
 using Stream = std::vector<float>;  // [windows * tokens of each, hidden]
 
-// One layer's ranking and refits, as they are found.
-class LayerSelector final : public ChannelSelector {
- public:
-  LayerSelector(const SiteWidths& widths, int layer, const PruningData::Layer* found)
-      : rankings_(widths), layer_(layer), found_(found) {
-    rankings_.SetRanking(layer, SiteKind::kChannels, found->ranking);
-  }
-
-  std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
-    return rankings_.Ranking(layer, kind);
-  }
-  std::span<const FourBitGroup> Refit(int layer, int count) const override {
-    const auto refit = found_->refits.find(count);
-    if (layer != layer_ || refit == found_->refits.end()) return {};
-    return refit->second;
-  }
-
- private:
-  StaticSelector rankings_;
-  int layer_;
-  const PruningData::Layer* found_;
-};
-
 std::vector<int32_t> Rank(const std::string& by, const DownSite& site,
                           const SecondMoments& moments) {
   const auto* const name = std::ranges::find(kImportanceNames, by);
@@ -83,13 +60,12 @@ class LayerFit {
   }
 
   absl::StatusOr<PruningData> Run() {
-    PruningData data;
-    data.layers.resize(config_.layers);
+    data_.layers.resize(config_.layers);
     for (int layer = 0; layer < config_.layers; ++layer) {
-      const absl::Status status = FitLayer(layer, &data.layers[layer]);
+      const absl::Status status = FitLayer(layer, &data_.layers[layer]);
       if (!status.ok()) return status;
     }
-    return data;
+    return std::move(data_);
   }
 
  private:
@@ -122,8 +98,9 @@ class LayerFit {
     return counts;
   }
 
-  // The planned ladder with all other layers whole, so that only this one has panels.
-  Ladder OnlyAt(int layer) const {
+  // The planned ladder with all other layers whole, so that only this one has panels, by what is
+  // found so far.
+  absl::Status SetOnlyAt(int layer) {
     Ladder ladder = Ladder::DenseOnly(config_.sites());
     for (int rung = 1; rung < planned_.size(); ++rung) {
       KeepProfile keep = KeepProfile::Dense(config_.sites());
@@ -132,7 +109,7 @@ class LayerFit {
       }
       ladder.Append({.prefill = keep, .decode = keep});
     }
-    return ladder;
+    return executor_->SetLadder(std::move(ladder), PruningDataSelector(config_.sites(), &data_));
   }
 
   // Runs a layer over all windows from a stream and gives what it leaves to `take`, piece by piece;
@@ -193,7 +170,7 @@ class LayerFit {
     if (Counts(layer).empty()) {
       status = Advance(layer, 0, &dense_, {});
       if (status.ok() && rungs_ > 1 && !narrowed.empty()) {
-        status = executor_->SetLadder(OnlyAt(layer), StaticSelector(config_.sites()));
+        status = SetOnlyAt(layer);
       }
     } else {
       const absl::StatusOr<std::vector<float>> down = ReadDown(file_, layer);
@@ -222,8 +199,7 @@ class LayerFit {
 
   // For every count that rungs keep; afterwards the executor has them.
   absl::Status FitRungs(int layer, std::span<const float> down, PruningData::Layer* found) {
-    absl::Status status =
-        executor_->SetLadder(OnlyAt(layer), LayerSelector(config_.sites(), layer, found));
+    absl::Status status = SetOnlyAt(layer);
     std::map<int, SecondMoments> moments;  // by count
     for (const auto& [kept, rung] : Counts(layer)) {
       if (!status.ok()) break;
@@ -255,7 +231,7 @@ class LayerFit {
       const auto& [kept, sums] = counts[i];
       found->refits.at(kept) = Refit(kept, down, found->ranking, *sums);
     });
-    return executor_->SetLadder(OnlyAt(layer), LayerSelector(config_.sites(), layer, found));
+    return SetOnlyAt(layer);
   }
 
   std::vector<FourBitGroup> Refit(int kept, std::span<const float> down,
@@ -283,6 +259,7 @@ class LayerFit {
   Backend* backend_;
   const std::function<bool(int64_t, int64_t)>& progress_;
   int rungs_;
+  PruningData data_;
   std::vector<std::vector<int32_t>> tables_;  // [layers], of one window
   Stream dense_;
   std::vector<Stream> streams_;  // [rungs]; empty: still the dense one

@@ -124,6 +124,19 @@ std::span<const FourBitGroup> PruningFile::Refit(int layer, int count) const {
   return refit == refits_.end() ? std::span<const FourBitGroup>() : refit->second;
 }
 
+PruningDataSelector::PruningDataSelector(const SiteWidths& widths, const PruningData* data)
+    : rankings_(widths), data_(data) {
+  for (size_t layer = 0; layer < data->layers.size(); ++layer) {  // none: stays natural
+    rankings_.SetRanking(static_cast<int>(layer), SiteKind::kChannels, data->layers[layer].ranking);
+  }
+}
+
+std::span<const FourBitGroup> PruningDataSelector::Refit(int layer, int count) const {
+  const auto& refits = data_->layers[layer].refits;
+  const auto refit = refits.find(count);
+  return refit == refits.end() ? std::span<const FourBitGroup>() : refit->second;
+}
+
 absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const ModelFile& model) {
   const absl::StatusOr<MappedFile> text = MappedFile::Open(path);
   if (!text.ok()) return text.status();

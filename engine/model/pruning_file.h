@@ -79,6 +79,21 @@ struct PruningData {
   std::vector<Layer> layers;
 };
 
+// Data before they are a file. `data` must outlive it; refits may still be added.
+class PruningDataSelector final : public ChannelSelector {
+ public:
+  PruningDataSelector(const SiteWidths& widths, const PruningData* data);
+
+  std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
+    return rankings_.Ranking(layer, kind);
+  }
+  std::span<const FourBitGroup> Refit(int layer, int count) const override;
+
+ private:
+  StaticSelector rankings_;
+  const PruningData* data_;
+};
+
 // Where a model's ladder is looked for and written if nobody says: the model's path, without
 // ".gguf" or a slash at its end, and ".ladder".
 std::string LadderPathOf(std::string_view model);

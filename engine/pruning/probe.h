@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -28,6 +29,9 @@ struct ProbeOptions {
   int refresh = 0;               // decode steps after which history ranks anew; 0: never
   int whole = 0;                 // of so many decode steps one keeps all channels; 0: none
 };
+
+// As flags name them: off, then `Rows` in their order.
+inline constexpr std::string_view kProbeNames[] = {"off", "top-norm", "spread", "all"};
 
 // What a step with narrowed rows does beyond their own work.
 enum class Look : uint8_t {

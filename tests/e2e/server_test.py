@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 import unittest
-import urllib.request
 
 import grpc
 
@@ -355,16 +354,10 @@ class Lifecycle(unittest.TestCase):
             self.assertIn(str(server.port), error)
 
     def test_tokens_of_the_warm_up_are_nobodys(self):
-        with Server(BINARY, MODEL, "--metrics-port", "0", "--log-format", "json") as server:
-            lines = [json.loads(line) for line in server.log().splitlines()
-                     if line.startswith("{")]
-            port = next(line["port"] for line in lines if line["message"] == "metrics")
-
+        with Server(BINARY, MODEL, "--metrics-port", "0") as server:
             def generated():
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-                    text = answer.read().decode()
-                return float(re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", text,
-                                       re.MULTILINE)[1])
+                return float(re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$",
+                                       server.metrics(), re.MULTILINE)[1])
 
             self.assertEqual(generated(), 0)
             list(server.stub.Generate(text_request("x", 5)))

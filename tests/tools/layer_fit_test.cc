@@ -17,27 +17,6 @@ namespace {
 
 constexpr int kStepRows = 16, kLength = 40;
 
-// Data as a selector.
-class Found final : public ChannelSelector {
- public:
-  Found(const SiteWidths& widths, const PruningData* data) : natural_(widths), data_(data) {}
-
-  std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
-    const std::vector<int32_t>& ranking = data_->layers[layer].ranking;
-    return kind == SiteKind::kHeads || ranking.empty() ? natural_.Ranking(layer, kind)
-                                                       : std::span<const int32_t>(ranking);
-  }
-  std::span<const FourBitGroup> Refit(int layer, int count) const override {
-    const auto refit = data_->layers[layer].refits.find(count);
-    if (refit == data_->layers[layer].refits.end()) return {};
-    return refit->second;
-  }
-
- private:
-  StaticSelector natural_;
-  const PruningData* data_;
-};
-
 class LayerFitTest : public ::testing::Test {
  protected:
   LayerFitTest()
@@ -152,9 +131,9 @@ TEST_F(LayerFitTest, BringsTheStreamNearerToTheDenseOne) {
     EXPECT_TRUE(ranked->layers[layer].refits.empty());
   }
   const std::vector<float> dense = LastHidden(0);
-  ASSERT_TRUE(executor_->SetLadder(ladder_, Found(widths_, &*ranked)).ok());
+  ASSERT_TRUE(executor_->SetLadder(ladder_, PruningDataSelector(widths_, &*ranked)).ok());
   const double plain[] = {Off(LastHidden(1), dense), Off(LastHidden(2), dense)};
-  ASSERT_TRUE(executor_->SetLadder(ladder_, Found(widths_, &*fitted)).ok());
+  ASSERT_TRUE(executor_->SetLadder(ladder_, PruningDataSelector(widths_, &*fitted)).ok());
   EXPECT_LT(Off(LastHidden(1), dense), 0.9 * plain[0]);
   EXPECT_LT(Off(LastHidden(2), dense), 0.9 * plain[1]);
 }
