@@ -212,11 +212,12 @@ class Backend {
                                               int cols, const WeightSource& source) = 0;
 
   // A panel: the listed rows, each in [0, weight.rows), gathered in the order listed into a weight
-  // of their own. kOutputRows keep their type and their values bit for bit. Rows of kInputRows form
-  // new groups, whose scales are fitted anew: integers become int8, within 1/480 of a new group's
-  // range of what they were.
-  virtual absl::StatusOr<Weight> GatherRows(const Weight& weight,
-                                            std::span<const int32_t> rows) = 0;
+  // of their own, in the memory of *panel where that suffices and is nobody else's. kOutputRows and
+  // floats keep their type and their values bit for bit. Integers of kInputRows meet others than
+  // they shared a scale with: they become int8, within 1/380 of their output's range of what they
+  // were. After an error *panel is as it was.
+  virtual absl::Status GatherRows(const Weight& weight, std::span<const int32_t> rows,
+                                  Weight* panel) = 0;
 
   // ResourceExhausted, with the bytes asked for, if the device cannot hold it.
   virtual absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) = 0;

@@ -365,7 +365,7 @@ void AddEval(CLI::App& root, Action* action) {
   number("--step-rows", options->step_rows, "COUNT", "Rows of a step", 1, 65536);
   const char* probing = "Probe Pruning: channels chosen anew in each step with prefill rows";
   sub->add_option("--probe", options->probe,
-                  "Which rows look ahead; top-norm: the published rule; spread: as many, evenly; "
+                  "Which rows look ahead; top-norm: the published rule; spread: evenly; "
                   "all: the upper bound, with no history")
       ->type_name("NAME")
       ->check(

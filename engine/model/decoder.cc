@@ -11,6 +11,7 @@
 
 #include "engine/model/files/quant_blocks.h"
 #include "engine/model/phase_timer.h"
+#include "engine/scheduling/invariant.h"
 #include "fmt/format.h"
 
 namespace espalier {
@@ -105,9 +106,8 @@ class Loader {
 absl::Status Gather(std::initializer_list<std::pair<const Weight*, Weight*>> weights,
                     std::span<const int32_t> rows, Backend* backend) {
   for (const auto& [from, to] : weights) {
-    absl::StatusOr<Weight> panel = backend->GatherRows(*from, rows);
-    if (!panel.ok()) return panel.status();
-    *to = *std::move(panel);
+    const absl::Status status = backend->GatherRows(*from, rows, to);
+    if (!status.ok()) return status;
   }
   return absl::OkStatus();
 }
@@ -548,40 +548,40 @@ void Decoder::RankAnew(int layer, const StepPlan& plan, Activations* activations
     first += step.rows;
   }
   if (rows.empty()) return;
-  Panels panels = panels_[layer];
-  panels.refitted.clear();
+  Panels& panels = panels_[layer];
   if (ahead) {
-    std::vector<float> norms;
-    for (const int row : rows) {
-      const std::span<const float> x(activations->residual.data() + int64_t{row} * hidden, hidden);
-      norms.push_back(std::sqrt(std::inner_product(x.begin(), x.end(), x.begin(), 0.0f)));
+    std::vector<float> norms(rows.size());
+    if (probe_->options().rows == ProbeOptions::Rows::kTopNorm) {
+      for (size_t i = 0; i < rows.size(); ++i) {
+        const float* const x = activations->residual.data() + int64_t{rows[i]} * hidden;
+        norms[i] = std::sqrt(std::transform_reduce(x, x + hidden, x, 0.0f));
+      }
     }
     const std::vector<int> chosen = ChooseProbeRows(probe_->options(), norms, of_rows);
     const int count = static_cast<int>(chosen.size());
+    const Matrix normed(activations->normed.data(), count, hidden);  // the step's rows come later
+    const Matrix gate(activations->gate.data(), count, channels);
+    const Matrix up(activations->up.data(), count, channels);
     std::vector<ProbeRow> probed;
-    std::vector<float> x(size_t{1} * count * hidden), gate(size_t{1} * count * channels), up(gate);
     for (int i = 0; i < count; ++i) {
       probed.push_back(of_rows[chosen[i]]);
       std::copy_n(activations->residual.data() + int64_t{rows[chosen[i]]} * hidden, hidden,
-                  x.data() + int64_t{i} * hidden);
+                  normed.row(i));
     }
-    const Matrix normed(x.data(), count, hidden);
-    const Matrix made(gate.data(), count, channels), other(up.data(), count, channels);
     backend_->RmsNorm(
         {.x = normed, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
-    const MatMulTarget targets[] = {{.weight = &weights.gate, .out = made},
-                                    {.weight = &weights.up, .out = other}};
+    const MatMulTarget targets[] = {{.weight = &weights.gate, .out = gate},
+                                    {.weight = &weights.up, .out = up}};
     backend_->MatMul({.x = normed, .targets = targets});
-    backend_->SwiGlu({.gate = made, .up = other, .out = made});
-    panels.channels = probe_->Rank(layer, made, probed);
+    backend_->SwiGlu({.gate = gate, .up = up, .out = gate});
+    panels.channels = probe_->Rank(layer, gate, probed);
   } else {
     panels.channels = probe_->RankByHistory(layer, of_rows);
   }
-  const auto kept = std::span<const int32_t>(panels.channels).first(panels.widest);
-  const absl::Status status = Gather(
+  const absl::Status gathered = Gather(
       {{&weights.gate, &panels.gate}, {&weights.up, &panels.up}, {&weights.down, &panels.down}},
-      kept, backend_);
-  if (status.ok()) panels_[layer] = std::move(panels);
+      std::span<const int32_t>(panels.channels).first(panels.widest), backend_);
+  Invariant(gathered.ok(), "a panel does not fit where it was before: {}", gathered.ToString());
 }
 
 void Decoder::Logits(std::span<const int32_t> rows, Activations* activations, Matrix logits) {

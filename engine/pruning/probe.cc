@@ -62,14 +62,10 @@ std::vector<int> ChooseProbeRows(const ProbeOptions& options, std::span<const fl
   if (rows.empty()) return {};
   std::vector<int> candidates(rows.size());
   std::iota(candidates.begin(), candidates.end(), 0);
-  size_t count = rows.size();
-  if (options.rows != ProbeOptions::Rows::kAll) {
-    std::vector<int> published = TopNormRows(options, norms, rows);
-    count = published.size();
-    if (options.rows == ProbeOptions::Rows::kTopNorm) candidates = std::move(published);
-  }
+  if (options.rows == ProbeOptions::Rows::kAll) return candidates;
+  if (options.rows == ProbeOptions::Rows::kTopNorm) candidates = TopNormRows(options, norms, rows);
   const double most = std::floor(options.budget * static_cast<double>(rows.size()) + 1e-9);
-  count = std::clamp<size_t>(static_cast<size_t>(most), 1, count);
+  const size_t count = std::clamp<size_t>(static_cast<size_t>(most), 1, candidates.size());
   std::vector<int> chosen(count);
   for (size_t i = 0; i < count; ++i) {
     chosen[i] = candidates[(2 * i + 1) * candidates.size() / (2 * count)];

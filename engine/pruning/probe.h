@@ -16,8 +16,8 @@ namespace espalier {
 struct ProbeOptions {
   enum class Rows : uint8_t {
     kTopNorm,  // published: positions of the largest residual norms, then sequences of them
-    kSpread,   // as many, evenly spread over all rows
-    kAll,      // every row: full-batch probing, the published upper bound
+    kSpread,   // as many as the budget allows, evenly spread over all rows
+    kAll,      // every row, whatever the budget: full-batch probing, the published upper bound
   };
   Rows rows = Rows::kTopNorm;
   double token_share = 0.5;      // of positions; at least 2
@@ -53,10 +53,11 @@ struct ProbeRow {
   int position = 0;
 };
 
-// Rows to probe, ascending. `norms`: |residual| of each row, before the layer's norm. By kTopNorm
-// s = max(ceil(share * positions), 2) positions of the largest root of summed squares over
-// sequences, position 0 among them if s <= 10; then ceil(share * sequences) sequences by the same
-// over those positions. Over budget, rows evenly spread over those.
+// Rows to probe, ascending. `norms`: |residual| of each row, before the layer's norm, where they
+// are kTopNorm; others do not read them. By kTopNorm s = max(ceil(share * positions), 2) positions
+// of the largest root of summed squares over sequences, position 0 among them if s <= 10; then
+// ceil(share * sequences) sequences by the same over those positions. Over budget, rows evenly
+// spread over those.
 std::vector<int> ChooseProbeRows(const ProbeOptions& options, std::span<const float> norms,
                                  std::span<const ProbeRow> rows);
 

@@ -172,3 +172,68 @@ bool PackIntegers(int bits, const float (*values)[kStripOutputs], int depth, uin
   __builtin_memcpy(block + kBlockHeader, quads, BlockBytes(bits) - kBlockHeader);
   return true;
 }
+
+// See KernelTable::gather_inputs.
+template <int kBits>
+void GatherInputs(const uint8_t* strip, int groups, const int32_t* inputs, int count, float* steps,
+                  uint8_t* to) {
+  constexpr int kLevels = kBits == 8 ? kInt8Levels : kInt4Levels;
+  constexpr int64_t kBlock = BlockBytes(kBits);
+  uint16_t halves[2][kStripOutputs];
+  float inverse[kStripOutputs], lowest[kStripOutputs];
+  {
+    F least = Set1(0), most = Set1(0);
+    for (int g = 0; g < groups; ++g) {
+      const auto* header = reinterpret_cast<const uint16_t*>(strip + g * kBlock);
+      const F first = LoadHalf(header + kStripOutputs);
+      const F last = first + LoadHalf(header) * Set1(kLevels);  // below it by a negative scale
+      least = g == 0 ? Min(first, last) : Min(Min(first, last), least);
+      most = g == 0 ? Max(first, last) : Max(Max(first, last), most);
+    }
+    float low[kStripOutputs], high[kStripOutputs];
+    Store(low, least);
+    Store(high, most);
+    for (int lane = 0; lane < kStripOutputs; ++lane) {
+      const Steps of = Rounded((high[lane] - low[lane]) / kInt8Levels, low[lane]);
+      halves[0][lane] = ToHalf(of.scale);
+      halves[1][lane] = ToHalf(of.minimum);
+      inverse[lane] = of.inverse();
+      lowest[lane] = of.minimum;
+    }
+  }
+  // What u becomes in the new steps: a line for each group, [scale, offset][output].
+  for (int g = 0; g < groups; ++g) {
+    const auto* header = reinterpret_cast<const uint16_t*>(strip + g * kBlock);
+    float* line = steps + int64_t{g} * 2 * kStripOutputs;
+    Store(line, LoadHalf(header) * Load(inverse));
+    Store(line + kStripOutputs, (LoadHalf(header + kStripOutputs) - Load(lowest)) * Load(inverse));
+  }
+  // In compilers' own vectors: 16 lanes of whatever registers there are.
+  typedef float Floats __attribute__((vector_size(64)));
+  typedef int32_t Ints __attribute__((vector_size(64)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  for (int at = 0; at < count; at += kGroup, to += BlockBytes(8)) {
+    __builtin_memcpy(to, halves, kBlockHeader);
+    for (int quad = 0; quad < kGroup / 4; ++quad) {
+      Words four = {};
+      for (int i = 0; i < 4 && at + 4 * quad + i < count; ++i) {
+        const int input = inputs[at + 4 * quad + i];
+        const int g = input / kGroup, k = input % kGroup;
+        const int of_quad = kBits == 8 ? k / 4 : k / 4 % 4;
+        const int shift = 8 * (k % 4) + (kBits == 4 && k >= kGroup / 2 ? 4 : 0);
+        Words words;
+        Floats line[2];
+        __builtin_memcpy(&words, strip + g * kBlock + kBlockHeader + of_quad * int{sizeof words},
+                         sizeof words);
+        __builtin_memcpy(line, steps + int64_t{g} * 2 * kStripOutputs, sizeof line);
+        const Words u = words >> shift & (kBits == 8 ? 255u : 15u);
+        Floats near = __builtin_convertvector((Ints)u, Floats) * line[0] + line[1];
+        near = near < 0 ? Floats{} : near;
+        near = near > kInt8Levels ? Floats{} + kInt8Levels : near;
+        // Rounded to nearest even, in the low bits.
+        four |= ((Words)(near + kHalfway) & 255u) << 8 * i;
+      }
+      __builtin_memcpy(to + kBlockHeader + quad * int{sizeof four}, &four, sizeof four);
+    }
+  }
+}

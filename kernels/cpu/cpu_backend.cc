@@ -93,6 +93,7 @@ CpuBackend::CpuBackend(Isa isa, bool isa_forced, int threads)
       pool_(threads),
       matmul_scratch_(pool_.threads()),
       channels_scratch_(pool_.threads()),
+      gather_scratch_(pool_.threads()),
       attention_scratch_(pool_.threads()) {
   GrowScratch(sizeof(MatMulScratch), &matmul_scratch_);
   GrowScratch(sizeof(ChannelsTile), &channels_scratch_);
@@ -112,7 +113,7 @@ uint64_t CpuBackend::workspace_bytes() const {
     return held(buffer.values, buffer.scales, buffer.sums, buffer.counts);
   };
   return pool_.threads() * (sizeof(MatMulScratch) + sizeof(ChannelsTile) +
-                            attention_scratch_floats_ * sizeof(float)) +
+                            (attention_scratch_floats_ + gather_scratch_floats_) * sizeof(float)) +
          rows(quantized_) + rows(quantized_channels_) +
          held(angles_.positions, angles_.cosines, angles_.sines, angles_.spans, next_positions_,
               logit_partials_);

@@ -30,7 +30,8 @@ class CpuBackend final : public Backend {
   uint64_t workspace_bytes() const override;
   absl::StatusOr<Weight> UploadWeight(WeightType type, WeightLayout layout, int rows, int cols,
                                       const WeightSource& source) override;
-  absl::StatusOr<Weight> GatherRows(const Weight& weight, std::span<const int32_t> rows) override;
+  absl::Status GatherRows(const Weight& weight, std::span<const int32_t> rows,
+                          Weight* panel) override;
   absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) override;
   void Embed(const EmbedArgs& args) override;
   void RmsNorm(const RmsNormArgs& args) override;
@@ -108,8 +109,8 @@ class CpuBackend final : public Backend {
   void RunTasks(const MatMulArgs& args, const QuantizedRows& quantized);
   // silu(gate(x)) * up(x), quantised; of integers.
   void MakeChannels(const GatedMlpArgs& args, int channels, const QuantizedRows& made);
-  absl::StatusOr<Weight> GatherOutputRows(const Weight& weight, std::span<const int32_t> rows);
-  absl::StatusOr<Weight> GatherInputRows(const Weight& weight, std::span<const int32_t> rows);
+  void GatherOutputRows(const Weight& weight, std::span<const int32_t> rows, const Weight& panel);
+  void GatherInputRows(const Weight& weight, std::span<const int32_t> rows, const Weight& panel);
 
   const Isa isa_;
   const bool isa_forced_;
@@ -131,6 +132,8 @@ class CpuBackend final : public Backend {
   std::vector<int32_t> next_positions_;
   std::vector<int32_t> head_slots_;
   std::vector<HeadGroup> head_groups_;
+  std::vector<std::shared_ptr<void>> gather_scratch_;  // floats for each worker
+  int64_t gather_scratch_floats_ = 0;
   std::vector<std::shared_ptr<void>> attention_scratch_;  // floats for each worker
   int64_t attention_scratch_floats_ = 0;
   std::vector<LogitPartial> logit_partials_;

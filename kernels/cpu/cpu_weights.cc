@@ -164,42 +164,52 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(WeightType type, WeightLayout la
   return weight;
 }
 
-absl::StatusOr<Weight> CpuBackend::GatherRows(const Weight& weight, std::span<const int32_t> rows) {
+absl::Status CpuBackend::GatherRows(const Weight& weight, std::span<const int32_t> rows,
+                                    Weight* panel) {
   for (const int32_t row : rows) {
     Require(row >= 0 && row < weight.rows, "GatherRows: row {} of {}", row, weight.rows);
   }
-  return weight.layout == WeightLayout::kOutputRows ? GatherOutputRows(weight, rows)
-                                                    : GatherInputRows(weight, rows);
+  const bool output_rows = weight.layout == WeightLayout::kOutputRows;
+  const int count = static_cast<int>(rows.size());
+  // Memory that it has for as many or more of them.
+  const auto allocate = [&](size_t bytes) {
+    return panel->storage.use_count() == 1 && bytes <= panel->bytes ? panel->storage
+                                                                    : AllocateAligned(bytes);
+  };
+  absl::StatusOr<Weight> made =
+      NewWeight(allocate, output_rows || IsFloat(weight.type) ? weight.type : WeightType::kInt8,
+                weight.layout, count, weight.cols, output_rows ? weight.groups : GroupsOf(count));
+  if (!made.ok()) return made.status();
+  output_rows ? GatherOutputRows(weight, rows, *made) : GatherInputRows(weight, rows, *made);
+  if (made->storage == panel->storage) made->bytes = panel->bytes;
+  *panel = *std::move(made);
+  return absl::OkStatus();
 }
 
-absl::StatusOr<Weight> CpuBackend::GatherOutputRows(const Weight& weight,
-                                                    std::span<const int32_t> rows) {
-  const int count = static_cast<int>(rows.size());
-  absl::StatusOr<Weight> panel =
-      NewWeight(AllocateAligned, weight.type, weight.layout, count, weight.cols, weight.groups);
-  if (!panel.ok()) return panel;
-  pool_.Run(static_cast<int>(StripsOf(*panel)), [&](int, int strip) {
-    uint8_t* to = MutableBlocks(*panel) + strip * StripBytes(*panel);
+void CpuBackend::GatherOutputRows(const Weight& weight, std::span<const int32_t> rows,
+                                  const Weight& panel) {
+  pool_.Run(static_cast<int>(StripsOf(panel)), [&](int, int strip) {
+    uint8_t* to = MutableBlocks(panel) + strip * StripBytes(panel);
     for (int lane = 0; lane < kStripOutputs; ++lane) {
-      const int32_t row = rows[std::min(strip * kStripOutputs + lane, count - 1)];
+      const int32_t row = rows[std::min(strip * kStripOutputs + lane, panel.rows - 1)];
       CopyOutput(BitsOf(weight.type), weight.blocks + row / kStripOutputs * StripBytes(weight),
                  row % kStripOutputs, weight.groups, to, lane);
     }
   });
-  return panel;
 }
 
-// Values that shared a scale part, and others meet.
-absl::StatusOr<Weight> CpuBackend::GatherInputRows(const Weight& weight,
-                                                   std::span<const int32_t> rows) {
-  const auto read = [&](int output, float* to) {
-    std::vector<float> all(weight.rows);
-    UnpackOutput(BitsOf(weight.type), weight.blocks + output / kStripOutputs * StripBytes(weight),
-                 output % kStripOutputs, weight.rows, all.data());
-    for (size_t i = 0; i < rows.size(); ++i) to[i] = all[rows[i]];
-  };
-  return UploadWeight(IsFloat(weight.type) ? weight.type : WeightType::kInt8, weight.layout,
-                      static_cast<int>(rows.size()), weight.cols, {.read_values = read});
+void CpuBackend::GatherInputRows(const Weight& weight, std::span<const int32_t> rows,
+                                 const Weight& panel) {
+  const int64_t floats = int64_t{2} * kStripOutputs * weight.groups;
+  if (gather_scratch_floats_ < floats) {
+    GrowScratch(floats * int64_t{sizeof(float)}, &gather_scratch_);
+    gather_scratch_floats_ = floats;
+  }
+  pool_.Run(static_cast<int>(StripsOf(panel)), [&](int worker, int strip) {
+    GatherInputs(kernels_, BitsOf(weight.type), weight.blocks + strip * StripBytes(weight),
+                 weight.groups, rows, static_cast<float*>(gather_scratch_[worker].get()),
+                 MutableBlocks(panel) + strip * StripBytes(panel));
+  });
 }
 
 absl::StatusOr<KvPool> CpuBackend::CreateKvPool(const KvPoolShape& shape) {

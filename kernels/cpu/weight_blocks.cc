@@ -80,6 +80,26 @@ void CopyOutput(int bits, const uint8_t* from, int from_lane, int groups, uint8_
   }
 }
 
+void GatherInputs(const KernelTable& kernels, int bits, const uint8_t* strip, int groups,
+                  std::span<const int32_t> inputs, float* steps, uint8_t* to) {
+  const int count = static_cast<int>(inputs.size());
+  if (bits <= 8) {
+    (bits == 8 ? kernels.gather_int8 : kernels.gather_int4)(strip, groups, inputs.data(), count,
+                                                            steps, to);
+    return;
+  }
+  std::memset(to, 0, GroupsOf(count) * BlockBytes(bits));
+  const int wide = 32 / bits;  // inputs that lie together
+  for (int i = 0; i < count; ++i) {
+    const uint8_t* const from = strip + inputs[i] / wide * 4 * int64_t{kLanes};
+    uint8_t* const line = to + i / wide * 4 * int64_t{kLanes};
+    for (int lane = 0; lane < kLanes; ++lane) {
+      std::memcpy(line + 4 * lane + i % wide * (4 / wide),
+                  from + 4 * lane + inputs[i] % wide * (4 / wide), 4 / wide);
+    }
+  }
+}
+
 void UnpackOutput(int bits, const uint8_t* strip, int lane, int depth, float* out) {
   for (int k = 0; k < depth; ++k) {
     const uint8_t* block = BlockAt(strip, bits, k / kGroup);
