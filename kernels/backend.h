@@ -104,7 +104,7 @@ struct MatMulTarget {
   Matrix out;                        // out.rows rows of x take part
   int first_row = 0;                 // row r of out is made of row first_row + r of x
   int channels = kAll;               // the first so many weight rows take part
-  std::span<const float> bias = {};  // [out cols] or empty; not for kInputRows with kAdd
+  std::span<const float> bias = {};  // [out cols] or empty
 };
 
 // Products of one input with one or more weights (q, k, v share theirs; so do gate and up), so that
@@ -131,7 +131,7 @@ struct SwiGluArgs {
 };
 
 // Consecutive rows that keep the same channels: the first `channels` of gate and up, and of their
-// own `down`, whose rows may be corrected for what left.
+// own `down`, whose rows and bias may make up for what left.
 struct MlpStep {
   int rows = 0;
   int channels = 0;              // for integers whole groups of kQuantGroup, or all of gate's rows
@@ -139,6 +139,8 @@ struct MlpStep {
   // [channels]: the row of `down` that each channel meets; empty: its own number. So that rows
   // which keep all, and meet `down` as loaded, can share gate and up in the order of a ranking.
   std::span<const int32_t> places = {};
+  // [hidden], added to what `down` gives, of any channels; empty: none.
+  std::span<const float> bias = {};
 };
 
 // out += down(silu(gate(x)) * up(x)), each step over its channels: MatMul, SwiGlu and MatMul to the

@@ -178,8 +178,8 @@ class Server {
       }
       if (options_.probe.has_value() && ladder->refitted) {
         return absl::InvalidArgumentError(
-            fmt::format("--probe: {} has weights refitted to its own channels; make one with "
-                        "`espalier calibrate --no-refit`",
+            fmt::format("--probe: {} has weights or biases fitted to its own channels; make one "
+                        "with `espalier calibrate --compensate none`",
                         options_.ladder));
       }
       absl::Status status = executor_->SetLadder(std::move(ladder->ladder), *ladder->channels);

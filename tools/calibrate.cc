@@ -80,7 +80,7 @@ struct Options {
                                     "0.45+3", "0.5+3", "0.55+6", "0.6+6"};
   int dense_layers = 3;
   std::string rank = "elimination";
-  bool no_refit = false;
+  std::string compensate = "refit";
   std::string out;
 };
 
@@ -103,12 +103,12 @@ bool WantsSelf(const Options& options) {
   return std::ranges::find(options.texts, kSelf) != options.texts.end();
 }
 
-absl::StatusOr<std::vector<TextKind>> MakeUp(const Options& options, int64_t count,
-                                             ModelExecutor* executor) {
+absl::StatusOr<std::vector<TextKind>> MakeUp(const Options& options, const Tokenizer& tokenizer,
+                                             int64_t count, ModelExecutor* executor) {
   Progress bar("making up text");
   absl::StatusOr<std::vector<std::vector<int32_t>>> texts =
-      MakeUpTexts(executor, static_cast<int>(count), options.window, kSelfBatch, options.seed,
-                  [&](int64_t done, int64_t total) {
+      MakeUpTexts(executor, tokenizer, static_cast<int>(count), options.window, kSelfBatch,
+                  options.seed, [&](int64_t done, int64_t total) {
                     bar.Update(done, total);
                     return !Interrupt::raised();
                   });
@@ -128,7 +128,8 @@ absl::StatusOr<Corpus> ReadCorpus(const Options& options, const Tokenizer& token
       ReadKinds(paths, tokenizer, options.window, static_cast<int>(with_held_out));
   if (!read.ok()) return read.status();
   if (WantsSelf(options)) {
-    absl::StatusOr<std::vector<TextKind>> made = MakeUp(options, with_held_out, executor);
+    absl::StatusOr<std::vector<TextKind>> made =
+        MakeUp(options, tokenizer, with_held_out, executor);
     if (!made.ok()) return made.status();
     read->push_back(std::move(made->front()));
   }
@@ -338,8 +339,13 @@ absl::Status Run(const Options& options) {
 
   Progress bar_of_fit("rankings and refits");
   const absl::StatusOr<PruningData> data = FitLayers(
-      {.rank = options.rank, .refit = !options.no_refit, .step_rows = kStepRows}, planned, file,
-      corpus->windows, executor, model->backend.get(), [&](int64_t done, int64_t total) {
+      {.rank = options.rank,
+       .compensation =
+           static_cast<Compensation>(std::ranges::find(kCompensationNames, options.compensate) -
+                                     std::begin(kCompensationNames)),
+       .step_rows = kStepRows},
+      planned, file, corpus->windows, executor, model->backend.get(),
+      [&](int64_t done, int64_t total) {
         bar_of_fit.Update(done, total);
         return !Interrupt::raised();
       });
@@ -395,9 +401,9 @@ absl::Status Run(const Options& options) {
     lines += fmt::format("loss of rung {} by kind:{}\n", ladder.size(), kinds[rung]);
     ladder.Append(rungs[rung]);
   }
-  std::string told = fmt::format(
-      "espalier calibrate: {}, ranked by {}{}, {} tokens of", config.name, options.rank,
-      options.no_refit ? ", not refitted" : "", corpus->windows.size() * options.window);
+  std::string told =
+      fmt::format("espalier calibrate: {}, --rank {} --compensate {}, {} tokens of", config.name,
+                  options.rank, options.compensate, corpus->windows.size() * options.window);
   for (const auto& [kind, windows] : corpus->held_out) told += " " + kind;
   told += fmt::format("\nmeasured on {}, {} threads, batch 8, weights {}, kv {}\n", MachineName(),
                       model->threads, executor->weight_types(), KvTypeName(model->kv));
@@ -449,8 +455,14 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("NAME")
       ->check(CLI::IsMember(ranks))
       ->capture_default_str();
-  sub->add_flag("--no-refit", options->no_refit,
-                "Leave the weights of the channels that stay as loaded");
+  sub->add_option("--compensate", options->compensate,
+                  "What makes up for channels that leave; refit: those that stay, their weights "
+                  "fitted by least squares; mean: a bias for each rung; none: nothing, so that the "
+                  "server's --probe may choose other channels")
+      ->type_name("NAME")
+      ->check(CLI::IsMember(
+          std::vector<std::string>(std::begin(kCompensationNames), std::end(kCompensationNames))))
+      ->capture_default_str();
   sub->add_option("--out", options->out,
                   "The ladder to write; the rankings and refitted weights lie beside it, as "
                   "PATH.gguf. Default: beside the model, as MODEL.ladder")

@@ -40,7 +40,7 @@ class LayerFit {
         executor_(executor),
         backend_(backend),
         progress_(progress),
-        rungs_(options.refit ? planned.size() : 1) {
+        rungs_(options.compensation == Compensation::kNone ? 1 : planned.size()) {
     const size_t pages = (windows.front().size() + kPageTokens - 1) / kPageTokens;
     tables_.resize(config_.layers);
     for (std::vector<int32_t>& table : tables_) {
@@ -197,48 +197,80 @@ class LayerFit {
     return absl::OkStatus();
   }
 
+  // Runs the layer with as many channels as a rung keeps, and takes what they held and what is then
+  // missing from the dense stream.
+  absl::Status SweepMissing(
+      int layer, int kept, int rung,
+      const std::function<absl::Status(ConstMatrix hidden, ConstMatrix missed)>& take) {
+    std::vector<float> held;  // of the piece in hand
+    return Sweep(
+        layer, rung, streams_[rung],
+        [&](ConstMatrix hidden) {
+          held.clear();
+          for (int r = 0; r < hidden.rows; ++r) {
+            held.insert(held.end(), hidden.row(r), hidden.row(r) + kept);
+          }
+        },
+        [&](int64_t row, Matrix left) {
+          const float* const whole = dense_.data() + row * left.cols;
+          for (int64_t i = 0; i < int64_t{left.rows} * left.cols; ++i) {
+            left.data[i] = whole[i] - left.data[i];
+          }
+          return take(Counted(ConstMatrix(held.data(), left.rows, kept)), Counted(left));
+        });
+  }
+
   // For every count that rungs keep; afterwards the executor has them.
   absl::Status FitRungs(int layer, std::span<const float> down, PruningData::Layer* found) {
     absl::Status status = SetOnlyAt(layer);
-    std::map<int, SecondMoments> moments;  // by count
+    std::map<int, RefittedDown> refits;    // by count
+    std::map<int, SecondMoments> moments;  // the same
     for (const auto& [kept, rung] : Counts(layer)) {
-      if (!status.ok()) break;
+      if (!status.ok()) return status;
+      if (options_.compensation == Compensation::kMean) {
+        status = FitMean(layer, kept, rung, &refits[kept]);
+        continue;
+      }
       SecondMoments& sums = moments.try_emplace(kept, kept, config_.hidden, backend_).first->second;
-      std::vector<float> held;  // of the piece in hand
-      status = Sweep(
-          layer, rung, streams_[rung],
-          [&, kept = kept](ConstMatrix hidden) {
-            held.clear();
-            for (int r = 0; r < hidden.rows; ++r) {
-              held.insert(held.end(), hidden.row(r), hidden.row(r) + kept);
-            }
-          },
-          [&, kept = kept](int64_t row, Matrix left) {
-            const float* const whole = dense_.data() + row * left.cols;
-            for (int64_t i = 0; i < int64_t{left.rows} * left.cols; ++i) {
-              left.data[i] = whole[i] - left.data[i];
-            }
-            return sums.Add(Counted(ConstMatrix(held.data(), left.rows, kept)), Counted(left));
-          });
+      status = SweepMissing(layer, kept, rung, [&](ConstMatrix hidden, ConstMatrix missed) {
+        return sums.Add(hidden, missed);
+      });
+      refits[kept] = {};
     }
     if (!status.ok()) return status;
-    std::vector<std::pair<int, const SecondMoments*>> counts;
-    for (const auto& [kept, sums] : moments) {
-      counts.emplace_back(kept, &sums);
-      found->refits[kept] = {};
-    }
-    backend_->ParallelFor(static_cast<int>(counts.size()), [&](int i) {
-      const auto& [kept, sums] = counts[i];
-      found->refits.at(kept) = Refit(kept, down, found->ranking, *sums);
+    std::vector<std::pair<const SecondMoments*, RefittedDown*>> fits;
+    for (const auto& [kept, sums] : moments) fits.emplace_back(&sums, &refits[kept]);
+    backend_->ParallelFor(static_cast<int>(fits.size()), [&](int i) {
+      const auto& [sums, refit] = fits[i];
+      *refit = FitSquares(down, found->ranking, *sums);
     });
+    found->refits = std::move(refits);
     return SetOnlyAt(layer);
   }
 
-  std::vector<FourBitGroup> Refit(int kept, std::span<const float> down,
-                                  std::span<const int32_t> ranking,
-                                  const SecondMoments& sums) const {
+  absl::Status FitMean(int layer, int kept, int rung, RefittedDown* refit) {
+    std::vector<double> sum(config_.hidden);
+    int64_t tokens = 0;
+    const absl::Status status =
+        SweepMissing(layer, kept, rung, [&](ConstMatrix, ConstMatrix missed) {
+          for (int r = 0; r < missed.rows; ++r) {
+            for (int n = 0; n < missed.cols; ++n) sum[n] += missed.row(r)[n];
+          }
+          tokens += missed.rows;
+          return absl::OkStatus();
+        });
+    for (const double value : sum) {
+      refit->bias.push_back(static_cast<float>(value / static_cast<double>(tokens)));
+    }
+    return status;
+  }
+
+  RefittedDown FitSquares(std::span<const float> down, std::span<const int32_t> ranking,
+                          const SecondMoments& sums) const {
+    const int kept = sums.channels();
     std::vector<float> columns;
-    const std::vector<float> mean = sums.Mean(), missed = sums.Missed();
+    const std::vector<float> moments = sums.Mean(), missed = sums.Missed();
+    const std::vector<float> mean = sums.FirstMoment(), missed_mean = sums.MissedFirst();
     for (int n = 0; n < config_.hidden; ++n) {
       const auto row = down.subspan(static_cast<size_t>(n) * config_.channels, config_.channels);
       for (const int32_t channel : ranking.first(kept)) columns.push_back(row[channel]);
@@ -246,8 +278,10 @@ class LayerFit {
     return RefitDown({.hidden = config_.hidden,
                       .kept = kept,
                       .down = columns,
-                      .moments = mean,
-                      .missed = missed});
+                      .moments = moments,
+                      .missed = missed,
+                      .mean = mean,
+                      .missed_mean = missed_mean});
   }
 
   const LayerFitOptions& options_;
@@ -277,7 +311,8 @@ absl::StatusOr<PruningData> FitLayers(const LayerFitOptions& options, const Ladd
                                       const std::function<bool(int64_t, int64_t)>& progress) {
   // What is not there would be written to all the same, until the process is killed for it.
   const uint64_t bytes = sizeof(float) * windows.size() * windows.front().size() *
-                         file.config().hidden * (options.refit ? planned.size() : 1);
+                         file.config().hidden *
+                         (options.compensation == Compensation::kNone ? 1 : planned.size());
   const uint64_t available = ReadMachineMemory().available;
   if (bytes > available) {
     return absl::ResourceExhaustedError(fmt::format(

@@ -11,6 +11,7 @@
 #include <functional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -20,9 +21,17 @@
 
 namespace espalier {
 
+// What makes up for channels that left.
+enum class Compensation : uint8_t {
+  kNone,   // nothing: rankings alone
+  kMean,   // a bias: the mean of what is missing
+  kRefit,  // `down` by least squares, and a bias
+};
+inline constexpr std::string_view kCompensationNames[] = {"none", "mean", "refit"};
+
 struct LayerFitOptions {
-  std::string rank;     // "elimination", or one of kImportanceNames
-  bool refit = true;    // false: rankings alone
+  std::string rank;  // "elimination", or one of kImportanceNames
+  Compensation compensation = Compensation::kRefit;
   int step_rows = 512;  // as the executor's
 };
 

@@ -251,7 +251,9 @@ absl::Status Decoder::MakePanels(const Ladder& ladder, const ChannelSelector& se
     for (const Weight* weight : {&panels.q, &panels.o, &panels.gate, &panels.up, &panels.down}) {
       panel_bytes_ += weight->bytes;
     }
-    for (const auto& [count, down] : panels.refitted) panel_bytes_ += down.bytes;
+    for (const auto& [count, refitted] : panels.refitted) {
+      if (refitted.down.has_value()) panel_bytes_ += refitted.down->bytes;
+    }
   }
   return absl::OkStatus();
 }
@@ -282,14 +284,17 @@ absl::Status Decoder::MakeChannelPanels(int layer, const ChannelSelector& select
                                panels->channels, backend_);
   int widest = 0;  // of the counts that share one panel
   for (const int count : counts) {
-    const std::span<const FourBitGroup> groups = selector.Refit(layer, count);
-    if (groups.empty()) {
+    const Refit refit = selector.RefitOf(layer, count);
+    if (!refit.bias.empty()) {
+      panels->refitted[count].bias.assign(refit.bias.begin(), refit.bias.end());
+    }
+    if (refit.down.empty()) {
       widest = std::max(widest, count);
       continue;
     }
-    absl::StatusOr<Weight> refitted = UploadRefit(groups, weights.down, count, backend_);
-    if (!refitted.ok()) return refitted.status();
-    panels->refitted[count] = *std::move(refitted);
+    absl::StatusOr<Weight> down = UploadRefit(refit.down, weights.down, count, backend_);
+    if (!down.ok()) return down.status();
+    panels->refitted[count].down = *std::move(down);
   }
   if (widest > 0) {
     status.Update(Gather({{&weights.down, &panels->down}}, ranking.first(widest), backend_));
@@ -483,9 +488,13 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
       const int kept = kept_by(plan.steps[end]);
       const bool all = kept == config_.channels;
       if (mlp_steps_.empty() || mlp_steps_.back().channels != kept) {
-        mlp_steps_.push_back(
-            {.channels = kept, .down = all ? &weights.down : &panels.DownOf(kept)});
-        if (all && by == By::kPanels) mlp_steps_.back().places = panels.channels;
+        MlpStep& step = mlp_steps_.emplace_back(
+            MlpStep{.channels = kept, .down = all ? &weights.down : &panels.down});
+        if (all && by == By::kPanels) step.places = panels.channels;
+        if (const auto own = panels.refitted.find(kept); !all && own != panels.refitted.end()) {
+          if (own->second.down.has_value()) step.down = &*own->second.down;
+          step.bias = own->second.bias;
+        }
       }
       mlp_steps_.back().rows += plan.steps[end].rows;
       rows += plan.steps[end].rows;

@@ -122,15 +122,14 @@ class Decoder {
     std::vector<int32_t> heads;
     Weight q, o;
     std::vector<float> q_bias;
-    std::vector<int32_t> channels;   // all, best first
-    int widest = 0;                  // the most channels that a rung keeps of some
-    Weight gate, up, down;           // of all, but after a probe of the widest only
-    std::map<int, Weight> refitted;  // `down` of a count of channels, in place of the one for all
-
-    const Weight& DownOf(int kept) const {
-      const auto own = refitted.find(kept);
-      return own == refitted.end() ? down : own->second;
-    }
+    std::vector<int32_t> channels;  // all, best first
+    int widest = 0;                 // the most channels that a rung keeps of some
+    Weight gate, up, down;          // of all, but after a probe of the widest only
+    struct Refitted {
+      std::optional<Weight> down;  // none: the one for all
+      std::vector<float> bias;
+    };
+    std::map<int, Refitted> refitted;  // by count of channels
   };
 
   // Consecutive rows that keep as many heads.

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 #include "engine/model/files/file_error.h"
@@ -15,10 +16,13 @@ namespace {
 
 constexpr std::string_view kArchitecture = "espalier-pruning";
 
+constexpr const char* kWeight = "weight";
+constexpr const char* kBias = "bias";
+
 std::string RankingKey(int layer) { return fmt::format("espalier.ranking.{}", layer); }
 
-std::string RefitName(int layer, int count) {
-  return fmt::format("blk.{}.ffn_down.{}.weight", layer, count);
+std::string RefitName(int layer, int count, const char* part) {
+  return fmt::format("blk.{}.ffn_down.{}.{}", layer, count, part);
 }
 
 }  // namespace
@@ -92,36 +96,49 @@ absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string
   }
   for (const StoredTensor& tensor : gguf->tensors) {
     int layer = -1, count = 0;
+    const bool bias = tensor.name.ends_with(kBias);
     if (std::sscanf(tensor.name.c_str(), "blk.%d.ffn_down.%d", &layer, &count) != 2 ||
-        tensor.name != RefitName(layer, count) || layer < 0 || layer >= config.layers ||
-        count <= 0 || count > config.channels || count % kQuantGroup != 0) {
+        tensor.name != RefitName(layer, count, bias ? kBias : kWeight) || layer < 0 ||
+        layer >= config.layers || count <= 0 || count > config.channels ||
+        count % kQuantGroup != 0) {
       return Mismatch(
           path, fmt::format("tensor {}", Quoted(tensor.name)),
-          fmt::format("blk.LAYER.ffn_down.COUNT.weight of this model's {} layers and {} "
+          fmt::format("blk.LAYER.ffn_down.COUNT.weight or .bias of this model's {} layers and {} "
                       "channels, in whole groups of {}",
                       config.layers, config.channels, kQuantGroup),
           "another name");
     }
-    if (tensor.type != BlockType::kQ4_1 || tensor.rows != config.hidden || tensor.cols != count) {
+    const BlockType type = bias ? BlockType::kF32 : BlockType::kQ4_1;
+    const int rows = bias ? 1 : config.hidden, cols = bias ? config.hidden : count;
+    if (tensor.type != type || tensor.rows != rows || tensor.cols != cols) {
       return Mismatch(
           path, fmt::format("tensor {}", tensor.name),
-          fmt::format("Q4_1 [{}, {}]", config.hidden, count),
+          fmt::format("{} [{}, {}]", BlockTypeName(type), rows, cols),
           fmt::format("{} [{}, {}]", BlockTypeName(tensor.type), tensor.rows, tensor.cols));
     }
     if (!keys.Has(RankingKey(layer))) {
       return Mismatch(path, fmt::format("tensor {}", tensor.name),
                       fmt::format("key {} with it", RankingKey(layer)), "none");
     }
-    static_assert(alignof(FourBitGroup) <= 32);  // the format's alignment
-    file->refits_[{layer, count}] = {reinterpret_cast<const FourBitGroup*>(tensor.data),
-                                     tensor.bytes / sizeof(FourBitGroup)};
+    static_assert(alignof(FourBitGroup) <= 32 && alignof(float) <= 32);  // the format's alignment
+    Refit& refit = file->refits_[{layer, count}];
+    if (!bias) {
+      refit.down = {reinterpret_cast<const FourBitGroup*>(tensor.data),
+                    tensor.bytes / sizeof(FourBitGroup)};
+      continue;
+    }
+    refit.bias = {reinterpret_cast<const float*>(tensor.data), static_cast<size_t>(config.hidden)};
+    if (!std::ranges::all_of(refit.bias, [](float value) { return std::isfinite(value); })) {
+      return Mismatch(path, fmt::format("tensor {}", tensor.name), "finite values",
+                      "an infinity or NaN");
+    }
   }
   return file;
 }
 
-std::span<const FourBitGroup> PruningFile::Refit(int layer, int count) const {
+Refit PruningFile::RefitOf(int layer, int count) const {
   const auto refit = refits_.find({layer, count});
-  return refit == refits_.end() ? std::span<const FourBitGroup>() : refit->second;
+  return refit == refits_.end() ? Refit() : refit->second;
 }
 
 PruningDataSelector::PruningDataSelector(const SiteWidths& widths, const PruningData* data)
@@ -131,10 +148,10 @@ PruningDataSelector::PruningDataSelector(const SiteWidths& widths, const Pruning
   }
 }
 
-std::span<const FourBitGroup> PruningDataSelector::Refit(int layer, int count) const {
+Refit PruningDataSelector::RefitOf(int layer, int count) const {
   const auto& refits = data_->layers[layer].refits;
   const auto refit = refits.find(count);
-  return refit == refits.end() ? std::span<const FourBitGroup>() : refit->second;
+  return refit == refits.end() ? Refit() : Refit{refit->second.down, refit->second.bias};
 }
 
 absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const ModelFile& model) {
@@ -183,9 +200,16 @@ absl::Status WritePruningFile(const std::string& path, const ModelFile& model,
     const PruningData::Layer& layer = data.layers[i];
     const int index = static_cast<int>(i);
     if (!layer.ranking.empty()) writer.Add(RankingKey(index), layer.ranking);
-    for (const auto& [count, groups] : layer.refits) {
-      writer.AddTensor(RefitName(index, count), BlockType::kQ4_1, model.config().hidden, count,
-                       std::as_bytes(std::span(groups)));
+    const int hidden = model.config().hidden;
+    for (const auto& [count, refit] : layer.refits) {
+      if (!refit.down.empty()) {
+        writer.AddTensor(RefitName(index, count, kWeight), BlockType::kQ4_1, hidden, count,
+                         std::as_bytes(std::span(refit.down)));
+      }
+      if (!refit.bias.empty()) {
+        writer.AddTensor(RefitName(index, count, kBias), BlockType::kF32, 1, hidden,
+                         std::as_bytes(std::span(refit.bias)));
+      }
     }
   }
   return writer.Write(path);

@@ -4,8 +4,9 @@
 //   espalier.fingerprint             string, FingerprintOf(model)
 //   espalier.ranking.LAYER           int32 array, the layer's channels, best first
 //   blk.LAYER.ffn_down.COUNT.weight  Q4_1 [hidden, COUNT]: `down` of the ranking's first COUNT
+//   blk.LAYER.ffn_down.COUNT.bias    F32 [hidden]: what is added to what that gives
 //
-// Layers that no rung narrows are left out.
+// Layers that no rung narrows are left out; so are weights or biases that stay as loaded.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +49,7 @@ class PruningFile final : public ChannelSelector {
   std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
     return rankings_.Ranking(layer, kind);
   }
-  std::span<const FourBitGroup> Refit(int layer, int count) const override;
+  Refit RefitOf(int layer, int count) const override;
   bool has_refits() const { return !refits_.empty(); }
 
  private:
@@ -57,7 +58,7 @@ class PruningFile final : public ChannelSelector {
 
   MappedFile file_;
   StaticSelector rankings_;
-  std::map<std::pair<int, int>, std::span<const FourBitGroup>> refits_;  // (layer, count)
+  std::map<std::pair<int, int>, Refit> refits_;  // (layer, count)
 };
 
 // A ladder and the channels that its rungs narrow to.
@@ -73,8 +74,8 @@ absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const Model
 
 struct PruningData {
   struct Layer {
-    std::vector<int32_t> ranking;                     // empty: never narrowed
-    std::map<int, std::vector<FourBitGroup>> refits;  // by count
+    std::vector<int32_t> ranking;        // empty: never narrowed
+    std::map<int, RefittedDown> refits;  // by count
   };
   std::vector<Layer> layers;
 };
@@ -87,7 +88,7 @@ class PruningDataSelector final : public ChannelSelector {
   std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
     return rankings_.Ranking(layer, kind);
   }
-  std::span<const FourBitGroup> Refit(int layer, int count) const override;
+  Refit RefitOf(int layer, int count) const override;
 
  private:
   StaticSelector rankings_;

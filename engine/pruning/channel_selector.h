@@ -11,6 +11,20 @@
 
 namespace espalier {
 
+// What makes up for the channels of a layer that left: of one set of them, and no other.
+struct Refit {
+  // `down` fitted anew to those kept: groups [hidden, count / kQuantGroup] in the order of the
+  // ranking. Empty: its rows as loaded.
+  std::span<const FourBitGroup> down;
+  std::span<const float> bias;  // [hidden], added to what `down` gives. Empty: none
+};
+
+// The same with memory of its own.
+struct RefittedDown {
+  std::vector<FourBitGroup> down;
+  std::vector<float> bias;
+};
+
 class ChannelSelector {
  public:
   virtual ~ChannelSelector() = default;
@@ -19,10 +33,8 @@ class ChannelSelector {
   // first `count` are. Lives until the next call that changes rankings.
   virtual std::span<const int32_t> Ranking(int layer, SiteKind kind) const = 0;
 
-  // `down` of a layer fitted anew to the first `count` channels of its ranking, to make up for
-  // those that leave: groups [hidden, count / kQuantGroup] in the order of the ranking. Empty: its
-  // rows as loaded.
-  virtual std::span<const FourBitGroup> Refit(int /*layer*/, int /*count*/) const { return {}; }
+  // For the first `count` channels of a layer's ranking.
+  virtual Refit RefitOf(int /*layer*/, int /*count*/) const { return {}; }
 };
 
 // One fixed ranking per site. Natural order until one is set.

@@ -18,9 +18,8 @@ using RowMajor = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::Row
 constexpr double kRidge = 1e-2;
 
 // With the ridge, which is never zero.
-Matrix64 Ridged(std::span<const float> moments, int channels) {
-  Matrix64 ridged = Eigen::Map<const RowMajor>(moments.data(), channels, channels).cast<double>();
-  const double mean = channels == 0 ? 0 : ridged.diagonal().mean();
+Matrix64 Ridged(Matrix64 ridged) {
+  const double mean = ridged.size() == 0 ? 0 : ridged.diagonal().mean();
   ridged.diagonal().array() += std::max(kRidge * mean, 1e-12);
   return ridged;
 }
@@ -108,7 +107,9 @@ std::vector<int32_t> RankByElimination(const DownSite& site) {
   std::vector<int> alive(site.channels);
   std::iota(alive.begin(), alive.end(), 0);
   std::vector<int32_t> left;
-  Matrix64 inverse = Inverse(Ridged(site.moments, site.channels));
+  Matrix64 inverse =
+      Inverse(Ridged(Eigen::Map<const RowMajor>(site.moments.data(), site.channels, site.channels)
+                         .cast<double>()));
   Matrix64 weights =
       Eigen::Map<const RowMajor>(site.down.data(), site.hidden, site.channels).cast<double>();
   std::vector<bool> gone(alive.size());
@@ -155,19 +156,25 @@ std::vector<int32_t> RankByElimination(const DownSite& site) {
   return ranking;
 }
 
-std::vector<FourBitGroup> RefitDown(const RefitSite& site) {
+RefittedDown RefitDown(const RefitSite& site) {
   const int count = site.kept, groups = count / kQuantGroup;
-  const auto from = [&](std::span<const float> values) {
-    return Eigen::Map<const RowMajor>(values.data(), site.hidden, count).cast<double>();
+  const auto matrix = [&](std::span<const float> values, int rows) -> Matrix64 {
+    return Eigen::Map<const RowMajor>(values.data(), rows, count).cast<double>();
   };
-  const Eigen::LLT<Matrix64> ridged(Ridged(site.moments, count));
-  Matrix64 weights = from(site.down);
-  weights += ridged.solve(Matrix64(from(site.missed).transpose())).transpose();
+  const Eigen::VectorXd mean =
+      Eigen::Map<const Eigen::VectorXf>(site.mean.data(), count).cast<double>();
+  const Eigen::VectorXd missed_mean =
+      Eigen::Map<const Eigen::VectorXf>(site.missed_mean.data(), site.hidden).cast<double>();
+  const Eigen::LLT<Matrix64> ridged(Ridged(matrix(site.moments, count) - mean * mean.transpose()));
+  const Matrix64 loaded = matrix(site.down, site.hidden);
+  const Matrix64 missed = matrix(site.missed, site.hidden) - missed_mean * mean.transpose();
+  Matrix64 weights = loaded + ridged.solve(missed.transpose()).transpose();
 
   // Row j of `share` over its diagonal: what each later column takes over of column j's error.
   const Matrix64 share =
       Matrix64(ridged.solve(Matrix64::Identity(count, count))).llt().matrixL().transpose();
   std::vector<FourBitGroup> rounded(static_cast<size_t>(site.hidden) * groups);
+  Eigen::VectorXd bias = missed_mean;
   for (int group = 0; group < groups; ++group) {
     const int begin = group * kQuantGroup, end = begin + kQuantGroup;
     const Grid grid = FitGrid(weights.middleCols(begin, kQuantGroup));
@@ -183,8 +190,9 @@ std::vector<FourBitGroup> RefitDown(const RefitSite& site) {
         const double step = grid.Step(n, weights(n, column));
         uint8_t& pair = rounded[static_cast<size_t>(n) * groups + group].u[k % (kQuantGroup / 2)];
         pair |= static_cast<uint8_t>(step) << (k < kQuantGroup / 2 ? 0 : 4);
-        errors(n, k) =
-            (weights(n, column) - (grid.scale[n] * step + grid.minimum[n])) / share(column, column);
+        const double kept = grid.scale[n] * step + grid.minimum[n];
+        errors(n, k) = (weights(n, column) - kept) / share(column, column);
+        bias[n] -= (kept - loaded(n, column)) * mean[column];
       }
       weights.middleCols(column + 1, end - column - 1).noalias() -=
           errors.col(k) * share.row(column).segment(column + 1, end - column - 1);
@@ -192,7 +200,8 @@ std::vector<FourBitGroup> RefitDown(const RefitSite& site) {
     weights.rightCols(count - end).noalias() -=
         errors * share.block(begin, end, kQuantGroup, count - end);
   }
-  return rounded;
+  const Eigen::VectorXf told = bias.cast<float>();
+  return {.down = std::move(rounded), .bias = {told.begin(), told.end()}};
 }
 
 }  // namespace espalier

@@ -4,7 +4,8 @@
 // With W_S the columns of `down` for the channels kept, h what they hold, and e what is missing
 // from W_S h to what the rows ought to be, least squares gives
 //   W' = W_S + E[e h^T] (E[h h^T] + r I)^-1
-// with a ridge r that draws W' to W_S. If all before the layer is dense, e is what the channels
+// with a ridge r that draws W' to W_S, and, of moments about the means of h and e, with a bias
+// E[e] - (W' - W_S) E[h]. If all before the layer is dense, e is what the channels
 // that left would have added, W_P h_P. Rounding W' to 4 bits is such a loss again, which the
 // columns not yet rounded make up for (Hassibi & Stork 1993; GPTQ, arXiv 2210.17323).
 #pragma once
@@ -13,7 +14,7 @@
 #include <span>
 #include <vector>
 
-#include "kernels/weight.h"
+#include "engine/pruning/channel_selector.h"
 
 namespace espalier {
 
@@ -30,13 +31,15 @@ std::vector<int32_t> RankByElimination(const DownSite& site);
 
 struct RefitSite {
   int hidden = 0;
-  int kept = 0;                    // whole groups of kQuantGroup
-  std::span<const float> down;     // [hidden, kept]: W_S
-  std::span<const float> moments;  // [kept, kept], symmetric: E[h h^T]
-  std::span<const float> missed;   // [hidden, kept]: E[e h^T]
+  int kept = 0;                        // whole groups of kQuantGroup
+  std::span<const float> down;         // [hidden, kept]: W_S
+  std::span<const float> moments;      // [kept, kept], symmetric: E[h h^T]
+  std::span<const float> missed;       // [hidden, kept]: E[e h^T]
+  std::span<const float> mean;         // [kept]: E[h]
+  std::span<const float> missed_mean;  // [hidden]: E[e]
 };
 
-// W', rounded: groups [hidden, kept / kQuantGroup].
-std::vector<FourBitGroup> RefitDown(const RefitSite& site);
+// W', rounded, and the bias.
+RefittedDown RefitDown(const RefitSite& site);
 
 }  // namespace espalier

@@ -10,13 +10,14 @@ SecondMoments::SecondMoments(int channels, int outputs, Backend* backend)
       backend_(backend),
       sums_(static_cast<size_t>(channels) * channels),
       missed_(static_cast<size_t>(outputs) * channels),
-      first_(channels) {}
+      first_(channels + outputs) {}
 
 absl::Status SecondMoments::Add(ConstMatrix hidden, ConstMatrix missed) {
   const int rows = hidden.rows;
   if (rows == 0) return absl::OkStatus();
   for (int r = 0; r < rows; ++r) {
     for (int c = 0; c < channels_; ++c) first_[c] += hidden.row(r)[c];
+    for (int n = 0; n < outputs_; ++n) first_[channels_ + n] += missed.row(r)[n];
   }
   turned_.resize(static_cast<size_t>(channels_ + outputs_) * rows);
   const Matrix turned(turned_.data(), channels_, rows);
@@ -65,10 +66,17 @@ std::vector<float> SecondMoments::Energy() const {
 }
 
 std::vector<float> SecondMoments::FirstMoment() const {
-  std::vector<float> mean(channels_);
-  for (int c = 0; tokens_ > 0 && c < channels_; ++c) {
-    mean[c] = static_cast<float>(first_[c] / static_cast<double>(tokens_));
-  }
+  return MeanOf(std::span(first_).first(channels_));
+}
+
+std::vector<float> SecondMoments::MissedFirst() const {
+  return MeanOf(std::span(first_).subspan(channels_));
+}
+
+std::vector<float> SecondMoments::MeanOf(std::span<const double> sums) const {
+  const double scale = tokens_ == 0 ? 0 : 1.0 / static_cast<double>(tokens_);
+  std::vector<float> mean;
+  for (const double sum : sums) mean.push_back(static_cast<float>(sum * scale));
   return mean;
 }
 

@@ -22,17 +22,21 @@ class SecondMoments {
   // least squares would serve little else.
   absl::Status Add(ConstMatrix hidden, ConstMatrix missed);
 
+  int channels() const { return channels_; }
   int64_t tokens() const { return tokens_; }
 
   // E[h h^T], [channels, channels], and E[e h^T], [outputs, channels]. Zeros before the first
   // token.
   std::vector<float> Mean() const;
   std::vector<float> Missed() const;
-  // E[h^2] and E[h], [channels].
+  // E[h^2], [channels], E[h], [channels], and E[e], [outputs].
   std::vector<float> Energy() const;
   std::vector<float> FirstMoment() const;
+  std::vector<float> MissedFirst() const;
 
  private:
+  std::vector<float> MeanOf(std::span<const double> sums) const;
+
   // Rows of products done as one target: the lower triangle is a staircase.
   static constexpr int kStep = 192;
 
@@ -40,7 +44,7 @@ class SecondMoments {
   Backend* backend_;
   std::vector<float> sums_;    // [channels, channels], the lower triangle
   std::vector<float> missed_;  // [outputs, channels]
-  std::vector<double> first_;  // [channels]
+  std::vector<double> first_;  // [channels + outputs]
   int64_t tokens_ = 0;
   std::vector<float> turned_;  // [channels + outputs, rows]
 };

@@ -294,7 +294,8 @@ void CpuBackend::GatedMlp(const GatedMlpArgs& args) {
     narrow_.push_back({.weight = step.down,
                        .out = part(args.out, args.out.cols),
                        .first_row = rows,
-                       .channels = step.channels});
+                       .channels = step.channels,
+                       .bias = step.bias});
     rows += step.rows;
   }
   Require(rows == args.x.rows, "GatedMlp: steps of {} rows, {} in x", rows, args.x.rows);

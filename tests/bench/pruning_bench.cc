@@ -63,8 +63,8 @@ class ZeroRefits final : public ChannelSelector {
   std::span<const int32_t> Ranking(int layer, SiteKind kind) const override {
     return rankings_.Ranking(layer, kind);
   }
-  std::span<const FourBitGroup> Refit(int /*layer*/, int count) const override {
-    return std::span(groups_).first(static_cast<size_t>(hidden_) * count / kQuantGroup);
+  Refit RefitOf(int /*layer*/, int count) const override {
+    return {.down = std::span(groups_).first(static_cast<size_t>(hidden_) * count / kQuantGroup)};
   }
 
  private:

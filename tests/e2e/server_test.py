@@ -170,7 +170,7 @@ class Pruning(unittest.TestCase):
         cls.folder = tempfile.TemporaryDirectory(prefix="espalier-ladders-")
         folder = pathlib.Path(cls.folder.name)
         cls.refitted, cls.plain = folder / "refitted.ladder", folder / "plain.ladder"
-        for path, extra in ((cls.refitted, ()), (cls.plain, ("--no-refit",))):
+        for path, extra in ((cls.refitted, ()), (cls.plain, ("--compensate", "none"))):
             subprocess.run(
                 [pathlib.Path(BINARY).with_name("espalier"), "calibrate", "--model", MODEL,
                  "--text", harness.ROOT / "README.md", "--tokens", "3000", "--dense-layers", "0",
@@ -231,7 +231,7 @@ class Pruning(unittest.TestCase):
             [BINARY, "--model", MODEL, "--port", "0", "--ladder", self.refitted, "--probe", "all"],
             capture_output=True, text=True, timeout=60)
         self.assertEqual(done.returncode, 1)
-        self.assertIn("calibrate --no-refit", done.stderr)
+        self.assertIn("calibrate --compensate none", done.stderr)
 
     def test_dashboard_names_what_is_there(self):
         board = (harness.ROOT / "deploy/grafana/espalier.json").read_text()

@@ -82,7 +82,9 @@ class Model:
                     x[position] += self.w[p + "ffn_down.weight"] @ hidden[position]
                 elif count > 0:
                     kept = hidden[position, self.ranking[layer][:count]]
-                    x[position] += self.refits[f"blk.{layer}.ffn_down.{count}.weight"] @ kept
+                    refit = f"blk.{layer}.ffn_down.{count}"
+                    x[position] += self.refits[refit + ".weight"] @ kept
+                    x[position] += np.ravel(self.refits[refit + ".bias"])
         logits = self.norm(x, "output_norm.weight") @ self.w["token_embd.weight"].T
         most = logits.max(axis=-1)
         total = most + np.log(np.exp(logits - most[:, None]).sum(axis=-1))

@@ -431,9 +431,11 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
     const Weight gate_panel = Gather(gate, list);
     const Weight up_panel = Gather(up, list);
     int rows = 0, most = 0;
+    const auto bias = RandomValues(shape.hidden, 6);
     std::vector<MlpStep> steps;
     for (const auto& [count, channels] : shape.steps) {
       steps.push_back({.rows = count, .channels = channels, .down = &downs[steps.size() % 2]});
+      if (steps.size() % 3 == 2 && channels > 0) steps.back().bias = bias;
       rows += count;
       most = std::max(most, channels);
     }
@@ -460,7 +462,8 @@ TEST_P(BackendTest, GatedMlpGivesTheBitsOfItsOps) {
       const MatMulTarget target{
           .weight = step.down,
           .out = Matrix(want.data() + int64_t{first} * shape.hidden, step.rows, shape.hidden),
-          .channels = step.channels};
+          .channels = step.channels,
+          .bias = step.bias};
       backend_->MatMul({.x = wide, .targets = {&target, 1}, .output = MatMulArgs::Output::kAdd});
       for (int r = 0; r < step.rows; ++r) {
         for (int c = 0; c < step.channels; ++c) {

@@ -117,8 +117,13 @@ TEST_F(LayerFitTest, LayersOneByOneAreTheModel) {
 }
 
 TEST_F(LayerFitTest, BringsTheStreamNearerToTheDenseOne) {
-  const absl::StatusOr<PruningData> ranked = Fit({.rank = "elimination", .refit = false});
+  const absl::StatusOr<PruningData> ranked =
+      Fit({.rank = "elimination", .compensation = Compensation::kNone});
   ASSERT_TRUE(ranked.ok()) << ranked.status();
+  EXPECT_EQ(done_, total_);
+  const absl::StatusOr<PruningData> biased =
+      Fit({.rank = "elimination", .compensation = Compensation::kMean});
+  ASSERT_TRUE(biased.ok()) << biased.status();
   EXPECT_EQ(done_, total_);
   const absl::StatusOr<PruningData> fitted = Fit({.rank = "elimination"});
   ASSERT_TRUE(fitted.ok()) << fitted.status();
@@ -129,10 +134,18 @@ TEST_F(LayerFitTest, BringsTheStreamNearerToTheDenseOne) {
     EXPECT_EQ(fitted->layers[layer].ranking.empty(), last);
     EXPECT_EQ(fitted->layers[layer].refits.size(), last ? 0 : 2) << "none of nothing";
     EXPECT_TRUE(ranked->layers[layer].refits.empty());
+    EXPECT_EQ(biased->layers[layer].ranking, ranked->layers[layer].ranking);
+    for (const auto& [kept, refit] : biased->layers[layer].refits) {
+      EXPECT_TRUE(refit.down.empty());
+      EXPECT_EQ(refit.bias.size(), file_->config().hidden);
+    }
   }
   const std::vector<float> dense = LastHidden(0);
   ASSERT_TRUE(executor_->SetLadder(ladder_, PruningDataSelector(widths_, &*ranked)).ok());
   const double plain[] = {Off(LastHidden(1), dense), Off(LastHidden(2), dense)};
+  ASSERT_TRUE(executor_->SetLadder(ladder_, PruningDataSelector(widths_, &*biased)).ok());
+  EXPECT_LT(Off(LastHidden(1), dense), plain[0]);
+  EXPECT_LT(Off(LastHidden(2), dense), plain[1]);
   ASSERT_TRUE(executor_->SetLadder(ladder_, PruningDataSelector(widths_, &*fitted)).ok());
   EXPECT_LT(Off(LastHidden(1), dense), 0.9 * plain[0]);
   EXPECT_LT(Off(LastHidden(2), dense), 0.9 * plain[1]);
@@ -158,8 +171,9 @@ TEST_F(LayerFitTest, SeesBlocksThatAreDropped) {
   ASSERT_TRUE(without.ok()) << without.status();
   EXPECT_EQ(with->layers[1].ranking, without->layers[1].ranking);
   const auto bytes = [](const PruningData& data) {
-    return std::string(reinterpret_cast<const char*>(data.layers[1].refits.at(64).data()),
-                       data.layers[1].refits.at(64).size() * sizeof(FourBitGroup));
+    const std::vector<FourBitGroup>& down = data.layers[1].refits.at(64).down;
+    return std::string(reinterpret_cast<const char*>(down.data()),
+                       down.size() * sizeof(FourBitGroup));
   };
   EXPECT_NE(bytes(*with), bytes(*without));
 }

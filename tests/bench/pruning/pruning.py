@@ -23,7 +23,8 @@ import sys
 import texts
 
 RATIOS = (20, 40)  # percent of all MLP channels; layers 0 to 2 stay whole
-STATIC = {"static": "ppsp", "wanda-sp": "wanda-sp", "flap": "flap"}
+STATIC = {"static": ("ppsp", "none"), "wanda-sp": ("wanda-sp", "none"), "flap": ("flap", "mean"),
+          "flap-no-bias": ("flap", "none")}
 WINDOW, WINDOWS, WINDOW_BATCH = 1024, 60, 20
 
 
@@ -67,9 +68,9 @@ def one_kind(bench, text):
     calibrate, test = bench.folder / "texts/calibrate/wiki.txt", bench.folder / "texts/test/wiki.txt"
     ours = bench.ladder("one", "--text", calibrate, "--tokens", 160000)
     methods = {"ours": (ours,)}
-    for name, rank in STATIC.items():
+    for name, (rank, compensate) in STATIC.items():
         methods[name] = (bench.ladder(name, "--text", calibrate, "--tokens", 60000, "--rank", rank,
-                                      "--no-refit"),)
+                                      "--compensate", compensate),)
     history = ("--history-text", calibrate, "--history-tokens", 100000)
     methods["probe-pruning"] = (ours, "--probe", "top-norm", "--exact-history", *history)
     methods["spread-probe"] = (ours, "--probe", "spread", "--probe-budget", 0.04, "--history-keep", 1, *history)

@@ -44,11 +44,12 @@ PruningData SomeData() {
   data.layers.resize(2);
   data.layers[1].ranking = Turned(64);
   for (const int count : {32, 64}) {
-    std::vector<FourBitGroup>& groups = data.layers[1].refits[count];
+    std::vector<FourBitGroup>& groups = data.layers[1].refits[count].down;
     for (int i = 0; i < 16 * count / kQuantGroup; ++i) {
       groups.push_back({.scale = static_cast<uint16_t>(i), .minimum = 7, .u = {1, 2, 3}});
     }
   }
+  data.layers[1].refits[64].bias.assign(16, 0.5f);
   return data;
 }
 
@@ -63,8 +64,10 @@ TEST(PruningFile, IsReadAsItWasWritten) {
   EXPECT_THAT((*file)->Ranking(1, SiteKind::kChannels), ElementsAreArray(Turned(64)));
   EXPECT_EQ((*file)->Ranking(0, SiteKind::kChannels)[5], 5) << "natural where nothing is said";
   EXPECT_EQ((*file)->Ranking(1, SiteKind::kHeads).size(), 2);
-  for (const auto& [count, groups] : data.layers[1].refits) {
-    const auto read = (*file)->Refit(1, count);
+  for (const auto& [count, refit] : data.layers[1].refits) {
+    const std::vector<FourBitGroup>& groups = refit.down;
+    const auto read = (*file)->RefitOf(1, count).down;
+    EXPECT_THAT((*file)->RefitOf(1, count).bias, ElementsAreArray(refit.bias));
     ASSERT_EQ(read.size(), groups.size());
     for (size_t i = 0; i < groups.size(); ++i) {
       EXPECT_EQ(read[i].scale, groups[i].scale);
@@ -72,8 +75,8 @@ TEST(PruningFile, IsReadAsItWasWritten) {
       EXPECT_THAT(read[i].u, ElementsAreArray(groups[i].u));
     }
   }
-  EXPECT_TRUE((*file)->Refit(0, 32).empty());
-  EXPECT_TRUE((*file)->Refit(1, 48).empty());
+  EXPECT_TRUE((*file)->RefitOf(0, 32).down.empty());
+  EXPECT_TRUE((*file)->RefitOf(1, 48).down.empty());
 }
 
 TEST(PruningFile, IsOfOneModel) {

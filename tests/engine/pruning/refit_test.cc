@@ -46,6 +46,12 @@ float FromHalf(uint16_t bits) {
   return static_cast<float>(Eigen::numext::bit_cast<Eigen::half>(bits));
 }
 
+double ValueOf(const FourBitGroup& group, size_t k) {
+  constexpr size_t kHalf = kQuantGroup / 2;
+  const int step = k < kHalf ? group.u[k] & 15 : group.u[k - kHalf] >> 4;
+  return FromHalf(group.scale) * step + FromHalf(group.minimum);
+}
+
 // What a `down` for the kept channels misses: E|W h - W' h_S|^2 / E|W h|^2. Empty groups: W' = W_S.
 double MissedShare(const DownSite& site, std::span<const int32_t> kept,
                    std::span<const FourBitGroup> groups) {
@@ -62,10 +68,7 @@ double MissedShare(const DownSite& site, std::span<const int32_t> kept,
         missed(n, kept[i]) = 0;
         continue;
       }
-      const FourBitGroup& group = groups[n * per_output + i / kQuantGroup];
-      const int k = static_cast<int>(i % kQuantGroup);
-      const int step = k < kQuantGroup / 2 ? group.u[k] & 15 : group.u[k - kQuantGroup / 2] >> 4;
-      missed(n, kept[i]) -= FromHalf(group.scale) * step + FromHalf(group.minimum);
+      missed(n, kept[i]) -= ValueOf(groups[n * per_output + i / kQuantGroup], i % kQuantGroup);
     }
   }
   const auto energy = [&](const Eigen::MatrixXd& of) {
@@ -75,12 +78,19 @@ double MissedShare(const DownSite& site, std::span<const int32_t> kept,
   return all > 0 ? energy(missed) / all : 0;
 }
 
-// For rows of which what the other channels would have added is missing.
-std::vector<FourBitGroup> RefitTo(const DownSite& site, std::span<const int32_t> kept) {
-  std::vector<float> down, moments, missed;
+// For rows of which what the other channels would have added is missing. `mean` [channels] is added
+// to what channels hold, whose moments are otherwise about zero.
+RefittedDown RefitTo(const DownSite& site, std::span<const int32_t> kept,
+                     std::vector<double> mean = {}) {
+  mean.resize(site.channels);
+  std::vector<float> down, moments, missed, kept_mean, missed_mean(site.hidden);
   const std::set<int32_t> stay(kept.begin(), kept.end());
+  const auto moment = [&](int i, int j) {
+    return site.moments[i * site.channels + j] + mean[i] * mean[j];
+  };
+  for (const int32_t i : kept) kept_mean.push_back(static_cast<float>(mean[i]));
   for (const int32_t i : kept) {
-    for (const int32_t j : kept) moments.push_back(site.moments[i * site.channels + j]);
+    for (const int32_t j : kept) moments.push_back(static_cast<float>(moment(i, j)));
   }
   for (int n = 0; n < site.hidden; ++n) {
     for (const int32_t j : kept) {
@@ -88,36 +98,64 @@ std::vector<FourBitGroup> RefitTo(const DownSite& site, std::span<const int32_t>
       double sum = 0;
       for (int i = 0; i < site.channels; ++i) {
         if (stay.contains(i)) continue;
-        sum += double{site.down[n * site.channels + i]} * site.moments[i * site.channels + j];
+        sum += double{site.down[n * site.channels + i]} * moment(i, j);
       }
       missed.push_back(static_cast<float>(sum));
+    }
+    for (int i = 0; i < site.channels; ++i) {
+      if (stay.contains(i)) continue;
+      missed_mean[n] += static_cast<float>(site.down[n * site.channels + i] * mean[i]);
     }
   }
   return RefitDown({.hidden = site.hidden,
                     .kept = static_cast<int>(kept.size()),
                     .down = down,
                     .moments = moments,
-                    .missed = missed});
+                    .missed = missed,
+                    .mean = kept_mean,
+                    .missed_mean = missed_mean});
 }
 
 TEST(Refit, MakesUpForWhatLeft) {
   const Layer layer(24, 160, 40, 1);
   const std::vector<int32_t> kept = Natural(96);
   const double before = MissedShare(layer.site, kept, {});
-  const double after = MissedShare(layer.site, kept, RefitTo(layer.site, kept));
+  const double after = MissedShare(layer.site, kept, RefitTo(layer.site, kept).down);
   EXPECT_GT(before, 0.1);
   // 96 channels of 40 sources can say nearly all that 160 do.
   EXPECT_LT(after, 0.05 * before);
 }
 
+TEST(Refit, LeavesMeansToTheBias) {
+  const Layer layer(24, 160, 40, 7);
+  const std::vector<int32_t> kept = Natural(96);
+  std::vector<double> mean(160);
+  for (int i = 0; i < 160; ++i) mean[i] = i % 7 - 2;
+  const RefittedDown without = RefitTo(layer.site, kept), with = RefitTo(layer.site, kept, mean);
+  for (size_t i = 0; i < without.down.size(); ++i) {
+    EXPECT_NEAR(FromHalf(with.down[i].scale), FromHalf(without.down[i].scale), 1e-3) << i;
+  }
+  // What the channels add in the mean is what all did.
+  const size_t per_output = kept.size() / kQuantGroup;
+  for (int n = 0; n < 24; ++n) {
+    EXPECT_EQ(without.bias[n], 0);
+    double whole = 0, sum = with.bias[n];
+    for (int i = 0; i < 160; ++i) whole += layer.down[n * 160 + i] * mean[i];
+    for (size_t i = 0; i < kept.size(); ++i) {
+      sum += ValueOf(with.down[n * per_output + i / kQuantGroup], i % kQuantGroup) * mean[i];
+    }
+    EXPECT_NEAR(sum, whole, 1e-3) << n;
+  }
+}
+
 TEST(Refit, RoundsAllChannelsBetterThanEachByItself) {
   const Layer layer(32, 128, 16, 2);
   const std::vector<int32_t> all = Natural(128);
-  const double fed_back = MissedShare(layer.site, all, RefitTo(layer.site, all));
+  const double fed_back = MissedShare(layer.site, all, RefitTo(layer.site, all).down);
   // With no moments beside the diagonal nothing is fed back: each value goes to its nearest step.
   std::vector<float> diagonal(layer.moments.size());
   for (int i = 0; i < 128; ++i) diagonal[i * 129] = 1;
-  const auto nearest = RefitTo({32, 128, layer.down, diagonal}, all);
+  const auto nearest = RefitTo({32, 128, layer.down, diagonal}, all).down;
   EXPECT_LT(fed_back, 0.5 * MissedShare(layer.site, all, nearest));
   EXPECT_EQ(MissedShare(layer.site, all, {}), 0);
 }
@@ -126,7 +164,7 @@ TEST(Refit, FollowsTheOrderOfTheKept) {
   const Layer layer(8, 96, 96, 3);
   std::vector<int32_t> kept = Natural(64);
   std::ranges::reverse(kept);
-  EXPECT_LT(MissedShare(layer.site, kept, RefitTo(layer.site, kept)),
+  EXPECT_LT(MissedShare(layer.site, kept, RefitTo(layer.site, kept).down),
             MissedShare(layer.site, kept, {}));
 }
 
@@ -135,14 +173,14 @@ TEST(Refit, BearsChannelsThatAreNeverUsedAndWeightsThatAreZero) {
   for (int i = 0; i < 64; ++i) layer.moments[i * 64 + 5] = layer.moments[5 * 64 + i] = 0;
   std::fill_n(layer.down.begin(), 64, 0.0f);
   const std::vector<int32_t> kept = Natural(32);
-  const double missed = MissedShare(layer.site, kept, RefitTo(layer.site, kept));
+  const double missed = MissedShare(layer.site, kept, RefitTo(layer.site, kept).down);
   EXPECT_TRUE(std::isfinite(missed));
   EXPECT_LT(missed, MissedShare(layer.site, kept, {}));
 
   const std::vector<float> nothing(64 * 64);
   const DownSite silent{4, 64, layer.down, nothing};
   EXPECT_EQ(RankByElimination(silent).size(), 64);
-  EXPECT_EQ(MissedShare(silent, kept, RefitTo(silent, kept)), 0);
+  EXPECT_EQ(MissedShare(silent, kept, RefitTo(silent, kept).down), 0);
 }
 
 TEST(RankByElimination, IsAPermutationThatLosesLittle) {
@@ -151,7 +189,7 @@ TEST(RankByElimination, IsAPermutationThatLosesLittle) {
   EXPECT_EQ(std::set<int32_t>(ranking.begin(), ranking.end()).size(), 200);
   const auto lost = [&](const std::vector<int32_t>& order) {
     const auto kept = std::span(order).first(96);
-    return MissedShare(layer.site, kept, RefitTo(layer.site, kept));
+    return MissedShare(layer.site, kept, RefitTo(layer.site, kept).down);
   };
   EXPECT_LT(lost(ranking), lost(Natural(200)));
 }
