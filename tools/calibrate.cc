@@ -337,18 +337,29 @@ absl::Status Run(const Options& options) {
   }
   const Ladder planned = *std::move(plan);
 
+  const std::string checkpoint = ChannelsPathOf(out) + ".part";
   Progress bar_of_fit("rankings and refits");
   const absl::StatusOr<PruningData> data = FitLayers(
       {.rank = options.rank,
        .compensation =
            static_cast<Compensation>(std::ranges::find(kCompensationNames, options.compensate) -
                                      std::begin(kCompensationNames)),
-       .step_rows = kStepRows},
+       .step_rows = kStepRows,
+       .checkpoint = checkpoint,
+       .resumed =
+           [&](int layers) {
+             fmt::print(stderr, "{}: goes on after {} of {} layers\n", checkpoint, layers,
+                        config.layers);
+           }},
       planned, file, corpus->windows, executor, model->backend.get(),
       [&](int64_t done, int64_t total) {
         bar_of_fit.Update(done, total);
         return !Interrupt::raised();
       });
+  if (absl::IsCancelled(data.status())) {
+    return absl::CancelledError(fmt::format("{}; the same command goes on from {}",
+                                            std::string(data.status().message()), checkpoint));
+  }
   if (!data.ok()) return data.status();
   absl::Status status = WritePruningFile(ChannelsPathOf(out), file, *data);
   if (!status.ok()) return status;
@@ -410,6 +421,7 @@ absl::Status Run(const Options& options) {
   const std::string text = FormatLadder(ladder, told + lines);
   status = WriteText(out, text);
   if (!status.ok()) return status;
+  std::remove(checkpoint.c_str());
   fmt::print("{}\n{}: {} rungs, with {}\n", text, out, ladder.size(), ChannelsPathOf(out));
   return absl::OkStatus();
 }
@@ -465,7 +477,8 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->capture_default_str();
   sub->add_option("--out", options->out,
                   "The ladder to write; the rankings and refitted weights lie beside it, as "
-                  "PATH.gguf. Default: beside the model, as MODEL.ladder")
+                  "PATH.gguf, and until it is done what is found so far, as PATH.gguf.part, from "
+                  "which the same command goes on. Default: beside the model, as MODEL.ladder")
       ->type_name("PATH");
   AddLocalModelOptions(*sub, &options->model);
   sub->get_option("--model")->required();

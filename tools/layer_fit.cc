@@ -3,6 +3,9 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
+#include <chrono>
+#include <functional>
 #include <map>
 #include <set>
 #include <utility>
@@ -60,15 +63,83 @@ class LayerFit {
   }
 
   absl::StatusOr<PruningData> Run() {
+    using Clock = std::chrono::steady_clock;
     data_.layers.resize(config_.layers);
+    Resume();
+    Clock::time_point saved = Clock::now();
     for (int layer = 0; layer < config_.layers; ++layer) {
-      const absl::Status status = FitLayer(layer, &data_.layers[layer]);
+      absl::Status status = FitLayer(layer, &data_.layers[layer]);
+      const bool due = Clock::now() - saved > kCheckpointEvery && layer >= found_;
+      if (!options_.checkpoint.empty() && (absl::IsCancelled(status) || (status.ok() && due))) {
+        const int done = std::max(found_, status.ok() ? layer + 1 : layer);
+        status.Update(Save(done));
+        saved = Clock::now();
+      }
       if (!status.ok()) return status;
     }
     return std::move(data_);
   }
 
  private:
+  static constexpr std::chrono::minutes kCheckpointEvery{1};
+
+  // What a checkpoint is of: other windows, options or profiles are another calibration.
+  std::string StampOf() const {
+    std::string of =
+        fmt::format("{} {} {} {} ", options_.rank, static_cast<int>(options_.compensation),
+                    options_.step_rows, executor_->weight_types());
+    for (int rung = 0; rung < planned_.size(); ++rung) {
+      for (int layer = 0; layer < config_.layers; ++layer) {
+        of += fmt::format("{},{} ", Kept(layer, rung),
+                          planned_.rung(rung).prefill.kept(layer, SiteKind::kHeads));
+      }
+    }
+    for (const std::vector<int32_t>& window : windows_) {
+      of.append(reinterpret_cast<const char*>(window.data()), window.size() * sizeof(int32_t));
+    }
+    return fmt::format("{:016x}", std::hash<std::string>()(of));
+  }
+
+  absl::Status Save(int done) const {
+    PruningData found;  // of a layer in hand nothing
+    found.layers.assign(data_.layers.begin(), data_.layers.begin() + done);
+    return WritePruningFile(options_.checkpoint, file_, found,
+                            fmt::format("{} {}", StampOf(), done));
+  }
+
+  // A checkpoint that is not there, or of something else, is none.
+  void Resume() {
+    if (options_.checkpoint.empty()) return;
+    const absl::StatusOr<std::unique_ptr<PruningFile>> file =
+        PruningFile::Open(options_.checkpoint, file_);
+    if (!file.ok()) return;
+    const std::string& told = (*file)->unfinished();
+    const std::string stamp = StampOf() + " ";
+    int done = 0;
+    if (!told.starts_with(stamp) ||
+        std::from_chars(told.data() + stamp.size(), told.data() + told.size(), done).ec !=
+            std::errc() ||
+        done < 0 || done > config_.layers) {
+      return;
+    }
+    for (int layer = 0; layer < done; ++layer) {
+      PruningData::Layer& found = data_.layers[layer];
+      const std::map<int, int> counts = Counts(layer);
+      if (counts.empty()) continue;
+      const std::span<const int32_t> ranking = (*file)->Ranking(layer, SiteKind::kChannels);
+      found.ranking.assign(ranking.begin(), ranking.end());
+      for (const auto& [kept, rung] : counts) {
+        const Refit refit = (*file)->RefitOf(layer, kept);
+        if (rungs_ == 1) continue;
+        found.refits[kept] = {.down = {refit.down.begin(), refit.down.end()},
+                              .bias = {refit.bias.begin(), refit.bias.end()}};
+        --total_;
+      }
+    }
+    found_ = done;
+    if (options_.resumed && done > 0) options_.resumed(done);
+  }
+
   using Observe = std::function<void(ConstMatrix hidden)>;
   using Take = std::function<absl::Status(int64_t first_row, Matrix left)>;
 
@@ -167,7 +238,7 @@ class LayerFit {
       if (rung < rungs_ && streams_[rung].empty()) streams_[rung] = dense_;
     }
     absl::Status status;
-    if (Counts(layer).empty()) {
+    if (Counts(layer).empty() || layer < found_) {
       status = Advance(layer, 0, &dense_, {});
       if (status.ok() && rungs_ > 1 && !narrowed.empty()) {
         status = SetOnlyAt(layer);
@@ -296,10 +367,11 @@ class LayerFit {
   PruningData data_;
   std::vector<std::vector<int32_t>> tables_;  // [layers], of one window
   Stream dense_;
-  std::vector<Stream> streams_;  // [rungs]; empty: still the dense one
-  std::vector<float> left_;      // [rows of a piece, hidden]
-  int start_ = 0;                // position of the piece in hand
-  int64_t done_ = 0, total_ = 0;
+  std::vector<Stream> streams_;   // [rungs]; empty: still the dense one
+  std::vector<float> left_;       // [rows of a piece, hidden]
+  int start_ = 0;                 // position of the piece in hand
+  int64_t done_ = 0, total_ = 0;  // sweeps
+  int found_ = 0;                 // layers that a checkpoint had
 };
 
 }  // namespace

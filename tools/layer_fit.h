@@ -33,6 +33,10 @@ struct LayerFitOptions {
   std::string rank;  // "elimination", or one of kImportanceNames
   Compensation compensation = Compensation::kRefit;
   int step_rows = 512;  // as the executor's
+  // A file for what is found so far, written every minute and when told to stop; the same options,
+  // model and windows go on from it, to the same bits. Empty: none.
+  std::string checkpoint = {};
+  std::function<void(int layers)> resumed = {};  // told if so: how many layers were found there
 };
 
 // `windows` are as long as each other; the residual streams of all of them, of the dense model and

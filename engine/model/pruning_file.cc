@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::string_view kArchitecture = "espalier-pruning";
 
+constexpr std::string_view kUnfinishedKey = "espalier.unfinished";
 constexpr const char* kWeight = "weight";
 constexpr const char* kBias = "bias";
 
@@ -79,6 +80,7 @@ absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string
     return status;
   }
   GgufKeys keys(path, *gguf);
+  if (keys.Has(kUnfinishedKey)) file->unfinished_ = keys.String(kUnfinishedKey);
   for (int layer = 0; layer < config.layers; ++layer) {
     const std::string key = RankingKey(layer);
     if (!keys.Has(key)) continue;
@@ -186,16 +188,21 @@ absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const Model
   absl::StatusOr<std::unique_ptr<PruningFile>> channels =
       PruningFile::Open(ChannelsPathOf(path), model);
   if (!channels.ok()) return channels.status();
+  if (!(*channels)->unfinished().empty()) {
+    return absl::InvalidArgumentError(
+        fmt::format("{}: of a calibration that is not done", ChannelsPathOf(path)));
+  }
   made.refitted = (*channels)->has_refits();
   made.channels = *std::move(channels);
   return made;
 }
 
 absl::Status WritePruningFile(const std::string& path, const ModelFile& model,
-                              const PruningData& data) {
+                              const PruningData& data, std::string_view unfinished) {
   GgufWriter writer;
   writer.Add("general.architecture", kArchitecture);
   writer.Add(kFingerprintKey, FingerprintOf(model));
+  if (!unfinished.empty()) writer.Add(kUnfinishedKey, unfinished);
   for (size_t i = 0; i < data.layers.size(); ++i) {
     const PruningData::Layer& layer = data.layers[i];
     const int index = static_cast<int>(i);

@@ -6,6 +6,8 @@
 //   blk.LAYER.ffn_down.COUNT.weight  Q4_1 [hidden, COUNT]: `down` of the ranking's first COUNT
 //   blk.LAYER.ffn_down.COUNT.bias    F32 [hidden]: what is added to what that gives
 //
+//   espalier.unfinished              string, of a calibration that is not done: what it is of
+//
 // Layers that no rung narrows are left out; so are weights or biases that stay as loaded.
 #pragma once
 
@@ -51,6 +53,7 @@ class PruningFile final : public ChannelSelector {
   }
   Refit RefitOf(int layer, int count) const override;
   bool has_refits() const { return !refits_.empty(); }
+  const std::string& unfinished() const { return unfinished_; }
 
  private:
   PruningFile(MappedFile file, const SiteWidths& widths)
@@ -58,6 +61,7 @@ class PruningFile final : public ChannelSelector {
 
   MappedFile file_;
   StaticSelector rankings_;
+  std::string unfinished_;
   std::map<std::pair<int, int>, Refit> refits_;  // (layer, count)
 };
 
@@ -103,6 +107,6 @@ std::string ChannelsPathOf(std::string_view ladder);
 
 // Through a file beside it, so that none is ever half written. Errors name the path.
 absl::Status WritePruningFile(const std::string& path, const ModelFile& model,
-                              const PruningData& data);
+                              const PruningData& data, std::string_view unfinished = "");
 
 }  // namespace espalier

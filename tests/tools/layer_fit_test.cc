@@ -10,6 +10,7 @@
 
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "tests/support/model_writer.h"
 #include "tools/forced_run.h"
 
 namespace espalier {
@@ -176,6 +177,44 @@ TEST_F(LayerFitTest, SeesBlocksThatAreDropped) {
                        down.size() * sizeof(FourBitGroup));
   };
   EXPECT_NE(bytes(*with), bytes(*without));
+}
+
+TEST_F(LayerFitTest, GoesOnWhereItWasStopped) {
+  const TemporaryFolder folder;
+  for (const Compensation compensation :
+       {Compensation::kNone, Compensation::kMean, Compensation::kRefit}) {
+    const LayerFitOptions options = {.rank = "elimination", .compensation = compensation};
+    const absl::StatusOr<PruningData> want = Fit(options);
+    ASSERT_TRUE(want.ok()) << want.status();
+    const int64_t sweeps = done_;
+    int resumed = 0;
+    LayerFitOptions kept = options;
+    kept.checkpoint = folder.Path("part");
+    kept.resumed = [&](int layers) { resumed = layers; };
+    stop_at_ = sweeps;  // in the last layer
+    EXPECT_EQ(Fit(kept).status().code(), absl::StatusCode::kCancelled);
+    EXPECT_EQ(resumed, 0);
+    stop_at_ = INT64_MAX;
+    const absl::StatusOr<PruningData> got = Fit(kept);
+    ASSERT_TRUE(got.ok()) << got.status();
+    EXPECT_GT(resumed, 0);
+    EXPECT_EQ(done_, total_);
+    if (compensation != Compensation::kNone) EXPECT_LT(done_, sweeps);
+    const std::string paths[] = {folder.Path("want"), folder.Path("got")};
+    ASSERT_TRUE(WritePruningFile(paths[0], *file_, *want).ok());
+    ASSERT_TRUE(WritePruningFile(paths[1], *file_, *got).ok());
+    const auto bytes = [](const std::string& path) {
+      const MappedFile file = MappedFile::Open(path).value();
+      return std::string(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
+    };
+    EXPECT_EQ(bytes(paths[0]), bytes(paths[1]));
+
+    resumed = 0;
+    std::swap(windows_[0], windows_[1]);
+    EXPECT_TRUE(Fit(kept).ok());
+    EXPECT_EQ(resumed, 0) << "of other windows";
+    std::swap(windows_[0], windows_[1]);
+  }
 }
 
 TEST_F(LayerFitTest, StopsWhenTold) {
