@@ -279,7 +279,7 @@ absl::Status Decoder::MakeChannelPanels(int layer, const ChannelSelector& select
   const Layer& weights = layers_[layer];
   const std::span<const int32_t> ranking = selector.Ranking(layer, SiteKind::kChannels);
   panels->channels.assign(ranking.begin(), ranking.end());
-  panels->widest = *counts.rbegin();
+  panels->counts.assign(counts.begin(), counts.end());
   absl::Status status = Gather({{&weights.gate, &panels->gate}, {&weights.up, &panels->up}},
                                panels->channels, backend_);
   int widest = 0;  // of the counts that share one panel
@@ -515,7 +515,8 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
           {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
     }
     PhaseTimer timer(&phases->mlp);
-    const bool told = probe_ != nullptr && (by == By::kPanels || look_ == Look::kWhole);
+    const bool told =
+        probe_ != nullptr && probe_->learns() && (by == By::kPanels || look_ == Look::kWhole);
     backend_->GatedMlp({.x = normed,
                         .gate = by == By::kWeights ? weights.gate : panels.gate,
                         .up = by == By::kWeights ? weights.up : panels.up,
@@ -583,13 +584,13 @@ void Decoder::RankAnew(int layer, const StepPlan& plan, Activations* activations
                                     {.weight = &weights.up, .out = up}};
     backend_->MatMul({.x = normed, .targets = targets});
     backend_->SwiGlu({.gate = gate, .up = up, .out = gate});
-    panels.channels = probe_->Rank(layer, gate, probed);
+    panels.channels = probe_->Rank(layer, gate, probed, panels.counts);
   } else {
-    panels.channels = probe_->RankByHistory(layer, of_rows);
+    panels.channels = probe_->RankByHistory(layer, of_rows, panels.counts);
   }
   const absl::Status gathered = Gather(
       {{&weights.gate, &panels.gate}, {&weights.up, &panels.up}, {&weights.down, &panels.down}},
-      std::span<const int32_t>(panels.channels).first(panels.widest), backend_);
+      std::span<const int32_t>(panels.channels).first(panels.counts.back()), backend_);
   Invariant(gathered.ok(), "a panel does not fit where it was before: {}", gathered.ToString());
 }
 

@@ -123,8 +123,8 @@ class Decoder {
     Weight q, o;
     std::vector<float> q_bias;
     std::vector<int32_t> channels;  // all, best first
-    int widest = 0;                 // the most channels that a rung keeps of some
-    Weight gate, up, down;          // of all, but after a probe of the widest only
+    std::vector<int> counts;        // that rungs keep of some, ascending
+    Weight gate, up, down;          // of all, but after a probe of the most that a rung keeps
     struct Refitted {
       std::optional<Weight> down;  // none: the one for all
       std::vector<float> bias;

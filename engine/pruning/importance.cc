@@ -50,4 +50,21 @@ std::vector<int32_t> RankByScore(std::span<const float> scores) {
   return ranking;
 }
 
+std::vector<int32_t> RankInBands(std::span<const float> scores, std::span<const int> counts) {
+  std::vector<int32_t> ranking(scores.size());
+  std::iota(ranking.begin(), ranking.end(), 0);
+  const auto better = [&](int32_t a, int32_t b) {
+    return scores[a] != scores[b] ? scores[a] > scores[b] : a > b;
+  };
+  auto end = ranking.end();
+  for (size_t i = counts.size(); i-- > 0;) {
+    const auto border = ranking.begin() + counts[i];
+    if (border < end) std::nth_element(ranking.begin(), border, end, better);
+    std::sort(border, end);
+    end = border;
+  }
+  std::sort(ranking.begin(), end);
+  return ranking;
+}
+
 }  // namespace espalier

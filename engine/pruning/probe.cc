@@ -113,15 +113,18 @@ Look Probe::Next(int prefill_rows, int decode_rows) {
   return Look::kNone;
 }
 
-std::vector<int32_t> Probe::Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows) {
+std::vector<int32_t> Probe::Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
+                                 std::span<const int> counts) {
   counts_.rows += hidden.rows;
   ++counts_.rankings;
   counts_.age = 0;
-  return RankByScore(Scores(Importance::kPpsp, FusedEnergy(options_, history_, layer, hidden, rows),
-                            {}, norms_[layer]));
+  return RankInBands(Scores(Importance::kPpsp, FusedEnergy(options_, history_, layer, hidden, rows),
+                            {}, norms_[layer]),
+                     counts);
 }
 
-std::vector<int32_t> Probe::RankByHistory(int layer, std::span<const ProbeRow> rows) {
+std::vector<int32_t> Probe::RankByHistory(int layer, std::span<const ProbeRow> rows,
+                                          std::span<const int> counts) {
   ++counts_.rankings;
   counts_.age = 0;
   std::vector<float> energy(history_.channels());
@@ -129,15 +132,20 @@ std::vector<int32_t> Probe::RankByHistory(int layer, std::span<const ProbeRow> r
     const std::span<const float> past = history_.Energy(layer, history_.BucketOf(row.position));
     for (size_t c = 0; c < energy.size(); ++c) energy[c] += past[c];
   }
-  return RankByScore(Scores(Importance::kPpsp, energy, {}, norms_[layer]));
+  return RankInBands(Scores(Importance::kPpsp, energy, {}, norms_[layer]), counts);
 }
 
 void Probe::Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
                    std::span<const int32_t> channels) {
-  if (options_.keep >= 1) return;
+  if (!learns()) return;
+  const int most = options_.learn_rows;
+  const int every = most == 0 ? 1 : std::max(1, (hidden.rows + most - 1) / most);
   std::vector<int> positions;
-  for (const ProbeRow& row : rows) positions.push_back(row.position);
-  history_.Update(layer, hidden, positions, channels, options_.keep);
+  for (size_t r = 0; r < rows.size(); r += every) positions.push_back(rows[r].position);
+  history_.Update(layer,
+                  ConstMatrix(hidden.data, static_cast<int>(positions.size()), hidden.cols,
+                              hidden.stride * every),
+                  positions, channels, options_.keep);
 }
 
 }  // namespace espalier

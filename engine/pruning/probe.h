@@ -26,6 +26,7 @@ struct ProbeOptions {
   int least_rows = 0;            // steps that narrow fewer prefill rows are not probed
   bool fuse = true;              // with history
   double keep = 0.99;            // of history at an update; 1: frozen
+  int learn_rows = 0;            // most rows of a step that update it, evenly spread; 0: all
   int refresh = 0;               // decode steps after which history ranks anew; 0: never
   int whole = 0;                 // of so many decode steps one keeps all channels; 0: none
 };
@@ -75,12 +76,15 @@ class Probe {
   // What the next step does, by its narrowed rows. Call once a step that has any.
   Look Next(int prefill_rows, int decode_rows);
 
-  // The layer's channels, best first, by FusedEnergy of the rows probed times their norms.
-  std::vector<int32_t> Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows);
+  // The layer's channels by FusedEnergy of the rows probed times their norms, as RankInBands.
+  std::vector<int32_t> Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
+                            std::span<const int> counts);
   // By what history holds at the rows' positions.
-  std::vector<int32_t> RankByHistory(int layer, std::span<const ProbeRow> rows);
+  std::vector<int32_t> RankByHistory(int layer, std::span<const ProbeRow> rows,
+                                     std::span<const int> counts);
 
-  // After the step itself: hidden [rows, channels.size()] of the channels that it kept.
+  bool learns() const { return options_.keep < 1; }
+  // After the step itself, if it learns: hidden [rows, channels.size()] of the channels it kept.
   void Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
               std::span<const int32_t> channels);
 

@@ -32,6 +32,7 @@ namespace {
 constexpr int kStepRows = 512;
 constexpr int kDenseLayers = 3;        // the first, which bear pruning least
 constexpr double kProbeBudget = 0.04;  // of the rows
+constexpr int kLearnRows = 64;         // as the server
 
 // Multiplications of a row in all blocks' products, and in their MLPs.
 struct BlockCosts {
@@ -162,8 +163,9 @@ int Main(int argc, char** argv) {
   std::map<std::string, std::vector<double>> probe_share, over_unprobed;  // [turns]
   const absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(*model->file);
   if (!norms.ok()) return 1;
-  Probe probe({.rows = ProbeOptions::Rows::kSpread, .budget = kProbeBudget},
-              History(config.layers, config.channels), *norms);
+  Probe probe(
+      {.rows = ProbeOptions::Rows::kSpread, .budget = kProbeBudget, .learn_rows = kLearnRows},
+      History(config.layers, config.channels), *norms);
   CpuWatch watch;
   const auto measure = [&](const Shape& shape, const std::vector<int>& rungs,
                            int turn) -> absl::StatusOr<Step> {

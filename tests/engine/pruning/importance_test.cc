@@ -3,12 +3,15 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
+#include <random>
 
 namespace espalier {
 namespace {
 
 using testing::ElementsAre;
+using testing::ElementsAreArray;
 using testing::FloatEq;
 
 // down [2, 3], energies and means of three channels.
@@ -33,6 +36,26 @@ TEST(Importance, IsWhatThePapersSay) {
 TEST(Importance, RanksAndLetsTheLowerOfTwoAlikeGoFirst) {
   const float scores[] = {1, 5, 1, 7, 5};
   EXPECT_THAT(RankByScore(scores), ElementsAre(3, 4, 1, 2, 0));
+}
+
+TEST(RankInBands, HasTheSetsOfTheRanking) {
+  std::mt19937 random(1);
+  std::vector<float> scores(200);
+  for (float& score : scores) score = static_cast<float>(random() % 50);  // with ties
+  const std::vector<int32_t> whole = RankByScore(scores);
+  for (const std::vector<int>& counts :
+       {std::vector<int>{}, {64}, {32, 96, 160}, {200}, {1, 199}}) {
+    const std::vector<int32_t> bands = RankInBands(scores, counts);
+    int begin = 0;
+    for (size_t i = 0; i <= counts.size(); ++i) {
+      const int end = i < counts.size() ? counts[i] : 200;
+      std::vector<int32_t> want(whole.begin() + begin, whole.begin() + end);
+      std::ranges::sort(want);
+      EXPECT_THAT(std::vector<int32_t>(bands.begin() + begin, bands.begin() + end),
+                  ElementsAreArray(want));
+      begin = end;
+    }
+  }
 }
 
 }  // namespace

@@ -67,6 +67,8 @@ TEST(ProbeRows, OverBudgetAreSpreadOverThoseChosen) {
   EXPECT_EQ(ChooseProbeRows({.budget = 0}, norms, rows).size(), 1) << "one at least";
 }
 
+constexpr int kCounts[] = {1, 2};  // a full ranking of three
+
 TEST(Probe, LooksAheadInPrefillAndBackInDecode) {
   Probe probe({.least_rows = 8, .refresh = 2, .whole = 3}, History(1, 2), {{1, 1}});
   EXPECT_EQ(probe.Next(8, 3), Look::kAhead);
@@ -88,8 +90,8 @@ TEST(Probe, RanksByHistoryWhereItsRowsAre) {
   history.Learn(0, ConstMatrix(far, 1, 3), {positions + 1, 1});
   Probe probe({}, history, {{1, 1, 1}});
   const ProbeRow rows[] = {{0, 2}, {1, 400}, {2, 500}};
-  EXPECT_THAT(probe.RankByHistory(0, {rows, 1}), ElementsAre(0, 2, 1));
-  EXPECT_THAT(probe.RankByHistory(0, rows), ElementsAre(1, 2, 0)) << "11, 19 and 12";
+  EXPECT_THAT(probe.RankByHistory(0, {rows, 1}, kCounts), ElementsAre(0, 2, 1));
+  EXPECT_THAT(probe.RankByHistory(0, rows, kCounts), ElementsAre(1, 2, 0)) << "11, 19 and 12";
   EXPECT_EQ(probe.counts().rankings, 2);
   EXPECT_EQ(probe.counts().rows, 0);
   EXPECT_EQ(probe.counts().age, 0);
@@ -121,7 +123,7 @@ TEST(Probe, RanksByEnergyTimesNorm) {
   Probe probe({.fuse = false}, History(1, 3), {{1, 10, 1}});
   const float hidden[] = {3, 1, 2};
   const ProbeRow rows[] = {{0, 5}};
-  EXPECT_THAT(probe.Rank(0, ConstMatrix(hidden, 1, 3), rows), ElementsAre(1, 0, 2));
+  EXPECT_THAT(probe.Rank(0, ConstMatrix(hidden, 1, 3), rows, kCounts), ElementsAre(1, 0, 2));
 }
 
 }  // namespace
