@@ -1,7 +1,9 @@
 #include "engine/pruning/importance.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <numeric>
 
 namespace espalier {
@@ -51,19 +53,28 @@ std::vector<int32_t> RankByScore(std::span<const float> scores) {
 }
 
 std::vector<int32_t> RankInBands(std::span<const float> scores, std::span<const int> counts) {
-  std::vector<int32_t> ranking(scores.size());
-  std::iota(ranking.begin(), ranking.end(), 0);
-  const auto better = [&](int32_t a, int32_t b) {
-    return scores[a] != scores[b] ? scores[a] > scores[b] : a > b;
-  };
-  auto end = ranking.end();
-  for (size_t i = counts.size(); i-- > 0;) {
-    const auto border = ranking.begin() + counts[i];
-    if (border < end) std::nth_element(ranking.begin(), border, end, better);
-    std::sort(border, end);
-    end = border;
+  // No two alike, and of like scores the higher index is the better one.
+  std::vector<uint64_t> keys(scores.size());
+  for (size_t c = 0; c < keys.size(); ++c) {
+    const auto bits = std::bit_cast<uint32_t>(scores[c]);
+    const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000;
+    keys[c] = uint64_t{ordered} << 32 | c;
   }
-  std::sort(ranking.begin(), end);
+  std::vector<uint64_t> best = keys, least;  // least: of each band but the last
+  auto end = best.end();
+  for (size_t i = counts.size(); i-- > 0; end = best.begin() + counts[i]) {
+    const auto last = best.begin() + counts[i] - 1;
+    if (last + 1 < end) std::nth_element(best.begin(), last, end, std::greater<>());
+    least.insert(least.begin(), last + 1 < end ? *last : 0);
+  }
+  std::vector<int> next(1, 0);  // by band
+  next.insert(next.end(), counts.begin(), counts.end());
+  std::vector<int32_t> ranking(scores.size());
+  for (size_t c = 0; c < keys.size(); ++c) {
+    size_t band = 0;
+    while (band < least.size() && keys[c] < least[band]) ++band;
+    ranking[next[band]++] = static_cast<int32_t>(c);
+  }
   return ranking;
 }
 

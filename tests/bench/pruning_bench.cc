@@ -31,7 +31,7 @@ namespace {
 
 constexpr int kStepRows = 512;
 constexpr int kDenseLayers = 3;        // the first, which bear pruning least
-constexpr double kProbeBudget = 0.04;  // of the rows
+constexpr double kProbeBudget = 0.02;  // of the rows
 constexpr int kLearnRows = 64;         // as the server
 
 // Multiplications of a row in all blocks' products, and in their MLPs.
