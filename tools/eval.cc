@@ -382,6 +382,10 @@ void AddEval(CLI::App& root, Action* action) {
   share("--probe-tokens", options->probing.token_share, "Of positions");
   share("--probe-sequences", options->probing.sequence_share, "Of sequences");
   share("--probe-budget", options->probing.budget, "Most rows probed, of those narrowed");
+  sub->add_flag("--probe-stale", options->probing.stale,
+                "Probe rows as they were before the layer's attention (published as parallel "
+                "probing, which waits for nothing)")
+      ->group(probing);
   share("--history-keep", options->probing.keep, "Of history at an update; 1: frozen");
   const auto every = [&](const char* name, int& value, const char* meaning) {
     sub->add_option(name, value, meaning)

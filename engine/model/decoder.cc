@@ -322,7 +322,15 @@ void Decoder::Embed(const StepPlan& plan, Activations* activations, PhaseTimes* 
 
 void Decoder::ForwardLayer(int layer, const StepPlan& plan, KvPool* pool, Activations* activations,
                            PhaseTimes* phases) {
+  const bool ranks = look_ == Look::kAhead || look_ == Look::kBack;
+  const bool stale = look_ == Look::kAhead && probe_->options().stale;
+  const auto rank = [&] {
+    PhaseTimer timer(&phases->probe);
+    RankAnew(layer, plan, activations);
+  };
+  if (stale) rank();
   AttentionBlock(layer, plan, pool, activations, phases);
+  if (ranks && !stale) rank();
   MlpBlock(layer, plan, activations, phases);
   if (!observer_) return;
   observer_(layer, ConstMatrix(activations->residual.data(), static_cast<int>(plan.tokens.size()),
@@ -463,10 +471,6 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
     if (kept_by(step) > 0) {
       (kept_by(step) == config_.channels ? whole_rows : narrow_rows) += step.rows;
     }
-  }
-  if (look_ == Look::kAhead || look_ == Look::kBack) {
-    PhaseTimer timer(&phases->probe);
-    RankAnew(layer, plan, activations);
   }
   // Few rows that keep all channels join those that keep some at gate and up, to open those weights
   // once. Many do better by themselves: their channels are then quantised where they are made.

@@ -25,10 +25,13 @@ struct ProbeOptions {
   double budget = 1;             // most rows to probe, as a share of those narrowed
   int least_rows = 0;            // steps that narrow fewer prefill rows are not probed
   bool fuse = true;              // with history
-  double keep = 0.99;            // of history at an update; 1: frozen
-  int learn_rows = 0;            // most rows of a step that update it, evenly spread; 0: all
-  int refresh = 0;               // decode steps after which history ranks anew; 0: never
-  int whole = 0;                 // of so many decode steps one keeps all channels; 0: none
+  // Published as parallel probing: rows as they were before the layer's attention, so that the
+  // probe need not wait for it.
+  bool stale = false;
+  double keep = 0.99;  // of history at an update; 1: frozen
+  int learn_rows = 0;  // most rows of a step that update it, evenly spread; 0: all
+  int refresh = 0;     // decode steps after which history ranks anew; 0: never
+  int whole = 0;       // of so many decode steps one keeps all channels; 0: none
 };
 
 // As flags name them: off, then `Rows` in their order.

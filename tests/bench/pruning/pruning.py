@@ -74,6 +74,7 @@ def one_kind(bench, text):
     history = ("--history-text", calibrate, "--history-tokens", 100000)
     methods["probe-pruning"] = (ours, "--probe", "top-norm", "--exact-history", *history)
     methods["spread-probe"] = (ours, "--probe", "spread", "--probe-budget", 0.02, "--history-keep", 1, *history)
+    methods["parallel-probing"] = (*methods["probe-pruning"], "--probe-stale")
     methods["full-batch"] = (ours, "--probe", "all")
     methods["ours-self"] = (bench.ladder("self", "--text", "self", "--tokens", 200000),)
     windows = ("--text", test, "--prompt", WINDOW, "--decode", 0, "--count", WINDOWS, "--batch",

@@ -119,6 +119,24 @@ TEST_P(ProbeForwardTest, KeepsWhatItRanksFirst) {
   EXPECT_EQ(probed.dense, ranked.dense) << "rows that keep all";
 }
 
+TEST_P(ProbeForwardTest, RanksByWhatWasThereBeforeAttentionIfToldTo) {
+  model_.SetLadder(Narrow(widths_));
+  const std::vector<std::vector<float>> ones(widths_.layers,
+                                             std::vector<float>(widths_.channels, 1));
+  const auto serve = [&](bool stale) {
+    Probe probe({.rows = ProbeOptions::Rows::kAll, .fuse = false, .stale = stale, .keep = 1},
+                History(widths_.layers, widths_.channels), ones);
+    model_.decoder().set_probe(&probe);
+    Run run = Serve();
+    model_.decoder().set_probe(nullptr);
+    EXPECT_EQ(probe.counts().rankings, widths_.layers);
+    return run;
+  };
+  const Run fresh = serve(false), stale = serve(true);
+  EXPECT_NE(fresh.narrow, stale.narrow);
+  EXPECT_EQ(fresh.dense, stale.dense);
+}
+
 TEST_P(ProbeForwardTest, RanksDecodeStepsByHistory) {
   model_.SetLadder(Narrow(widths_));
   const Run natural = Serve();
