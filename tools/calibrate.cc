@@ -6,6 +6,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <numeric>
@@ -412,11 +413,15 @@ absl::Status Run(const Options& options) {
     lines += fmt::format("loss of rung {} by kind:{}\n", ladder.size(), kinds[rung]);
     ladder.Append(rungs[rung]);
   }
-  std::string told =
-      fmt::format("espalier calibrate: {}, --rank {} --compensate {}, {} tokens of", config.name,
-                  options.rank, options.compensate, corpus->windows.size() * options.window);
-  for (const auto& [kind, windows] : corpus->held_out) told += " " + kind;
-  told += fmt::format("\nmeasured on {}, {} threads, batch 8, weights {}, kv {}\n", MachineName(),
+  // The command, but for where the model lies.
+  std::string told = fmt::format(
+      "espalier calibrate --model {} --text {} --tokens {} --rungs {} --dense-layers {} --rank {} "
+      "--compensate {}\n",
+      std::filesystem::path(LadderPathOf(options.model.model)).stem().string(),
+      fmt::join(options.texts, " "), options.tokens, fmt::join(options.rungs, ","),
+      options.dense_layers, options.rank, options.compensate);
+  told += fmt::format("{}: {} tokens, measured on {}, {} threads, batch 8, weights {}, kv {}\n",
+                      config.name, corpus->windows.size() * options.window, MachineName(),
                       model->threads, executor->weight_types(), KvTypeName(model->kv));
   const std::string text = FormatLadder(ladder, told + lines);
   status = WriteText(out, text);
