@@ -358,8 +358,8 @@ absl::Status Run(const Options& options) {
         return !Interrupt::raised();
       });
   if (absl::IsCancelled(data.status())) {
-    return absl::CancelledError(fmt::format("{}; the same command goes on from {}",
-                                            std::string(data.status().message()), checkpoint));
+    fmt::print(stderr, "{}; the same command goes on from {}\n",
+               std::string(data.status().message()), checkpoint);
   }
   if (!data.ok()) return data.status();
   absl::Status status = WritePruningFile(ChannelsPathOf(out), file, *data);
