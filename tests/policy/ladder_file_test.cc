@@ -1,9 +1,5 @@
 #include "policy/ladder_file.h"
 
-#include <filesystem>
-#include <fstream>
-#include <sstream>
-
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -27,28 +23,6 @@ Ladder Parsed(std::string_view text) {
   std::string error;
   EXPECT_TRUE(ParseLadder(text, &ladder, &error)) << error;
   return ladder;
-}
-
-// What ships (deploy/ladders): every rung is worth having.
-TEST(LadderFile, ShippedLaddersHaveNoDominatedRung) {
-  int ladders = 0;
-  for (const auto& file :
-       std::filesystem::directory_iterator(ESPALIER_SOURCE_DIR "/deploy/ladders")) {
-    if (file.path().extension() != ".ladder") continue;
-    ++ladders;
-    std::stringstream text;
-    text << std::ifstream(file.path()).rdbuf();
-    const Ladder ladder = Parsed(text.str());
-    EXPECT_GE(ladder.size(), 5) << file.path();
-    EXPECT_TRUE(text.str().starts_with("espalier-ladder 1\n# espalier calibrate")) << file.path();
-    for (int rung = 0; rung < ladder.size(); ++rung) {
-      for (int other = 0; other < ladder.size(); ++other) {
-        EXPECT_FALSE(Dominated(ladder.rung(rung).price, ladder.rung(other).price))
-            << file.path() << ": rung " << rung << " by rung " << other;
-      }
-    }
-  }
-  EXPECT_GE(ladders, 1);
 }
 
 TEST(LadderFile, IsReadAsItSays) {
