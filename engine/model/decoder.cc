@@ -592,6 +592,7 @@ void Decoder::RankAnew(int layer, const StepPlan& plan, Activations* activations
   } else {
     panels.channels = probe_->RankByHistory(layer, of_rows, panels.counts);
   }
+  panels.refitted.clear();  // of channels that others have replaced
   const absl::Status gathered = Gather(
       {{&weights.gate, &panels.gate}, {&weights.up, &panels.up}, {&weights.down, &panels.down}},
       std::span<const int32_t>(panels.channels).first(panels.counts.back()), backend_);

@@ -152,6 +152,24 @@ TEST_F(LayerFitTest, BringsTheStreamNearerToTheDenseOne) {
   EXPECT_LT(Off(LastHidden(2), dense), 0.9 * plain[1]);
 }
 
+TEST_F(LayerFitTest, FitsNothingThatAProbeChooses) {
+  const absl::StatusOr<PruningData> fitted = Fit({.rank = "elimination"});
+  ASSERT_TRUE(fitted.ok()) << fitted.status();
+  PruningData ranked = *fitted;
+  for (PruningData::Layer& layer : ranked.layers) layer.refits.clear();
+  const auto probed = [&](const PruningData& data) {
+    EXPECT_TRUE(executor_->SetLadder(ladder_, PruningDataSelector(widths_, &data)).ok());
+    Probe probe({.rows = ProbeOptions::Rows::kAll, .fuse = false, .keep = 1},
+                History(widths_.layers, widths_.channels),
+                std::vector(widths_.layers, std::vector<float>(widths_.channels, 1)));
+    executor_->set_probe(&probe);
+    std::vector<float> hidden = LastHidden(1);
+    executor_->set_probe(nullptr);
+    return hidden;
+  };
+  EXPECT_EQ(probed(*fitted), probed(ranked));
+}
+
 TEST_F(LayerFitTest, SeesBlocksThatAreDropped) {
   // The first layer's attention leaves, and the second's channels have to make up for it.
   Ladder dropped = Ladder::DenseOnly(widths_);
