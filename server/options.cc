@@ -163,9 +163,10 @@ std::vector<std::pair<std::string, WeightPlan>> WeightPlans() {
 
 std::vector<std::pair<std::string, std::optional<ProbeOptions::Rows>>> ProbeChoices() {
   std::vector<std::pair<std::string, std::optional<ProbeOptions::Rows>>> choices;
-  for (const std::string_view name : kProbeNames) choices.emplace_back(name, std::nullopt);
-  for (size_t i = 1; i < choices.size(); ++i) {
-    choices[i].second = static_cast<ProbeOptions::Rows>(i - 1);
+  for (const std::string_view name : kProbeNames) {
+    const size_t i = choices.size();
+    choices.emplace_back(
+        name, i == 0 ? std::nullopt : std::optional(static_cast<ProbeOptions::Rows>(i - 1)));
   }
   return choices;
 }

@@ -47,7 +47,7 @@ constexpr milliseconds kGoodbye{500};
 // carry more tokens).
 constexpr int kWriters = 1;
 
-// Rows of a step that Probe Pruning learns from: of 512 a ninth of the time.
+// Rows of a step that Probe Pruning learns from: an eighth of a whole one's.
 constexpr int kLearnRows = 64;
 
 std::string_view Text(const absl::Status& status) {

@@ -31,8 +31,8 @@ std::vector<float> Scores(Importance importance, std::span<const float> energy,
 // Channels by falling score; of two alike the lower index leaves first.
 std::vector<int32_t> RankByScore(std::span<const float> scores);
 
-// The same as far as rungs that keep `counts` of them, ascending, can tell, in a tenth of the time:
-// within the first, between two and after the last, channels stand in natural order.
+// The same as far as rungs that keep `counts` of them, ascending, can tell, and not sorted: within
+// the first, between two and after the last, channels stand in natural order.
 std::vector<int32_t> RankInBands(std::span<const float> scores, std::span<const int> counts);
 
 }  // namespace espalier

@@ -173,7 +173,6 @@ bool PackIntegers(int bits, const float (*values)[kStripOutputs], int depth, uin
   return true;
 }
 
-// See KernelTable::gather_inputs.
 template <int kBits>
 void GatherInputs(const uint8_t* strip, int groups, const int32_t* inputs, int count, float* steps,
                   uint8_t* to) {
@@ -236,4 +235,10 @@ void GatherInputs(const uint8_t* strip, int groups, const int32_t* inputs, int c
       __builtin_memcpy(to + kBlockHeader + quad * int{sizeof four}, &four, sizeof four);
     }
   }
+}
+
+// See KernelTable::gather_integers.
+void GatherIntegers(int bits, const uint8_t* strip, int groups, const int32_t* inputs, int count,
+                    float* steps, uint8_t* to) {
+  (bits == 8 ? GatherInputs<8> : GatherInputs<4>)(strip, groups, inputs, count, steps, to);
 }

@@ -123,14 +123,12 @@ struct KernelTable {
   // them by least squares if there are none. False if a scale or minimum does not fit fp16. The
   // same bits on every instruction set.
   bool (*pack_integers)(int bits, const float (*values)[kStripOutputs], int depth, uint8_t* block);
-  // Lays the listed inputs of a strip of `groups` groups into a strip of 8 bits with one scale and
-  // minimum for each output, which span all its groups: within half a step of what they were, and
-  // a 240th of that range a step. `steps`: room for 2 * groups * kStripOutputs floats. The same
-  // bits on every instruction set.
-  void (*gather_int8)(const uint8_t* strip, int groups, const int32_t* inputs, int count,
-                      float* steps, uint8_t* to);
-  void (*gather_int4)(const uint8_t* strip, int groups, const int32_t* inputs, int count,
-                      float* steps, uint8_t* to);
+  // Lays the listed inputs of a strip of `groups` groups of 8 or 4 bits into a strip of 8 bits with
+  // one scale and minimum for each output, which span all its groups: within half a step of what
+  // they were, and a 240th of that range a step. `steps`: room for 2 * groups * kStripOutputs
+  // floats. The same bits on every instruction set.
+  void (*gather_integers)(int bits, const uint8_t* strip, int groups, const int32_t* inputs,
+                          int count, float* steps, uint8_t* to);
   // Quantises `depth` values per group of kGroup: scale = max|x| / 127, round to nearest even.
   // Writes whole groups. Infinite or NaN input gives a scale that is not finite, so the fault is
   // seen in the product.

@@ -20,8 +20,7 @@ namespace {
 
 constexpr KernelTable kTable = {
     .pack_integers = PackIntegers,
-    .gather_int8 = GatherInputs<8>,
-    .gather_int4 = GatherInputs<4>,
+    .gather_integers = GatherIntegers,
     .quantize_row = QuantizeRow,
     .matmul = MatMul,
     .attention = Attention,

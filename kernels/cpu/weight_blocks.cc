@@ -84,9 +84,7 @@ void GatherInputs(const KernelTable& kernels, int bits, const uint8_t* strip, in
                   std::span<const int32_t> inputs, float* steps, uint8_t* to) {
   const int count = static_cast<int>(inputs.size());
   if (bits <= 8) {
-    (bits == 8 ? kernels.gather_int8 : kernels.gather_int4)(strip, groups, inputs.data(), count,
-                                                            steps, to);
-    return;
+    return kernels.gather_integers(bits, strip, groups, inputs.data(), count, steps, to);
   }
   std::memset(to, 0, GroupsOf(count) * BlockBytes(bits));
   const int wide = 32 / bits;  // inputs that lie together

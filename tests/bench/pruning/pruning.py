@@ -73,7 +73,8 @@ def one_kind(bench, text):
                                       "--compensate", compensate),)
     history = ("--history-text", calibrate, "--history-tokens", 100000)
     methods["probe-pruning"] = (ours, "--probe", "top-norm", "--exact-history", *history)
-    methods["spread-probe"] = (ours, "--probe", "spread", "--probe-budget", 0.02, "--history-keep", 1, *history)
+    methods["spread-probe"] = (ours, "--probe", "spread", "--probe-budget", 0.02,
+                               "--history-keep", 1, *history)
     methods["parallel-probing"] = (*methods["probe-pruning"], "--probe-stale")
     methods["full-batch"] = (ours, "--probe", "all")
     methods["ours-self"] = (bench.ladder("self", "--text", "self", "--tokens", 200000),)
