@@ -266,8 +266,9 @@ const std::vector<Setting>& Settings() {
        FixedRung(&O::fixed_rung)},
       {kPruning, "probe",
        "Rank channels anew in each prefill step that prunes, by a probe of its\n"
-       "rows, fused with history (Probe Pruning); off: as calibrated, which loses\n"
-       "less. Needs a ladder of `espalier calibrate --compensate none`",
+       "rows, fused with history (Probe Pruning); prompts: by what the prompts last\n"
+       "read held, for decode; off: as calibrated, which loses less. Needs a ladder\n"
+       "of `espalier calibrate --compensate none`",
        Choice<std::optional<ProbeOptions::Rows>>(&O::probe, ProbeChoices())},
       {kPruning, "probe-budget", "Most rows that are probed, as a share of those pruned",
        Share(&O::probe_budget)},

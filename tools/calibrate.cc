@@ -77,8 +77,8 @@ struct Options {
   int64_t tokens = 160'000;
   int window = 512;
   uint64_t seed = 1;
-  std::vector<std::string> rungs = {"0.1",    "0.2",   "0.3",    "0.4",
-                                    "0.45+3", "0.5+3", "0.55+6", "0.6+6"};
+  std::vector<std::string> rungs = {"0.1", "0.2", "0.3", "0.4", "0.4+3", "0.5+3", "0.6+3", "0.6+6"};
+  std::vector<double> widths = {0.2, 0.4, 0.6};
   int dense_layers = 3;
   std::string rank = "elimination";
   std::string compensate = "refit";
@@ -241,21 +241,31 @@ absl::StatusOr<Prices> Time(ModelExecutor* executor, int rungs) {
   return prices;
 }
 
-// The rungs asked for, without prices, mildest first; rung 0 is dense.
+// The rungs asked for, without prices, mildest first; rung 0 is dense. A ratio between two widths
+// has the harder in its first layers: what those leave in the stream is what later layers of the
+// harder rung were fitted to.
 absl::StatusOr<Ladder> PlanLadder(const Options& options, const ModelConfig& config,
                                   const std::vector<RungPlan>& plans,
                                   std::span<const int> drop_order) {
+  const auto kept = [&](double ratio) {
+    return KeptChannels(config.channels,
+                        NarrowedLayerRatio(config.layers, options.dense_layers, ratio),
+                        config.channels % kChannelMultiple == 0 ? kChannelMultiple : kQuantGroup);
+  };
+  const int narrowed = config.layers - options.dense_layers;
   Ladder ladder = Ladder::DenseOnly(config.sites());
   for (const RungPlan& plan : plans) {
-    const int kept = KeptChannels(
-        config.channels, NarrowedLayerRatio(config.layers, options.dense_layers, plan.ratio),
-        config.channels % kChannelMultiple == 0 ? kChannelMultiple : kQuantGroup);
+    const auto above = std::ranges::lower_bound(options.widths, plan.ratio);
+    const double harder = above == options.widths.end() ? plan.ratio : *above;
+    const double milder = above == options.widths.begin() ? 0 : *std::prev(above);
+    const auto front = std::lround(narrowed * (plan.ratio - milder) / (harder - milder));
     KeepProfile keep = KeepProfile::Dense(config.sites());
     for (int layer = options.dense_layers; layer < config.layers; ++layer) {
-      keep.Keep(layer, SiteKind::kChannels, kept);
+      const bool first = layer - options.dense_layers < front;
+      keep.Keep(layer, SiteKind::kChannels, kept(first ? harder : milder));
     }
     for (const int layer : drop_order.first(plan.blocks)) keep.Keep(layer, SiteKind::kHeads, 0);
-    if (keep == ladder.rung(ladder.size() - 1).prefill) continue;  // nothing left to tell apart
+    if (keep == ladder.rung(ladder.size() - 1).decode) continue;  // nothing left to tell apart
     if (!ladder.Append({.prefill = keep, .decode = keep})) {
       return absl::InvalidArgumentError(
           fmt::format("--rungs: {}+{} drops fewer blocks than a rung of a smaller ratio",
@@ -415,11 +425,12 @@ absl::Status Run(const Options& options) {
   }
   // The command, but for where the model lies.
   std::string told = fmt::format(
-      "espalier calibrate --model {} --text {} --tokens {} --rungs {} --dense-layers {} --rank {} "
-      "--compensate {}\n",
+      "espalier calibrate --model {} --text {} --tokens {} --rungs {} --widths {} --dense-layers "
+      "{} "
+      "--rank {} --compensate {}\n",
       std::filesystem::path(LadderPathOf(options.model.model)).stem().string(),
       fmt::join(options.texts, " "), options.tokens, fmt::join(options.rungs, ","),
-      options.dense_layers, options.rank, options.compensate);
+      fmt::join(options.widths, ","), options.dense_layers, options.rank, options.compensate);
   told += fmt::format("{}: {} tokens, measured on {}, {} threads, batch 8, weights {}, kv {}\n",
                       config.name, corpus->windows.size() * options.window, MachineName(),
                       model->threads, executor->weight_types(), KvTypeName(model->kv));
@@ -451,15 +462,20 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("NUMBER")
       ->check(Unsigned64())
       ->capture_default_str();
-  sub->add_option(
-         "--rungs", options->rungs,
-         "A rung for each: the share of the MLPs' channels to leave out, and how many "
-         "blocks of attention to drop, those first that are missed least. Rungs of one ratio "
-         "share the weights that are refitted for the mildest of them")
+  sub->add_option("--rungs", options->rungs,
+                  "A rung for each: the share of the MLPs' channels to leave out, and how many "
+                  "blocks of attention to drop, those first that are missed least")
       ->type_name("RATIO[+BLOCKS]")
       ->delimiter(',')
       ->check(IsRung())
       ->default_str(fmt::format("{}", fmt::join(options->rungs, ",")));
+  sub->add_option("--widths", options->widths,
+                  "Shares that a layer may leave out, each with weights fitted for it, 10 MB or so "
+                  "of a model of 135M; a rung of a ratio between two has some layers of either")
+      ->type_name("RATIO")
+      ->delimiter(',')
+      ->check(CLI::Range(0.01, 0.95))
+      ->default_str(fmt::format("{}", fmt::join(options->widths, ",")));
   sub->add_option("--dense-layers", options->dense_layers, "First layers to leave whole")
       ->type_name("LAYERS")
       ->check(CLI::Range(0, 1023))
@@ -487,7 +503,10 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("PATH");
   AddLocalModelOptions(*sub, &options->model);
   sub->get_option("--model")->required();
-  sub->final_callback([=] { *action = [options] { return Run(*options); }; });
+  sub->final_callback([=] {
+    std::ranges::sort(options->widths);
+    *action = [options] { return Run(*options); };
+  });
 }
 
 }  // namespace espalier

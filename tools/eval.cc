@@ -366,7 +366,8 @@ void AddEval(CLI::App& root, Action* action) {
   const char* probing = "Probe Pruning: channels chosen anew in each step with prefill rows";
   sub->add_option("--probe", options->probe,
                   "Which rows look ahead; top-norm: the published rule; spread: evenly; "
-                  "all: the upper bound, with no history")
+                  "all: the upper bound, with no history; prompts: none do, and what the prompts "
+                  "last read held ranks for decode")
       ->type_name("NAME")
       ->check(
           CLI::IsMember(std::vector<std::string>(std::begin(kProbeNames), std::end(kProbeNames))))

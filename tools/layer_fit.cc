@@ -43,13 +43,13 @@ class LayerFit {
         executor_(executor),
         backend_(backend),
         progress_(progress),
-        rungs_(options.compensation == Compensation::kNone ? 1 : planned.size()) {
+        rungs_(options.compensation == Compensation::kNone ? 1 : planned.size()),
+        fitted_(Fitted()) {
     const size_t pages = (windows.front().size() + kPageTokens - 1) / kPageTokens;
     tables_.resize(config_.layers);
     for (std::vector<int32_t>& table : tables_) {
       for (size_t i = 0; i < pages; ++i) table.push_back(static_cast<int32_t>(i));
     }
-    dense_.resize(windows.size() * windows.front().size() * config_.hidden);
     streams_.resize(rungs_);
     std::set<int> left;  // the dense stream
     for (int layer = 0; layer < config_.layers; ++layer) {
@@ -64,6 +64,8 @@ class LayerFit {
 
   absl::StatusOr<PruningData> Run() {
     using Clock = std::chrono::steady_clock;
+    if (absl::Status status = CheckMemory(); !status.ok()) return status;
+    dense_.resize(Tokens() * config_.hidden);
     data_.layers.resize(config_.layers);
     Resume();
     Clock::time_point saved = Clock::now();
@@ -82,6 +84,19 @@ class LayerFit {
 
  private:
   static constexpr std::chrono::minutes kCheckpointEvery{1};
+
+  size_t Tokens() const { return windows_.size() * windows_.front().size(); }
+
+  // What is not there would be written to all the same, until the process is killed for it.
+  absl::Status CheckMemory() const {
+    const size_t streams = rungs_ == 1 ? 1 : 1 + fitted_.size();
+    const uint64_t bytes = sizeof(float) * Tokens() * config_.hidden * streams;
+    const uint64_t available = ReadMachineMemory().available;
+    if (bytes <= available) return absl::OkStatus();
+    return absl::ResourceExhaustedError(fmt::format(
+        "{} residual streams of {} tokens take {} MiB, {} are available: --tokens, --widths",
+        streams, Tokens(), bytes >> 20, available >> 20));
+  }
 
   // What a checkpoint is of: other windows, options or profiles are another calibration.
   std::string StampOf() const {
@@ -128,9 +143,9 @@ class LayerFit {
       if (counts.empty()) continue;
       const std::span<const int32_t> ranking = (*file)->Ranking(layer, SiteKind::kChannels);
       found.ranking.assign(ranking.begin(), ranking.end());
+      if (rungs_ == 1) continue;
       for (const auto& [kept, rung] : counts) {
         const Refit refit = (*file)->RefitOf(layer, kept);
-        if (rungs_ == 1) continue;
         found.refits[kept] = {.down = {refit.down.begin(), refit.down.end()},
                               .bias = {refit.bias.begin(), refit.bias.end()}};
         --total_;
@@ -147,26 +162,46 @@ class LayerFit {
     return planned_.rung(rung).prefill.kept(layer, SiteKind::kChannels);
   }
 
-  // Rungs that do not keep all of the layer.
+  // Of what keeps so much of a layer, the rung that does so in most layers, and the mildest of
+  // those: its stream is what `down` is fitted to. Rungs that mix counts share it.
+  std::map<int, int> Counts(int layer) const {
+    std::map<int, int> counts;
+    for (int rung = 1; rung < planned_.size(); ++rung) {
+      const int kept = Kept(layer, rung);
+      if (kept == 0 || kept == config_.channels) continue;
+      const auto [found, added] = counts.try_emplace(kept, rung);
+      if (!added && Layers(kept, rung) > Layers(kept, found->second)) found->second = rung;
+    }
+    return counts;
+  }
+
+  // How many layers of a rung keep so many channels.
+  int Layers(int kept, int rung) const {
+    int layers = 0;
+    for (int layer = 0; layer < config_.layers; ++layer) layers += Kept(layer, rung) == kept;
+    return layers;
+  }
+
+  // Rungs that `down` is fitted to, at any layer.
+  std::set<int> Fitted() const {
+    std::set<int> rungs;
+    if (rungs_ == 1) return rungs;
+    for (int layer = 0; layer < config_.layers; ++layer) {
+      for (const auto& [kept, rung] : Counts(layer)) rungs.insert(rung);
+    }
+    return rungs;
+  }
+
+  // Of those, the ones that do not keep all of the layer.
   std::vector<int> Narrowed(int layer) const {
     std::vector<int> rungs;
-    for (int rung = 1; rung < planned_.size(); ++rung) {
+    for (const int rung : fitted_) {
       if (Kept(layer, rung) < config_.channels ||
           planned_.rung(rung).prefill.kept(layer, SiteKind::kHeads) < config_.heads) {
         rungs.push_back(rung);
       }
     }
     return rungs;
-  }
-
-  // What `down` is fitted for: counts, each with a rung that keeps so many.
-  std::map<int, int> Counts(int layer) const {
-    std::map<int, int> counts;
-    for (const int rung : Narrowed(layer)) {
-      const int kept = Kept(layer, rung);
-      if (kept > 0 && kept < config_.channels) counts.try_emplace(kept, rung);
-    }
-    return counts;
   }
 
   // The planned ladder with all other layers whole, so that only this one has panels, by what is
@@ -235,7 +270,7 @@ class LayerFit {
     const std::vector<int> narrowed = Narrowed(layer);
     // Rungs leave the dense model's stream at the first layer that they narrow.
     for (const int rung : narrowed) {
-      if (rung < rungs_ && streams_[rung].empty()) streams_[rung] = dense_;
+      if (streams_[rung].empty()) streams_[rung] = dense_;
     }
     absl::Status status;
     if (Counts(layer).empty() || layer < found_) {
@@ -249,7 +284,8 @@ class LayerFit {
       status = RankDense(layer, *down, found);
       if (status.ok() && rungs_ > 1) status = FitRungs(layer, *down, found);
     }
-    for (int rung = 1; rung < rungs_ && layer + 1 < config_.layers && status.ok(); ++rung) {
+    for (const int rung : fitted_) {
+      if (layer + 1 == config_.layers || !status.ok()) break;
       if (!streams_[rung].empty()) status = Advance(layer, rung, &streams_[rung], {});
     }
     return status;
@@ -364,6 +400,7 @@ class LayerFit {
   Backend* backend_;
   const std::function<bool(int64_t, int64_t)>& progress_;
   int rungs_;
+  const std::set<int> fitted_;
   PruningData data_;
   std::vector<std::vector<int32_t>> tables_;  // [layers], of one window
   Stream dense_;
@@ -381,17 +418,6 @@ absl::StatusOr<PruningData> FitLayers(const LayerFitOptions& options, const Ladd
                                       std::span<const std::vector<int32_t>> windows,
                                       ModelExecutor* executor, Backend* backend,
                                       const std::function<bool(int64_t, int64_t)>& progress) {
-  // What is not there would be written to all the same, until the process is killed for it.
-  const uint64_t bytes = sizeof(float) * windows.size() * windows.front().size() *
-                         file.config().hidden *
-                         (options.compensation == Compensation::kNone ? 1 : planned.size());
-  const uint64_t available = ReadMachineMemory().available;
-  if (bytes > available) {
-    return absl::ResourceExhaustedError(fmt::format(
-        "residual streams of {} tokens on {} rungs take {} MiB, {} are available: --tokens, "
-        "--rungs",
-        windows.size() * windows.front().size(), planned.size(), bytes >> 20, available >> 20));
-  }
   return LayerFit(options, planned, file, windows, executor, backend, progress).Run();
 }
 

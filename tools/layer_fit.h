@@ -1,6 +1,6 @@
 // Calibration's one way through the model, layer by layer: each layer's channels are ranked by what
-// they hold in the dense model, and each rung's `down` is fitted to what is missing, after it, from
-// the dense model's residual stream.
+// they hold in the dense model, and `down`, for each count of them that rungs keep, is fitted to
+// what is missing, after the layer, from the dense model's residual stream.
 //
 // What a rung misses at a layer is more than its own channels that left would have added: its rows
 // come from pruned and rounded layers before. A fit that sees them makes up for those too, which

@@ -347,15 +347,17 @@ void Decoder::Forward(const StepPlan& plan, KvPool* pool, Activations* activatio
 }
 
 Look Decoder::NextLook(const StepPlan& plan) {
-  int prefill = 0, decode = 0;
+  int prefill = 0, decode = 0, prompts = 0;
   for (const PlanStep& step : plan.steps) {
+    bool narrows = false, teaches = false;
     for (int layer = 0; layer < config_.layers; ++layer) {
-      if (!Narrows(layer, step)) continue;
-      (step.decode ? decode : prefill) += step.rows;
-      break;
+      narrows |= Narrows(layer, step);
+      teaches |= Teaches(layer, step);
     }
+    if (narrows) (step.decode ? decode : prefill) += step.rows;
+    if (teaches && !step.decode) prompts += step.rows;
   }
-  return prefill + decode == 0 ? Look::kNone : probe_->Next(prefill, decode);
+  return prefill + decode + prompts == 0 ? Look::kNone : probe_->Next(prefill, decode, prompts);
 }
 
 int Decoder::FindHeadRuns(int layer, const StepPlan& plan) {
@@ -487,6 +489,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
   for (size_t begin = 0, end; begin < plan.steps.size(); begin = end) {
     const By by = multiplied_by(plan.steps[begin]);
     int rows = 0, most = 0;
+    bool told = false;
     mlp_steps_.clear();
     for (end = begin; end < plan.steps.size() && multiplied_by(plan.steps[end]) == by; ++end) {
       const int kept = kept_by(plan.steps[end]);
@@ -502,6 +505,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
       }
       mlp_steps_.back().rows += plan.steps[end].rows;
       rows += plan.steps[end].rows;
+      told |= Teaches(layer, plan.steps[end]);
       most = std::max(most, kept);
     }
     const auto part = [&](const AlignedFloats& buffer, int width, int cols) {
@@ -519,8 +523,6 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
           {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
     }
     PhaseTimer timer(&phases->mlp);
-    const bool told =
-        probe_ != nullptr && probe_->learns() && (by == By::kPanels || look_ == Look::kWhole);
     backend_->GatedMlp({.x = normed,
                         .gate = by == By::kWeights ? weights.gate : panels.gate,
                         .up = by == By::kWeights ? weights.up : panels.up,
@@ -529,17 +531,22 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
                         .up_room = up,
                         .out = residual,
                         .keep_hidden = channel_observer_ || told});
-    if (!channel_observer_ && !told) continue;
-    // Rows hold nothing beyond what they keep; each step for itself.
+    if (channel_observer_) {
+      for (int row = 0; const MlpStep& step : mlp_steps_) {
+        channel_observer_(layer, ConstMatrix(up.row(row), step.rows, step.channels, up.stride));
+        row += step.rows;
+      }
+    }
+    if (!told) continue;
     const std::vector<ProbeRow> rows_of = RowsOf(plan, first_row - rows, rows);
     const std::span<const int32_t> channels =
         by == By::kPanels ? panels.channels : std::span<const int32_t>(all_channels_);
-    for (int row = 0; const MlpStep& step : mlp_steps_) {
-      const ConstMatrix hidden(up.row(row), step.rows, step.channels, up.stride);
-      if (channel_observer_) channel_observer_(layer, hidden);
-      if (told) {
-        probe_->Update(layer, hidden, std::span(rows_of).subspan(row, step.rows),
-                       channels.first(step.channels));
+    int row = 0;
+    for (const PlanStep& step : std::span(plan.steps).subspan(begin, end - begin)) {
+      if (Teaches(layer, step)) {
+        const int kept = kept_by(step);
+        probe_->Update(layer, ConstMatrix(up.row(row), step.rows, kept, up.stride),
+                       std::span(rows_of).subspan(row, step.rows), channels.first(kept));
       }
       row += step.rows;
     }

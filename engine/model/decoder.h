@@ -156,6 +156,13 @@ class Decoder {
     const int kept = step.kept(layer, SiteKind::kChannels);
     return kept > 0 && kept < config_.channels;
   }
+  // Whether the probe is told what the step's rows held.
+  bool Teaches(int layer, const PlanStep& step) const {
+    if (probe_ == nullptr) return false;
+    if (!probe_->by_prompts()) return probe_->learns() && Narrows(layer, step);
+    const int later = step.rung->decode.kept(layer, SiteKind::kChannels);
+    return !step.decode && later > 0 && later < config_.channels;
+  }
   Look NextLook(const StepPlan& plan);
   // Ranks the layer's channels as look_ says, by the step's narrowed prefill or decode rows, and
   // makes panels for it; the old ones stay if there are no such rows, or no memory.

@@ -103,8 +103,21 @@ std::vector<float> FusedEnergy(const ProbeOptions& options, const History& histo
   return fused;
 }
 
-Look Probe::Next(int prefill_rows, int decode_rows) {
+Look Probe::Next(int prefill_rows, int decode_rows, int prompt_rows) {
   ++counts_.age;
+  if (by_prompts()) {
+    if (prompt_rows > 0) {
+      if (prompts_ranked_) std::ranges::fill(prompts_, std::vector<float>());
+      prompts_ranked_ = false;
+      return Look::kNone;
+    }
+    if (prompts_ranked_ || decode_rows == 0 ||
+        std::ranges::all_of(prompts_, &std::vector<float>::empty)) {
+      return Look::kNone;
+    }
+    prompts_ranked_ = true;
+    return Look::kBack;
+  }
   if (prefill_rows > 0 && prefill_rows >= options_.least_rows) return Look::kAhead;
   if (prefill_rows > 0 || decode_rows == 0) return Look::kNone;
   ++decode_steps_;
@@ -128,6 +141,10 @@ std::vector<int32_t> Probe::RankByHistory(int layer, std::span<const ProbeRow> r
   ++counts_.rankings;
   counts_.age = 0;
   std::vector<float> energy(history_.channels());
+  if (by_prompts()) {
+    if (!prompts_[layer].empty()) energy = prompts_[layer];
+    rows = {};
+  }
   for (const ProbeRow& row : rows) {
     const std::span<const float> past = history_.Energy(layer, history_.BucketOf(row.position));
     for (size_t c = 0; c < energy.size(); ++c) energy[c] += past[c];
@@ -137,6 +154,16 @@ std::vector<int32_t> Probe::RankByHistory(int layer, std::span<const ProbeRow> r
 
 void Probe::Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
                    std::span<const int32_t> channels) {
+  if (by_prompts()) {
+    std::vector<float>& sums = prompts_[layer];
+    sums.resize(history_.channels());
+    for (int r = 0; r < hidden.rows; ++r) {
+      if (rows[r].position == 0) continue;
+      const float* const h = hidden.row(r);
+      for (size_t i = 0; i < channels.size(); ++i) sums[channels[i]] += h[i] * h[i];
+    }
+    return;
+  }
   if (!learns()) return;
   const int most = options_.learn_rows;
   const int every = most == 0 ? 1 : std::max(1, (hidden.rows + most - 1) / most);

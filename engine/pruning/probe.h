@@ -18,6 +18,7 @@ struct ProbeOptions {
     kTopNorm,  // published: positions of the largest residual norms, then sequences of them
     kSpread,   // as many as the budget allows, evenly spread over all rows
     kAll,      // every row, whatever the budget: full-batch probing, the published upper bound
+    kPrompts,  // none: all rows of the prompts last read, as they were read, rank for decode
   };
   Rows rows = Rows::kTopNorm;
   double token_share = 0.5;      // of positions; at least 2
@@ -35,13 +36,13 @@ struct ProbeOptions {
 };
 
 // As flags name them: off, then `Rows` in their order.
-inline constexpr std::string_view kProbeNames[] = {"off", "top-norm", "spread", "all"};
+inline constexpr std::string_view kProbeNames[] = {"off", "top-norm", "spread", "all", "prompts"};
 
 // What a step with narrowed rows does beyond their own work.
 enum class Look : uint8_t {
   kNone,   // meets the rankings that are there
   kAhead,  // ranks anew by a probe of its prefill rows, fused with history
-  kBack,   // ranks anew by history alone
+  kBack,   // ranks anew by history alone, or by prompts
   kWhole,  // keeps all channels for once, so that history sees those that had left
 };
 
@@ -70,24 +71,30 @@ class Probe {
  public:
   // `norms`: DownNorms by kPpsp of each layer, [layers][channels].
   Probe(const ProbeOptions& options, History history, std::vector<std::vector<float>> norms)
-      : options_(options), history_(std::move(history)), norms_(std::move(norms)) {}
+      : options_(options),
+        history_(std::move(history)),
+        norms_(std::move(norms)),
+        prompts_(norms_.size()) {}
 
   const ProbeOptions& options() const { return options_; }
   const History& history() const { return history_; }
   const ProbeCounts& counts() const { return counts_; }
 
-  // What the next step does, by its narrowed rows. Call once a step that has any.
-  Look Next(int prefill_rows, int decode_rows);
+  // What the next step does, by its rows: those narrowed, and those whose sequences are narrowed
+  // once they decode. Call once a step that has any.
+  Look Next(int prefill_rows, int decode_rows, int prompt_rows = 0);
 
   // The layer's channels by FusedEnergy of the rows probed times their norms, as RankInBands.
   std::vector<int32_t> Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
                             std::span<const int> counts);
-  // By what history holds at the rows' positions.
+  // By what history holds at the rows' positions, or, where prompts rank, by what those held.
   std::vector<int32_t> RankByHistory(int layer, std::span<const ProbeRow> rows,
                                      std::span<const int> counts);
 
-  bool learns() const { return options_.keep < 1; }
-  // After the step itself, if it learns: hidden [rows, channels.size()] of the channels it kept.
+  // Whether it is told what narrowed rows held, or prompts of such sequences.
+  bool learns() const { return options_.keep < 1 && !by_prompts(); }
+  bool by_prompts() const { return options_.rows == ProbeOptions::Rows::kPrompts; }
+  // After the step itself: hidden [rows, channels.size()] of the channels it kept.
   void Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
               std::span<const int32_t> channels);
 
@@ -97,6 +104,8 @@ class Probe {
   std::vector<std::vector<float>> norms_;
   ProbeCounts counts_;
   int64_t decode_steps_ = 0;
+  std::vector<std::vector<float>> prompts_;  // [layers][channels] sums of h^2, without position 0
+  bool prompts_ranked_ = false;              // so that the next ones replace them
 };
 
 // F [channels]: the sum over probed positions (or buckets, times their positions) of P fused with

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ RATIOS = (20, 40)  # percent of all MLP channels; layers 0 to 2 stay whole
 STATIC = {"static": ("ppsp", "none"), "wanda-sp": ("wanda-sp", "none"), "flap": ("flap", "mean"),
           "flap-no-bias": ("flap", "none")}
 WINDOW, WINDOWS, WINDOW_BATCH = 1024, 60, 20
+PROMPT = 256
 
 
 class Bench:
@@ -46,6 +48,13 @@ class Bench:
         if self.options.fresh or not path.exists():
             ratios = ",".join(str(ratio / 100) for ratio in RATIOS)
             self.run("calibrate", "--rungs", ratios, "--out", path, *arguments)
+        return path
+
+    def prompts_whole(self, ladder):
+        """The same, but that its rungs narrow decode alone."""
+        path = ladder.with_name(f"{ladder.stem}-prompts-whole.ladder")
+        path.write_text(ladder.read_text().replace(" channels=", " decode.channels="))
+        shutil.copyfile(f"{ladder}.gguf", f"{path}.gguf")
         return path
 
     def eval(self, ladder, rungs, *arguments):
@@ -92,17 +101,23 @@ def mixed(bench, kinds):
     """(b): {calibration, batch: {ratio: (loss, error, told)}}."""
     calibrate = [bench.folder / f"texts/calibrate/{kind}.txt" for kind in kinds]
     test = [bench.folder / f"texts/test/{kind}.txt" for kind in kinds]
-    ladders = {
-        "mixed": bench.ladder("mixed", "--text", *calibrate, "--tokens", 160000),
-        "self": bench.ladder("self", "--text", "self", "--tokens", 200000),
+    ours = bench.ladder("mixed", "--text", *calibrate, "--tokens", 160000)
+    whole = bench.prompts_whole(ours)
+    rows = {
+        "mixed": (ours, (8, 1)),
+        "self": (bench.ladder("self", "--text", "self", "--tokens", 200000), (8,)),
+        "mixed, prompts whole": (whole, (8,)),
+        # All of a batch's prompts in one step; of one, its own prompt ranks for each request.
+        "by prompts, whole": (whole, (8, 1), "--probe", "prompts", "--step-rows", 8 * PROMPT),
     }
     if "wiki" in kinds:
-        ladders["static wiki"] = bench.folder / "static.ladder"
+        rows["static wiki"] = (bench.folder / "static.ladder", (8,))
     table = {}
-    for name, ladder in ladders.items():
-        for batch in (8, 1) if name == "mixed" else (8,):
-            measured = bench.eval(ladder, (0, 1, 2), "--text", *test, "--prompt", 256, "--decode",
-                                  128, "--count", 4 * len(kinds), "--batch", batch)
+    for name, (ladder, batches, *arguments) in rows.items():
+        for batch in batches:
+            measured = bench.eval(ladder, (0, 1, 2), "--text", *test, "--prompt", PROMPT,
+                                  "--decode", 128, "--count", 4 * len(kinds), "--batch", batch,
+                                  *arguments)
             table[name, batch] = {
                 ratio: (*above(measured[rung][0], measured[0][0]), measured[rung][1]["told"])
                 for rung, ratio in enumerate(RATIOS, 1)
@@ -139,19 +154,20 @@ def main():
                                                   / table["probe-pruning"][ratio][0])
         figures["ratio_self_40"] = table["ours-self"][40][0] / table["probe-pruning"][40][0]
     table = mixed(bench, kinds)
-    lines += ["", f"Mixed traffic, {len(kinds)} kinds, prompt 256, 128 decode rows; nats/token above dense",
-              f"{'calibration':16}{'batch':>6}" + "".join(f"{f'{ratio} % of channels':>22}{'told':>8}"
+    lines += ["", f"Mixed traffic, {len(kinds)} kinds, prompt {PROMPT}, 128 decode rows; nats/token above dense",
+              f"{'calibration':21}{'batch':>6}" + "".join(f"{f'{ratio} % of channels':>22}{'told':>8}"
                                                           for ratio in RATIOS)]
     for (name, batch), losses in table.items():
-        lines.append(f"{name:16}{batch:6}" + "".join(f"{loss:13.3f} +- {error:.3f}{told:8.3f}"
+        lines.append(f"{name:21}{batch:6}" + "".join(f"{loss:13.3f} +- {error:.3f}{told:8.3f}"
                                                      for loss, error, told in losses.values()))
+        for ratio, (loss, *_) in losses.items():
+            row = "_".join(name.replace(",", "").split())
+            figures[f"loss_mixed_traffic_{row}_b{batch}_{ratio}"] = loss
     figures["mixed_b8_40"], _, told = table["mixed", 8][40]
     figures["told_over_measured"] = told / figures["mixed_b8_40"]
     figures["mixed_b8_20"] = table["mixed", 8][20][0]
     figures["mixed_b1_40"] = table["mixed", 1][40][0]
     figures["mixed_b8_40_self"] = table["self", 8][40][0]
-    if ("static wiki", 8) in table:
-        figures["mixed_b8_40_static_wiki"] = table["static wiki", 8][40][0]
     print("\n".join(lines), flush=True)
 
     out = pathlib.Path("build/figures")

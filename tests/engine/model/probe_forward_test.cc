@@ -154,6 +154,30 @@ TEST_P(ProbeForwardTest, RanksDecodeStepsByHistory) {
   EXPECT_EQ(natural.dense, refreshed.dense);
 }
 
+TEST_P(ProbeForwardTest, RanksDecodeStepsByPromptsReadWhole) {
+  Ladder whole = Ladder::DenseOnly(widths_);
+  whole.Append({.prefill = whole.rung(0).prefill, .decode = Narrow(widths_).rung(1).decode});
+  model_.SetLadder(whole);
+  const Run natural = Serve();
+  Probe probe = ThirdsLeave({.rows = ProbeOptions::Rows::kPrompts});
+  model_.decoder().set_probe(&probe);
+  const Run got = Serve();
+  model_.decoder().set_probe(nullptr);
+  EXPECT_EQ(probe.counts().rankings, widths_.layers) << "once, of three steps";
+  EXPECT_EQ(got.dense, natural.dense);
+  const size_t prompt = 20 * 320;
+  EXPECT_TRUE(std::equal(got.narrow.begin(), got.narrow.begin() + prompt, natural.narrow.begin()));
+  RankThirdsLast();
+  model_.SetLadder(whole);
+  const Run ranked = Serve();
+  double off = 0, of_natural = 0;
+  for (size_t i = prompt; i < ranked.narrow.size(); ++i) {
+    off += std::abs(got.narrow[i] - ranked.narrow[i]);
+    of_natural += std::abs(natural.narrow[i] - ranked.narrow[i]);
+  }
+  EXPECT_LT(off, (GetParam() == WeightPlan::kF32 ? 1e-5 : 0.2) * of_natural);
+}
+
 TEST_P(ProbeForwardTest, KeepsAllChannelsInWholeSteps) {
   Ladder half = Ladder::DenseOnly(widths_);  // decodes whole by itself
   half.Append({.prefill = Narrow(widths_).rung(1).prefill, .decode = half.rung(0).decode});

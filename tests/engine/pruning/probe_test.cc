@@ -97,6 +97,29 @@ TEST(Probe, RanksByHistoryWhereItsRowsAre) {
   EXPECT_EQ(probe.counts().age, 0);
 }
 
+TEST(Probe, RanksByThePromptsLastRead) {
+  Probe probe({.rows = Rows::kPrompts}, History(1, 3), {{1, 1, 2}});
+  const float held[] = {9, 9, 9, 3, 1, 1, 1, 3, 1};
+  const ProbeRow rows[] = {{0, 0}, {0, 1}, {0, 2}};
+  const int32_t channels[] = {0, 1, 2};
+  const auto read = [&](std::initializer_list<int> of) {
+    EXPECT_EQ(probe.Next(0, 1, static_cast<int>(of.size())), Look::kNone);
+    for (const int r : of) {
+      probe.Update(0, ConstMatrix(held + 3 * r, 1, 3), {rows + r, 1}, channels);
+    }
+  };
+  const auto ranking = [&] { return probe.RankByHistory(0, {rows, 1}, kCounts); };
+  EXPECT_EQ(probe.Next(0, 1, 0), Look::kNone) << "no prompt was read";
+  read({0, 1});
+  read({1});  // another step, the same prompts
+  EXPECT_EQ(probe.Next(0, 1, 0), Look::kBack);
+  EXPECT_THAT(ranking(), ElementsAre(0, 2, 1)) << "18, 2 and 2 * 2, without position 0";
+  EXPECT_EQ(probe.Next(0, 1, 0), Look::kNone) << "once";
+  read({2});
+  EXPECT_EQ(probe.Next(0, 1, 0), Look::kBack);
+  EXPECT_THAT(ranking(), ElementsAre(1, 2, 0)) << "those before count no more";
+}
+
 TEST(FusedEnergy, WeighsTheLargerOfProbeAndHistoryMore) {
   History history(1, 2, 4);
   const float past[] = {2, 0};  // energies 4 and 0
