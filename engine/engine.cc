@@ -5,7 +5,7 @@
 namespace espalier {
 
 Engine::Engine(const SchedulerOptions& options, const KvGeometry& geometry, const Ladder& ladder,
-               Executor* executor, const Policy* policy)
+               Executor* executor, Policy* policy)
     : scheduler_(options, geometry, ladder, policy), executor_(executor) {}
 
 absl::Status Engine::Submit(Request request) { return scheduler_.Submit(std::move(request)); }

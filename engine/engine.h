@@ -28,7 +28,7 @@ class Engine {
  public:
   // `executor` and `policy` must outlive the engine.
   Engine(const SchedulerOptions& options, const KvGeometry& geometry, const Ladder& ladder,
-         Executor* executor, const Policy* policy);
+         Executor* executor, Policy* policy);
 
   absl::Status Submit(Request request);  // as Scheduler::Submit
   bool Cancel(RequestId id);             // as Scheduler::Cancel

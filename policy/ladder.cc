@@ -22,8 +22,8 @@ Ladder Ladder::DenseOnly(const SiteWidths& widths, const PriceTag& price) {
 }
 
 bool Ladder::Append(Rung rung) {
-  if (!rungs_.empty() && (!rung.prefill.NestedIn(rungs_.back().prefill) ||
-                          !rung.decode.NestedIn(rungs_.back().decode))) {
+  if (size() == kMostRungs || !rung.prefill.NestedIn(rungs_.back().prefill) ||
+      !rung.decode.NestedIn(rungs_.back().decode)) {
     return false;
   }
   rungs_.push_back(std::move(rung));

@@ -33,6 +33,8 @@ struct Rung {
   }
 };
 
+inline constexpr int kMostRungs = 64;
+
 class Ladder {
  public:
   // A ladder of one rung: the dense model. Its price loses nothing.
@@ -41,7 +43,8 @@ class Ladder {
   int size() const { return static_cast<int>(rungs_.size()); }
   const Rung& rung(int index) const { return rungs_[index]; }
 
-  // Appends a rung. False, and the ladder unchanged, if it is not nested in the last one.
+  // Appends a rung. False, and the ladder unchanged, if it is not nested in the last one, or one
+  // too many.
   bool Append(Rung rung);
 
  private:

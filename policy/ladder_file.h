@@ -23,7 +23,6 @@ namespace espalier {
 // More than any model of today has, and little enough that a file cannot ask for much memory.
 inline constexpr int kMostLadderLayers = 1024;
 inline constexpr int kMostLadderWidth = 1 << 20;  // heads or channels of a layer
-inline constexpr int kMostRungs = 64;
 
 // False, with the line and what is wrong with it in *error, if the text is no ladder. *ladder is
 // then as it was.

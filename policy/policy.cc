@@ -1,6 +1,7 @@
 #include "policy/policy.h"
 
 #include <algorithm>
+#include <bit>
 
 namespace espalier {
 
@@ -12,16 +13,17 @@ bool Allows(const PruneBounds& bounds, const Rung& rung) {
          rung.price.quality_loss_nats <= std::max(0.0, bounds.max_quality_loss);
 }
 
-int HardestAllowed(const PruneBounds& bounds, const Ladder& ladder, int rung) {
-  // Rung 0 is dense and loses nothing, so the walk down always ends at an allowed rung.
-  rung = std::clamp(rung, 0, ladder.size() - 1);
-  while (rung > 0 && !Allows(bounds, ladder.rung(rung))) --rung;
-  return rung;
+RungSet AllowedRungs(const PruneBounds& bounds, const Ladder& ladder) {
+  RungSet allowed = 0;
+  for (int rung = 0; rung < ladder.size(); ++rung) {
+    allowed |= RungSet{Allows(bounds, ladder.rung(rung))} << rung;
+  }
+  return allowed;
 }
 
-int FixedPolicy::ChooseRung(const PressureReport&, const PruneBounds& bounds,
-                            const Ladder& ladder) const {
-  return HardestAllowed(bounds, ladder, rung_);
+int HardestIn(RungSet set, int rung) {
+  rung = std::clamp(rung, 0, kMostRungs - 1);
+  return std::bit_width(set & (~RungSet{0} >> (kMostRungs - 1 - rung))) - 1;
 }
 
 }  // namespace espalier

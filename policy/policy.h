@@ -4,6 +4,7 @@
 // can be replayed from its inputs.
 #pragma once
 
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <string_view>
@@ -15,10 +16,12 @@ namespace espalier {
 // What the scheduler and the monitor see at one instant. Fractions are of their limit, so 1 is
 // "at the limit" and more is "beyond"; times are seconds.
 struct PressureReport {
-  double kv_used = 0;        // KV pages held by running sequences / all pages
-  double kv_promised = 0;    // KV pages the waiting will need / all pages
+  double time_s = 0;         // of this report, since an epoch of the driver's; never falls
+  double kv_used = 0;        // KV pages held by running sequences / pages there may be
+  double kv_promised = 0;    // KV pages the waiting will need / pages there may be
   double queue_length = 0;   // waiting requests / queue bound
   double oldest_wait_s = 0;  // age of the oldest waiting request
+  double step_s = 0;         // of a step, mean of the last ones: a token's time for who decodes
   int running = 0;           // sequences that hold pages
   int waiting = 0;           // sequences that hold none
 };
@@ -34,29 +37,67 @@ struct PruneBounds {
 // True if serving at `rung` keeps what the caller stated.
 bool Allows(const PruneBounds& bounds, const Rung& rung);
 
-// `rung`, or the hardest milder one that the bounds allow. What is beyond the ladder is its last.
-int HardestAllowed(const PruneBounds& bounds, const Ladder& ladder, int rung);
+// Rungs of a ladder, one bit each.
+using RungSet = uint64_t;
+static_assert(kMostRungs <= 64);
+
+// Those that the bounds allow, without regard to `bounds.rung`; rung 0 is always one of them.
+RungSet AllowedRungs(const PruneBounds& bounds, const Ladder& ladder);
+
+// `rung`, or the hardest milder one in the set, which has rung 0.
+int HardestIn(RungSet set, int rung);
+
+// What of a request decides.
+struct RequestTraits {
+  RungSet allowed = 1;
+  int priority = 0;  // higher is served first, and pruned last
+};
 
 class Policy {
  public:
   virtual ~Policy() = default;
 
-  // The rung a newcomer is served at: an index into `ladder`, allowed by `bounds`.
-  virtual int ChooseRung(const PressureReport& report, const PruneBounds& bounds,
-                         const Ladder& ladder) const = 0;
+  // Before each step: what choices go by until the next.
+  virtual void Observe(const PressureReport& /*report*/, const Ladder& /*ladder*/) {}
+
+  // The rung to serve at from now on, one of those allowed. Asked for newcomers and, in each step,
+  // for who runs.
+  virtual int ChooseRung(const RequestTraits& traits) const = 0;
   virtual std::string_view name() const = 0;
+  // Why choices are as they are, in a word; empty: they are always the same. Lasts as long as the
+  // program.
+  virtual std::string_view reason() const { return ""; }
+  // The rung that it would serve a request without bounds at.
+  virtual int wanted() const { return ChooseRung({.allowed = ~RungSet{0}}); }
 };
 
 // Always the same rung, or the hardest milder one that the request's bounds allow.
 class FixedPolicy final : public Policy {
  public:
   explicit FixedPolicy(int rung) : rung_(rung) {}
-  int ChooseRung(const PressureReport& report, const PruneBounds& bounds,
-                 const Ladder& ladder) const override;
+  int ChooseRung(const RequestTraits& traits) const override {
+    return HardestIn(traits.allowed, rung_);
+  }
   std::string_view name() const override { return "fixed"; }
 
  private:
   int rung_;
+};
+
+// Lets another policy look and serves the full model: what it would have done is seen, not felt.
+class ShadowPolicy final : public Policy {
+ public:
+  explicit ShadowPolicy(Policy* policy) : policy_(policy) {}
+  void Observe(const PressureReport& report, const Ladder& ladder) override {
+    policy_->Observe(report, ladder);
+  }
+  int ChooseRung(const RequestTraits& /*traits*/) const override { return 0; }
+  std::string_view name() const override { return "shadow"; }
+  std::string_view reason() const override { return policy_->reason(); }
+  int wanted() const override { return policy_->wanted(); }
+
+ private:
+  Policy* policy_;
 };
 
 }  // namespace espalier

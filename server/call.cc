@@ -85,7 +85,8 @@ std::optional<RpcError> Call::Submit(Request request, size_t stream_capacity,
   request.deadline = SteadyDeadline(context_->deadline(), SteadyNow());
   summary.prompt_tokens = static_cast<int>(request.prompt.size());
   summary.max_tokens = request.stop.max_tokens;
-  summary.rung_by = request.bounds.rung.has_value() ? "request" : std::string_view(model().policy);
+  summary.rung_by = request.bounds.rung.has_value() ? "request" : model().policy;
+  by_policy_ = !request.bounds.rung.has_value();
   stream_ = std::make_shared<TokenStream>(summary.id, stream_capacity, std::move(reader));
   const bool taken = (*std::move(place_)).Submit({std::move(request), stream_});
   if (!taken) return Closed();
@@ -144,9 +145,21 @@ void Call::Note(const StreamProgress& progress) {
   summary.preemptions = progress.preemptions;
   summary.rung = progress.rung;
   summary.stages = progress.stages;
-  const Rung& rung = model().ladder.rung(progress.rung);
-  summary.mean_prune_ratio = rung.decode.prune_ratio();
-  summary.estimated_loss = rung.price.quality_loss_nats;
+  summary.rung_tokens = progress.rung_tokens;
+  if (by_policy_ && !progress.reason.empty()) {
+    summary.rung_by = fmt::format("{}: {}", model().policy, progress.reason);
+  }
+  const Ladder& ladder = model().ladder;
+  double tokens = 0, ratio = 0, loss = 0;
+  for (int rung = 0; rung < ladder.size(); ++rung) {
+    tokens += progress.rung_tokens[rung];
+    if (progress.rung_tokens[rung] == 0) continue;
+    ratio += progress.rung_tokens[rung] * ladder.rung(rung).decode.prune_ratio();
+    loss += progress.rung_tokens[rung] * ladder.rung(rung).price.quality_loss_nats;
+  }
+  const Rung& last = ladder.rung(progress.rung);  // of what is only scored
+  summary.mean_prune_ratio = tokens > 0 ? ratio / tokens : last.decode.prune_ratio();
+  summary.estimated_loss = tokens > 0 ? loss / tokens : last.price.quality_loss_nats;
 }
 
 grpc::Status Call::End(const RpcError& error) {
@@ -182,9 +195,19 @@ v1::Times Call::WireTimes() const {
 
 v1::Served Call::WireServed(int tokens) const {
   v1::Served served;
-  v1::RungUse* use = served.add_rungs();
-  use->set_rung(summary.rung);
-  use->set_tokens(tokens);
+  const auto add = [&](int rung, int count) {
+    v1::RungUse* use = served.add_rungs();
+    use->set_rung(rung);
+    use->set_tokens(count);
+  };
+  // Tokens behind a stop string were drawn, but are not told of.
+  int left = tokens;
+  for (int rung = 0; rung < kMostRungs; ++rung) {
+    const int count = std::min<int>(left, summary.rung_tokens[rung]);
+    left -= count;
+    if (count > 0) add(rung, count);
+  }
+  if (tokens == 0) add(summary.rung, 0);
   served.set_mean_prune_ratio(static_cast<float>(summary.mean_prune_ratio));
   served.set_estimated_loss(static_cast<float>(summary.estimated_loss));
   served.set_reason(std::string(summary.rung_by));

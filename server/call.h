@@ -122,6 +122,7 @@ class Call {
   std::optional<Reservation> place_;
   std::shared_ptr<TokenStream> stream_;
   std::atomic<bool> cancelled_{false};
+  bool by_policy_ = false;  // the rung, not by the request
 };
 
 }  // namespace espalier

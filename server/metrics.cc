@@ -158,7 +158,7 @@ struct Metrics::Instruments : prometheus::Collectable {
   }
   Counter& TokensByRung(int rung) {
     return AddCounter(r, "espalier_tokens_by_rung_total",
-                      "Output tokens of finished requests by the last rung they were served at.",
+                      "Output tokens of finished requests by the rung they were drawn at.",
                       {{"rung", fmt::format("{}", rung)}});
   }
 
@@ -206,6 +206,11 @@ struct Metrics::Instruments : prometheus::Collectable {
       AddCounter(r, "espalier_probe_rows_total", "Rows that layers were probed with.");
   Counter& rankings = AddCounter(r, "espalier_rankings_total",
                                  "Rankings of a layer's channels renewed while serving.");
+  Gauge& wanted_rung = AddGauge(
+      r, "espalier_policy_rung",
+      "The rung that the policy would now serve a request without bounds at; 0: the full model.");
+  Counter& rung_moves =
+      AddCounter(r, "espalier_rung_moves_total", "Moves of running requests to another rung.");
   Gauge& ranking_age = AddGauge(r, "espalier_ranking_age_steps",
                                 "Steps that pruned since a ranking was last renewed.");
   Gauge& queue = AddGauge(r, "espalier_queue_requests", "Requests admitted, but not running.");
@@ -303,6 +308,8 @@ void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, const S
   Advance(&m.prefix_hits, load.stats.prefix_hits);
   Advance(&m.prefix_evicted, load.stats.prefix_evicted_pages);
   m.prefix_pages.Set(load.stats.pages_cached);
+  m.wanted_rung.Set(load.stats.wanted_rung);
+  Advance(&m.rung_moves, load.stats.rung_moves);
   Advance(&m.full_rows, load.stats.stages.full);
   Advance(&m.probed_rows, load.stats.stages.probed);
   Advance(&m.history_rows, load.stats.stages.history);
@@ -351,7 +358,9 @@ void Metrics::OnFinished(const RequestSummary& summary) {
   m.output_tokens.Observe(summary.output_tokens);
   m.prune_ratio.Observe(summary.mean_prune_ratio);
   m.estimated_loss.Observe(summary.estimated_loss);
-  m.TokensByRung(summary.rung).Increment(summary.output_tokens);
+  for (int rung = 0; rung < kMostRungs; ++rung) {
+    if (summary.rung_tokens[rung] > 0) m.TokensByRung(rung).Increment(summary.rung_tokens[rung]);
+  }
   if (summary.output_tokens > 1) m.per_token.Observe(summary.per_token_s());
 }
 

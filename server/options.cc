@@ -171,17 +171,24 @@ std::vector<std::pair<std::string, std::optional<ProbeOptions::Rows>>> ProbeChoi
   return choices;
 }
 
-Value FixedRung(int ServerOptions::* field) {
-  const std::string prefix = "fixed:";
-  return {"fixed:RUNG", "fixed:RUNG, a rung from 0 to 63",
+Value FixedRung(std::optional<int> ServerOptions::* field) {
+  const std::string prefix = "fixed:", rule = "ladder";
+  return {"fixed:RUNG|ladder", "ladder, or fixed:RUNG, a rung from 0 to 63",
           [=](std::string_view text, ServerOptions* options) {
+            if (text == rule) {
+              options->*field = std::nullopt;
+              return true;
+            }
             if (!text.starts_with(prefix)) return false;
             const std::optional<int> rung = ReadNumber<int>(text.substr(prefix.size()));
             if (!rung || *rung < 0 || *rung >= kMostRungs) return false;
             options->*field = *rung;
             return true;
           },
-          [=](const ServerOptions& options) { return fmt::format("fixed:{}", options.*field); }};
+          [=](const ServerOptions& options) {
+            const std::optional<int>& rung = options.*field;
+            return rung.has_value() ? fmt::format("fixed:{}", *rung) : rule;
+          }};
 }
 
 Value Flag(bool ServerOptions::* field) {
@@ -261,9 +268,17 @@ const std::vector<Setting>& Settings() {
       {kPruning, "ladder", "The rungs that `espalier calibrate` wrote, and PATH.gguf beside it",
        Text(&O::ladder, "PATH", "a .ladder file; empty: the full model only")},
       {kPruning, "policy",
-       "Who chooses a request's rung; fixed: always this one, or the hardest\n"
-       "milder one that the request's bounds allow",
+       "Who chooses a request's rung, or the hardest milder one that its bounds\n"
+       "allow; fixed: always this one; ladder: harder while memory is short or the\n"
+       "targets below are missed, milder again when they are met for a while",
        FixedRung(&O::fixed_rung)},
+      {kPruning, "policy-mode",
+       "shadow: the full model is served, and what the policy would do is told in\n"
+       "logs and metrics alone",
+       Choice<bool>(&O::shadow, {{"on", false}, {"shadow", true}})},
+      {kPruning, "ttft-target", "How long a request should wait at most", Seconds(&O::ttft_target)},
+      {kPruning, "tpot-target", "How long a token should take at most, when decoding",
+       Seconds(&O::tpot_target)},
       {kPruning, "probe",
        "Rank channels anew in each prefill step that prunes, by a probe of its\n"
        "rows, fused with history (Probe Pruning); prompts: by what the prompts last\n"
@@ -423,9 +438,18 @@ absl::StatusOr<ServerOptions> ReadOptions(const GivenByName& given) {
     return absl::InvalidArgumentError(
         "--model: expected a .gguf file or a Hugging Face folder, got nothing");
   }
-  if (options.fixed_rung > 0 && options.ladder.empty()) {
+  if (options.fixed_rung != 0 && options.ladder.empty()) {
     return absl::InvalidArgumentError(
-        fmt::format("--policy: rung {} needs a ladder: --ladder", options.fixed_rung));
+        options.fixed_rung.has_value()
+            ? fmt::format("--policy: rung {} needs a ladder: --ladder", *options.fixed_rung)
+            : "--policy: ladder needs one: --ladder");
+  }
+  for (const auto& [name, target] :
+       {std::pair("--ttft-target", options.ttft_target), {"--tpot-target", options.tpot_target}}) {
+    if (target.count() < 1) {
+      return absl::InvalidArgumentError(
+          fmt::format("{}: expected a millisecond or more, got {} ms", name, target.count()));
+    }
   }
   if (options.probe.has_value() && options.ladder.empty()) {
     return absl::InvalidArgumentError("--probe: needs a ladder: --ladder");

@@ -39,8 +39,13 @@ struct ServerOptions {
   // The ladder that calibration wrote, its channels beside it; empty: the full model only.
   std::string ladder;
   // The rung that requests without one of their own are served at, or the hardest milder one that
-  // their bounds allow; at most the ladder's last.
-  int fixed_rung = 0;
+  // their bounds allow; at most the ladder's last. None: LadderPolicy chooses.
+  std::optional<int> fixed_rung = 0;
+  bool shadow = false;  // the full model is served, and what the policy would do is only told
+  // What the policy prunes for, seconds, 0.001 to 3600: a request should not wait for longer, nor
+  // take longer for a token.
+  std::chrono::milliseconds ttft_target{1000};
+  std::chrono::milliseconds tpot_target{100};
   // Rows by which each prefill step that narrows ranks channels anew, by Probe Pruning; none (off):
   // channels stay as calibrated. Needs a ladder without refitted weights.
   std::optional<ProbeOptions::Rows> probe;

@@ -1,6 +1,7 @@
 // What is told about a request when it ends: one log line, one set of histogram observations.
 #pragma once
 
+#include <array>
 #include <string>
 #include <string_view>
 
@@ -25,10 +26,11 @@ struct RequestSummary {
   int output_tokens = 0;
   int max_tokens = 0;  // as asked for, or the default
   int preemptions = 0;
-  int rung = 0;                 // the last one it was served at
-  StageRows stages;             // rows computed, as in the proto
-  std::string_view rung_by;     // who chose it: the policy's name, or "request"
-  double mean_prune_ratio = 0;  // of decode rows
+  int rung = 0;                                      // the last one it was served at
+  std::array<int32_t, kMostRungs> rung_tokens = {};  // drawn at each
+  StageRows stages;                                  // rows computed, as in the proto
+  std::string rung_by;          // who chose it, and why: "request", or the policy's name and reason
+  double mean_prune_ratio = 0;  // of decode rows; as the next, mean over tokens
   double estimated_loss = 0;    // nats per token above the full model
 
   // Seconds since arrival (tokenising included); negative: it never came to that.

@@ -26,6 +26,7 @@
 #include "engine/model/pruning_file.h"
 #include "engine/pruning/probe.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "policy/ladder_policy.h"
 #include "server/api_service.h"
 #include "server/engine_thread.h"
 #include "server/front.h"
@@ -127,7 +128,9 @@ class Server {
     model_.kv_type = KvTypeName(executor_->kv_type());
     model_.device = backend_->Describe();
     model_.ladder = executor_->ladder();
-    model_.policy = fmt::format("{}:{}", policy_.name(), options_.fixed_rung);
+    model_.policy = options_.fixed_rung.has_value()
+                        ? fmt::format("{}:{}", policy_->name(), *options_.fixed_rung)
+                        : std::string(policy_->name());
     Log(LogLevel::kInfo, "model loaded",
         {{"model", model_.name},
          {"weights", model_.weight_type},
@@ -174,9 +177,9 @@ class Server {
     if (!options_.ladder.empty()) {
       absl::StatusOr<CalibratedLadder> ladder = OpenLadder(options_.ladder, file);
       if (!ladder.ok()) return ladder.status();
-      if (options_.fixed_rung >= ladder->ladder.size()) {
+      if (options_.fixed_rung.value_or(0) >= ladder->ladder.size()) {
         return absl::InvalidArgumentError(
-            fmt::format("--policy: fixed:{}, and {} has rungs 0 to {}", options_.fixed_rung,
+            fmt::format("--policy: fixed:{}, and {} has rungs 0 to {}", *options_.fixed_rung,
                         options_.ladder, ladder->ladder.size() - 1));
       }
       if (options_.probe.has_value() && ladder->refitted) {
@@ -197,7 +200,7 @@ class Server {
                          .max_waiting = options_.max_waiting + options_.max_sequences,
                          .reserve_output = options_.reserve_output,
                          .prefix_cache = options_.prefix_cache},
-        executor_->kv_geometry(), executor_->ladder(), executor_.get(), &policy_);
+        executor_->kv_geometry(), executor_->ladder(), executor_.get(), policy_);
     return absl::OkStatus();
   }
 
@@ -269,8 +272,11 @@ class Server {
         engine_.get(), ready_.get(), options_.max_waiting,
         EngineHooks{
             .ledger = [this](const SchedulerStats& s) { return executor_->ledger(s); },
-            .on_step = [this](const StepReport& report, const LoadSnapshot& load,
-                              const StepTimes& times) { metrics_->OnStep(report, load, times); },
+            .on_step =
+                [this](const StepReport& report, const LoadSnapshot& load, const StepTimes& times) {
+                  metrics_->OnStep(report, load, times);
+                  TellPolicy(load);
+                },
             .on_lost = [this](const absl::Status& lost) { Lose(lost); }});
 
     backstage_ = {.model = &model_, .encoder = encoder_.get(), .engine = thread_.get()};
@@ -282,6 +288,19 @@ class Server {
          {"port", front_->port()},
          {"ready_seconds", Seconds(SteadyNow() - began_)}});
     return absl::OkStatus();
+  }
+
+  // On the engine's thread; a change of mind is rare beside steps.
+  void TellPolicy(const LoadSnapshot& load) {
+    const int before = std::exchange(told_rung_, load.stats.wanted_rung);
+    if (before == told_rung_) return;
+    Log(LogLevel::kInfo, "policy",
+        {{"rung", told_rung_},
+         {"was", before},
+         {"reason", load.stats.reason},
+         {"kv", load.kv_utilization()},
+         {"running", load.stats.running},
+         {"waiting", load.stats.waiting}});
   }
 
   // Until a signal comes, health follows the engine's progress.
@@ -352,10 +371,18 @@ class Server {
   Health health_;
   ServedModel model_;
   std::unique_ptr<PromptEncoder> encoder_;
-  const FixedPolicy policy_{options_.fixed_rung};
+  FixedPolicy fixed_{options_.fixed_rung.value_or(0)};
+  LadderPolicy by_rule_{
+      {.ttft_target_s = std::chrono::duration<double>(options_.ttft_target).count(),
+       .tpot_target_s = std::chrono::duration<double>(options_.tpot_target).count()}};
+  Policy* const chosen_ =
+      options_.fixed_rung.has_value() ? static_cast<Policy*>(&fixed_) : &by_rule_;
+  ShadowPolicy shadow_{chosen_};
+  Policy* const policy_ = options_.shadow ? &shadow_ : chosen_;
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Probe> probe_;
   std::string fingerprint_;  // of the model, if there is a probe
+  int told_rung_ = 0;        // engine thread
   std::unique_ptr<ModelExecutor> executor_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<ReadyQueue> ready_;

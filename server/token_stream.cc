@@ -19,6 +19,8 @@ bool TokenStream::Push(const SequenceOutput& output, Instant now) {
   progress.cached_tokens = output.cached_tokens;
   progress.preemptions = output.preemptions;
   progress.rung = output.rung;
+  progress.rung_tokens[output.rung] += static_cast<int32_t>(output.tokens.size());
+  if (output.rung > 0 || progress.reason.empty()) progress.reason = output.reason;
   progress.stages = output.stages;
   return true;
 }

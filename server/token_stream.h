@@ -4,11 +4,13 @@
 // stalled: the stream refuses the rest, and the engine thread ends the request.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -38,6 +40,8 @@ struct StreamProgress {
   int cached_tokens = 0;
   int preemptions = 0;
   int rung = 0;
+  std::array<int32_t, kMostRungs> rung_tokens = {};  // drawn at each
+  std::string_view reason;                           // Policy::reason when a token was last pruned
   StageRows stages;
 };
 

@@ -39,7 +39,7 @@ Request RandomRequest(RequestId id, const BenchShape& shape, int vocabulary,
 absl::StatusOr<BenchResult> RunBench(
     const BenchEngine& setup, const BenchShape& shape, uint64_t seed,
     const std::function<void(int64_t done, int64_t total)>& progress) {
-  const FixedPolicy policy(0);  // not asked: requests name their rungs
+  FixedPolicy policy(0);  // not asked: requests name their rungs
   Engine engine({.max_batch_tokens = setup.step_rows,
                  .max_sequences = shape.batch,
                  .max_waiting = shape.batch,

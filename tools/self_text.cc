@@ -143,7 +143,7 @@ absl::StatusOr<std::vector<std::vector<int32_t>>> MakeUpTexts(
   }
   const int64_t total = int64_t{count} * length;
   const auto pieces = static_cast<int>((total + kPieceTokens - 1) / kPieceTokens);
-  const FixedPolicy dense(0);
+  FixedPolicy dense(0);
   Engine engine({.max_batch_tokens = std::max(batch, 2 * kPieceTokens),
                  .max_sequences = batch,
                  .max_waiting = pieces,

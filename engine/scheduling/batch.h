@@ -17,7 +17,8 @@ struct BatchSpan {
   int rows = 0;
   int start = 0;  // position of first_row = tokens whose K and V the pages hold already
   bool decode = false;
-  int rung = 0;  // index into the ladder
+  bool admitted = false;  // its first rows since admission: others computed what lies before them
+  int rung = 0;           // index into the ladder
   // Page tables, one per layer: page_tables[layer][i] holds positions [16 i, 16 i + 16). Long
   // enough for this step's rows; empty where the rung drops the attention block. Valid until
   // Commit.

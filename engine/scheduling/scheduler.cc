@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <utility>
 
@@ -10,18 +11,6 @@
 
 namespace espalier {
 namespace {
-
-SequenceOutput Describe(const Sequence& sequence, FinishReason finish) {
-  return {.id = sequence.request.id,
-          .finish = finish,
-          .prompt_tokens = sequence.prompt_tokens(),
-          .cached_tokens = sequence.cached_tokens,
-          .output_tokens = sequence.output_tokens(),
-          .preemptions = sequence.preemptions,
-          .first_scheduled = sequence.first_scheduled,
-          .rung = sequence.rung,
-          .stages = sequence.stages};
-}
 
 bool Contains(const std::vector<int32_t>& tokens, int32_t token) {
   return std::find(tokens.begin(), tokens.end(), token) != tokens.end();
@@ -44,7 +33,7 @@ int MostNodes(const SchedulerOptions& options, const KvGeometry& geometry, const
 }  // namespace
 
 Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry,
-                     const Ladder& ladder, const Policy* policy)
+                     const Ladder& ladder, Policy* policy)
     : options_(options),
       geometry_(geometry),
       ladder_(ladder),
@@ -68,6 +57,8 @@ Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry
     for (int layer = 0; layer < geometry.layers; ++layer) {
       if (ladder.rung(rung).HoldsKv(layer)) layers.push_back(layer);
     }
+    const bool same = rung > 0 && layers.size() == kv_layers_[rung - 1].size();  // they are nested
+    mildest_.push_back(same ? mildest_.back() : rung);
   }
   batch_.tokens.reserve(options.max_batch_tokens);
   batch_.spans.reserve(options.max_sequences);
@@ -101,7 +92,9 @@ absl::Status Scheduler::Submit(Request request) {
         "queue: {} requests wait already, the bound is {}", waiting_.size(), options_.max_waiting));
   }
 
+  if (idle()) last_step_ = kNever;
   auto sequence = std::make_unique<Sequence>();
+  sequence->allowed = AllowedRungs(request.bounds, ladder_);
   sequence->arrival_order = arrivals_++;
   sequence->page_tables.resize(geometry_.layers);
   sequence->tokens.reserve(total);
@@ -124,6 +117,15 @@ bool Scheduler::Cancel(RequestId id) {
 const Batch& Scheduler::Schedule(Instant now, std::vector<SequenceOutput>* expired) {
   Invariant(batch_.empty(), "Schedule while a batch is out");
   Expire(now, expired);
+  if (idle()) return batch_;
+  if (last_step_ != kNever) {
+    constexpr double kNew = 0.1;
+    const double step = std::chrono::duration<double>(now - last_step_).count();
+    step_s_ = step_s_ == 0 ? step : (1 - kNew) * step_s_ + kNew * step;
+  }
+  last_step_ = now;
+  policy_->Observe(Pressure(now), ladder_);
+  MoveRunning();
   AddDecodes();
   AddPrefills(now);
   return batch_;
@@ -149,7 +151,7 @@ void Scheduler::Expire(Instant now, std::vector<SequenceOutput>* expired) {
 void Scheduler::AddDecodes() {
   for (size_t i = 0; i < running_.size(); ++i) {
     if (running_[i]->decoding() && Grow(running_[i])) {
-      AddSpan(running_[i], /*decode=*/true);
+      AddSpan(running_[i], /*decode=*/true, /*admitted=*/false);
     }
   }
 }
@@ -167,7 +169,7 @@ void Scheduler::AddPrefills(Instant now) {
     if (head_is_next) admitting = admitted;
     if (i == running_.size()) return;
     // A preempted sequence that finds all but its last token computed is decoding already.
-    if (admitted || !running_[i]->decoding()) AddSpan(running_[i], /*decode=*/false);
+    if (admitted || !running_[i]->decoding()) AddSpan(running_[i], /*decode=*/false, admitted);
   }
 }
 
@@ -175,7 +177,7 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   if (running_.size() >= static_cast<size_t>(options_.max_sequences)) return false;
   Sequence* head = waiting_.front();
   const bool newcomer = head->first_scheduled == kNever;
-  if (newcomer) head->rung = ChooseRung(head->request, now);
+  head->rung = ChooseRung(*head);
   FindPrefix(*head);
   int64_t needed = PagesPromised(*head);
   for (const int32_t node : hits_) {
@@ -187,7 +189,7 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   if (newcomer) {
     head->first_scheduled = now;
     const int longest = TableLength(int64_t{head->prompt_tokens()} + head->request.stop.max_tokens);
-    for (const int layer : kv_layers_[head->rung]) head->page_tables[layer].reserve(longest);
+    for (std::vector<int32_t>& table : head->page_tables) table.reserve(longest);
     if (options_.prefix_cache) head->nodes.reserve(longest);
   }
   AdoptPrefix(head);
@@ -207,14 +209,49 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   return true;
 }
 
-int Scheduler::ChooseRung(const Request& request, Instant now) const {
-  const PruneBounds& bounds = request.bounds;
-  const int rung = bounds.rung.has_value() ? HardestAllowed(bounds, ladder_, *bounds.rung)
-                                           : policy_->ChooseRung(Pressure(now), bounds, ladder_);
-  Invariant(rung >= 0 && rung < ladder_.size() && Allows(bounds, ladder_.rung(rung)),
+int Scheduler::ChooseRung(const Sequence& sequence) const {
+  const Request& request = sequence.request;
+  if (request.bounds.rung.has_value()) return HardestIn(sequence.allowed, *request.bounds.rung);
+  const int rung = policy_->ChooseRung({.allowed = sequence.allowed, .priority = request.priority});
+  Invariant(rung >= 0 && rung < ladder_.size() && (sequence.allowed >> rung & 1) != 0,
             "policy {} chose rung {} of {} for request {}, against its bounds", policy_->name(),
             rung, ladder_.size(), request.id);
   return rung;
+}
+
+void Scheduler::MoveRunning() {
+  for (Sequence* sequence : running_) {
+    int rung = ChooseRung(*sequence);
+    if (const int mildest = mildest_[sequence->rung]; rung < mildest) {
+      rung = mildest + std::countr_zero(sequence->allowed >> mildest);  // its own, if no other
+    }
+    if (rung != sequence->rung) MoveTo(sequence, rung);
+  }
+}
+
+void Scheduler::MoveTo(Sequence* sequence, int rung) {
+  for (const int layer : kv_layers_[sequence->rung]) {
+    if (ladder_.rung(rung).HoldsKv(layer)) continue;
+    std::vector<int32_t>& table = sequence->page_tables[layer];
+    pool_.Return(layer, std::span(table).subspan(sequence->nodes.size()));
+    table.clear();
+  }
+  sequence->rung = rung;
+  sequence->moved = true;
+  ++rung_moves_;
+}
+
+SequenceOutput Scheduler::Describe(const Sequence& sequence, FinishReason finish) const {
+  return {.id = sequence.request.id,
+          .finish = finish,
+          .prompt_tokens = sequence.prompt_tokens(),
+          .cached_tokens = sequence.cached_tokens,
+          .output_tokens = sequence.output_tokens(),
+          .preemptions = sequence.preemptions,
+          .first_scheduled = sequence.first_scheduled,
+          .rung = sequence.rung,
+          .reason = policy_->reason(),
+          .stages = sequence.stages};
 }
 
 bool Scheduler::Grow(Sequence* sequence) {
@@ -243,7 +280,7 @@ void Scheduler::Preempt(Sequence* sequence) {
   Insert(sequence, &waiting_);
 }
 
-void Scheduler::AddSpan(Sequence* sequence, bool decode) {
+void Scheduler::AddSpan(Sequence* sequence, bool decode, bool admitted) {
   const Request& request = sequence->request;
   const int start = sequence->computed;
   const int rows = std::min(sequence->size() - start, options_.max_batch_tokens - batch_.rows());
@@ -279,6 +316,7 @@ void Scheduler::AddSpan(Sequence* sequence, bool decode) {
                           .rows = rows,
                           .start = start,
                           .decode = decode,
+                          .admitted = admitted,
                           .rung = sequence->rung,
                           .page_tables = sequence->page_tables});
   batch_.tokens.insert(batch_.tokens.end(), first_token, first_token + rows);
@@ -381,13 +419,15 @@ void Scheduler::AdoptPrefix(Sequence* sequence) {
       sequence->page_tables[layer].push_back(cache_.pages(node)[layer]);
     }
   }
+  sequence->node_rung = sequence->rung;
+  sequence->moved = false;
   sequence->table_length = static_cast<int>(hits_.size());
   sequence->computed = sequence->table_length * geometry_.page_tokens;
 }
 
 void Scheduler::SharePages(Sequence* sequence) {
   const int rung = sequence->rung;
-  if (!options_.prefix_cache || kv_layers_[rung].empty()) return;
+  if (!options_.prefix_cache || kv_layers_[rung].empty() || sequence->moved) return;
   // Where decode rows are narrowed otherwise, their K and V are not what a prefill would find.
   const bool alike = ladder_.rung(rung).prefill == ladder_.rung(rung).decode;
   const int shared = alike ? sequence->computed : std::min(sequence->computed, sequence->prefilled);
@@ -484,10 +524,12 @@ PressureReport Scheduler::Pressure(Instant now) const {
     promised += PagesPromised(*sequence);
     oldest = std::min(oldest, sequence->request.arrival);
   }
-  return {.kv_used = share(pool_.used(), pool_.total()),
+  return {.time_s = std::chrono::duration<double>(now).count(),
+          .kv_used = share(pool_.used(), pool_.total()),
           .kv_promised = share(promised, pool_.total()),
           .queue_length = share(static_cast<int64_t>(waiting_.size()), options_.max_waiting),
           .oldest_wait_s = std::chrono::duration<double>(now - oldest).count(),
+          .step_s = step_s_,
           .running = static_cast<int>(running_.size()),
           .waiting = static_cast<int>(waiting_.size())};
 }
@@ -501,6 +543,9 @@ SchedulerStats Scheduler::stats() const {
           .pages_cached = pool_.cached(),
           .preemptions = preemptions_,
           .recomputed_tokens = recomputed_tokens_,
+          .wanted_rung = policy_->wanted(),
+          .reason = policy_->reason(),
+          .rung_moves = rung_moves_,
           .prefix_queries = prefix_queries_,
           .prefix_hits = prefix_hits_,
           .prefix_evicted_pages = cache_.evicted_pages(),
@@ -539,7 +584,7 @@ void Scheduler::CheckInvariants() const {
       for (int page = 0; page < shared; ++page) {
         const int32_t node = sequence.nodes[page];
         const int32_t parent = page == 0 ? PrefixCache::kNone : sequence.nodes[page - 1];
-        Invariant(cache_.Find(sequence.rung, parent, PageTokens(sequence, page)) == node,
+        Invariant(cache_.Find(sequence.node_rung, parent, PageTokens(sequence, page)) == node,
                   "request {}: page {} is not that of its tokens", id, page);
         ++users[node];
       }

@@ -30,6 +30,9 @@
 // page in one step keep one of them. A page leaves its cache only when somebody needs one and none
 // is free.
 //
+// Rungs are chosen at admission, and anew before each step: a request's bounds hold always, one
+// that named its rung stays there. A sequence that was preempted may come back at any rung.
+//
 // The first running sequence in service order has rows in every step (unless newcomers of higher
 // priority took what decodes leave): decoding, since a sequence comes to decode only by a row of
 // the step before, so there are never more decodes than rows; prefilling, since nobody behind it
@@ -39,6 +42,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
@@ -81,8 +85,9 @@ struct SequenceOutput {
   int output_tokens = 0;
   int preemptions = 0;
   Instant first_scheduled = kNever;  // kNever: never left the queue
-  int rung = 0;
-  StageRows stages;  // rows computed, again after preemptions
+  int rung = 0;                      // of this step's rows
+  std::string_view reason;           // Policy::reason; valid as long as the policy
+  StageRows stages;                  // rows computed, again after preemptions
 };
 
 struct SchedulerStats {
@@ -94,6 +99,9 @@ struct SchedulerStats {
   int pages_cached = 0;
   uint64_t preemptions = 0;        // since start
   uint64_t recomputed_tokens = 0;  // since start; whose K and V were gone after a preemption
+  int wanted_rung = 0;             // Policy::wanted
+  std::string_view reason;         // Policy::reason
+  uint64_t rung_moves = 0;         // since start, of running sequences
   // Since start, of requests at their first admission; those that want scores do not ask.
   uint64_t prefix_queries = 0;  // prompt tokens
   uint64_t prefix_hits = 0;     // of these, found in the prefix cache
@@ -106,7 +114,7 @@ class Scheduler {
   // `policy` must outlive the scheduler. Crashes on options or a geometry out of range, or on a
   // ladder of another number of layers.
   Scheduler(const SchedulerOptions& options, const KvGeometry& geometry, const Ladder& ladder,
-            const Policy* policy);
+            Policy* policy);
 
   // Queues a request. InvalidArgument: empty prompt, an id that is live, max_tokens that ask for
   // nothing. OutOfRange: prompt + max_tokens can never fit; the message says the length that would.
@@ -152,16 +160,22 @@ class Scheduler {
   void AddDecodes();
   void AddPrefills(Instant now);
 
+  // Running sequences to the rungs that the policy now wants. What shapes their KV may only shrink:
+  // no rung that keeps K and V of more layers; of fewer, the pages of the others are free at once.
+  void MoveRunning();
+  void MoveTo(Sequence* sequence, int rung);
+
   // Moves the head of the queue to running_[place]; false if it has to wait. `unpromised` is free
   // and cached pages less what the running were promised beyond what they hold.
   bool AdmitHead(size_t place, Instant now, int64_t* unpromised);
-  int ChooseRung(const Request& request, Instant now) const;
+  int ChooseRung(const Sequence& sequence) const;
+  SequenceOutput Describe(const Sequence& sequence, FinishReason finish) const;
 
   // Gives `sequence` pages for all its tokens, preempting those after it. False if it was the last
   // in service order and had to go itself.
   bool Grow(Sequence* sequence);
   void Preempt(Sequence* sequence);
-  void AddSpan(Sequence* sequence, bool decode);
+  void AddSpan(Sequence* sequence, bool decode, bool admitted);
   StageRows Stages(const BatchSpan& span, const ProbeUse& probe) const;
   FinishReason Append(const TokenResult& drawn, Sequence* sequence, SequenceOutput* output);
 
@@ -183,8 +197,9 @@ class Scheduler {
   const SchedulerOptions options_;
   const KvGeometry geometry_;
   const Ladder ladder_;
-  const Policy* const policy_;
+  Policy* const policy_;
   std::vector<std::vector<int>> kv_layers_;  // [rungs]: layers that keep K and V
+  std::vector<int> mildest_;                 // [rungs]: the first that keeps K and V of the same
 
   PagePool pool_;
   PrefixCache cache_;
@@ -195,8 +210,11 @@ class Scheduler {
   Queue running_;
   uint64_t arrivals_ = 0;
   Instant next_deadline_ = kNever;  // no live sequence has an earlier one
+  Instant last_step_ = kNever;      // Schedule's; kNever: nothing was there to do since
+  double step_s_ = 0;               // mean of the last ones
   uint64_t preemptions_ = 0;
   uint64_t recomputed_tokens_ = 0;
+  uint64_t rung_moves_ = 0;
   uint64_t prefix_queries_ = 0;
   uint64_t prefix_hits_ = 0;
   StageRows stages_;

@@ -27,7 +27,8 @@ struct Sequence {
   Request request;
   uint64_t arrival_order = 0;  // the oldest has the smallest; kept across preemptions
   State state = State::kWaiting;
-  int rung = 0;                 // chosen at the first admission, kept across preemptions
+  RungSet allowed = 1;          // by its bounds
+  int rung = 0;                 // chosen at admission; policy may move it while it runs
   std::vector<int32_t> tokens;  // prompt, then output
   int computed = 0;             // tokens whose K and V lie in pages
   int scored = 0;               // prompt scores told, so that a recomputation does not repeat them
@@ -40,6 +41,8 @@ struct Sequence {
   int table_length = 0;  // pages held in each layer that keeps K and V at this rung
   std::vector<std::vector<int32_t>> page_tables;  // [layers][table_length], other layers empty
   std::vector<int32_t> nodes;  // of the prefix cache: whose pages the first ones of each table are
+  int node_rung = 0;           // that all of `computed` was computed at, while not `moved`
+  bool moved = false;  // since its admission: K and V are of several rungs, and are not shared
 
   int size() const { return static_cast<int>(tokens.size()); }
   int prompt_tokens() const { return static_cast<int>(request.prompt.size()); }

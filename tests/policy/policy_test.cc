@@ -22,7 +22,7 @@ Ladder TestLadder() {
 }
 
 int Choose(int rung, const PruneBounds& bounds) {
-  return FixedPolicy(rung).ChooseRung(PressureReport{}, bounds, TestLadder());
+  return FixedPolicy(rung).ChooseRung({.allowed = AllowedRungs(bounds, TestLadder())});
 }
 
 TEST(FixedPolicy, ServesItsRungToThoseWhoCanBearIt) { EXPECT_EQ(Choose(3, {}), 3); }
@@ -30,6 +30,7 @@ TEST(FixedPolicy, ServesItsRungToThoseWhoCanBearIt) { EXPECT_EQ(Choose(3, {}), 3
 TEST(FixedPolicy, IsHeldToTheLadder) {
   EXPECT_EQ(Choose(99, {}), 4);
   EXPECT_EQ(Choose(-1, {}), 0);
+  EXPECT_EQ(HardestIn(~RungSet{0}, 99), 63);
 }
 
 TEST(FixedPolicy, GoesNoFurtherThanTheBounds) {
@@ -42,11 +43,10 @@ TEST(FixedPolicy, GoesNoFurtherThanTheBounds) {
   EXPECT_EQ(Choose(1, {.max_prune_ratio = 0.15}), 1);
 }
 
-TEST(HardestAllowed, IsTheRungAskedForOrAMilderOne) {
-  EXPECT_EQ(HardestAllowed({}, TestLadder(), 2), 2);
-  EXPECT_EQ(HardestAllowed({.max_quality_loss = 0.01}, TestLadder(), 3), 1);
-  EXPECT_EQ(HardestAllowed({.never = true}, TestLadder(), 3), 0);
-  EXPECT_EQ(HardestAllowed({}, TestLadder(), 99), 4);
+TEST(HardestIn, IsTheRungAskedForOrAMilderOne) {
+  EXPECT_EQ(HardestIn(0b11111, 2), 2);
+  EXPECT_EQ(HardestIn(0b10011, 3), 1);
+  EXPECT_EQ(HardestIn(0b00001, 3), 0);
 }
 
 TEST(FixedPolicy, NeverIsNever) { EXPECT_EQ(Choose(4, {.never = true}), 0); }

@@ -73,6 +73,7 @@ RequestSummary Finished() {
   summary.output_tokens = 11;
   summary.max_tokens = 64;
   summary.rung = 2;
+  summary.rung_tokens = {4, 0, 7};
   summary.mean_prune_ratio = 0.3;
   summary.estimated_loss = 0.25;
   summary.queue_s = 0.01;
@@ -190,7 +191,7 @@ TEST(MetricsTest, AFinishedRequestShowsOnce) {
            std::string("espalier_requests_finished_total{outcome=\"stop\"} 1\n"),
            std::string("espalier_prune_ratio_sum 0.3\n"),
            std::string("espalier_estimated_loss_nats_sum 0.25\n"),
-           std::string("espalier_tokens_by_rung_total{rung=\"2\"} 11\n"),
+           std::string("espalier_tokens_by_rung_total{rung=\"2\"} 7\n"),
        }) {
     EXPECT_THAT(text, HasSubstr(line));
   }

@@ -80,11 +80,13 @@ int32_t PuppetExecutor::Draw(RequestId id, int index, std::span<const int32_t> b
   return token;
 }
 
-uint64_t PuppetExecutor::History(uint64_t before, int32_t token, const BatchSpan& span,
-                                 int position) const {
+uint64_t PuppetExecutor::History(uint64_t before, int32_t token, int how) {
+  return Mix(before, static_cast<uint64_t>(token) << 32 | static_cast<uint64_t>(how));
+}
+
+int PuppetExecutor::How(const BatchSpan& span) const {
   const Rung& rung = ladder_.rung(span.rung);
-  const bool narrower = position >= prefilled_.at(span.id) && !(rung.prefill == rung.decode);
-  return Mix(position == 0 ? span.rung : before, uint64_t(token) * 2 + (narrower ? 1 : 0));
+  return 2 * span.rung + (span.decode && !(rung.prefill == rung.decode) ? 1 : 0);
 }
 
 PuppetExecutor::Slot& PuppetExecutor::SlotOf(const BatchSpan& span, int layer, int position) {
@@ -159,7 +161,10 @@ absl::Status PuppetExecutor::CheckPages(const Batch& batch) {
 // text that it reads is told by the spans with a logit row, which have all of it: CheckLogits.
 absl::Status PuppetExecutor::WriteAndRead(const Batch& batch) {
   for (const BatchSpan& span : batch.spans) {
-    if (!span.decode) prefilled_[span.id] = span.start + span.rows;
+    std::vector<int>& how = how_[span.id];
+    if (span.admitted) how.assign(span.start, 2 * span.rung);
+    how.resize(span.start);
+    how.resize(span.start + span.rows, How(span));
     for (int layer = 0; layer < geometry_.layers; ++layer) {
       if (span.page_tables[layer].empty()) continue;
       for (int i = 0; i < span.rows; ++i) {
@@ -168,7 +173,7 @@ absl::Status PuppetExecutor::WriteAndRead(const Batch& batch) {
         SlotOf(span, layer, position) = {
             .layer = layer,
             .position = position,
-            .history = History(before, batch.tokens[span.first_row + i], span, position)};
+            .history = History(before, batch.tokens[span.first_row + i], How(span))};
       }
     }
   }
@@ -208,11 +213,12 @@ absl::Status PuppetExecutor::CheckLogits(const Batch& batch) {
       return Fault("request {}: {} at {} of {} tokens", span.id, sample ? "sample" : "score", size,
                    row.tokens.size());
     }
+    const std::vector<int>& how = how_.at(span.id);
     for (int layer = 0; layer < geometry_.layers; ++layer) {
       if (span.page_tables[layer].empty()) continue;
       uint64_t history = 0;
       for (int position = 0; position < size; ++position) {
-        history = History(history, row.tokens[position], span, position);
+        history = History(history, row.tokens[position], how[position]);
         if (SlotOf(span, layer, position).history != history) {
           return Fault("request {}: layer {} position {} holds another text's", span.id, layer,
                        position);

@@ -51,8 +51,10 @@ class PuppetExecutor final : public Executor {
   };
 
   int32_t Draw(RequestId id, int index, std::span<const int32_t> banned) const;
-  // Of a position, from the one before: at the start, of the rung.
-  uint64_t History(uint64_t before, int32_t token, const BatchSpan& span, int position) const;
+  // Of a position, from the one before: of its token, and of how it was computed.
+  static uint64_t History(uint64_t before, int32_t token, int how);
+  // At which rung, and whether by what decode rows keep and prefill rows do not.
+  int How(const BatchSpan& span) const;
   Slot& SlotOf(const BatchSpan& span, int layer, int position);
   absl::Status CheckShape(const Batch& batch);
   absl::Status CheckPages(const Batch& batch);
@@ -66,7 +68,7 @@ class PuppetExecutor final : public Executor {
   std::vector<Slot> memory_;     // [pages * page_tokens]
   std::vector<int> read_step_;   // [pages]: last step in which a span named the page
   std::vector<int> write_step_;  // [pages]: last step in which rows wrote to it
-  std::unordered_map<RequestId, int> prefilled_;  // positions before it were not decode rows
+  std::unordered_map<RequestId, std::vector<int>> how_;  // [positions]
   int fail_from_ = -1;
   int steps_ = 0;
   uint64_t digest_ = 0;

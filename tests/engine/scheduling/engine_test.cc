@@ -18,7 +18,7 @@ class EngineTest : public testing::Test {
   }
 
   const Ladder ladder_ = Ladder::DenseOnly({.layers = 2, .heads = 1, .channels = 1});
-  const FixedPolicy policy_{0};
+  FixedPolicy policy_{0};
   PuppetExecutor puppet_{kGeometry, ladder_};
   Engine engine_{{.max_batch_tokens = 8}, kGeometry, ladder_, &puppet_, &policy_};
 };

@@ -20,6 +20,19 @@ namespace {
 
 constexpr Instant kStep = std::chrono::milliseconds(1);
 
+// Chooses as told, for each request otherwise, and whatever the pressure.
+class Whims final : public Policy {
+ public:
+  void Tell(uint64_t whim) { whim_ = whim; }
+  int ChooseRung(const RequestTraits& traits) const override {
+    return HardestIn(traits.allowed, static_cast<int>((whim_ + traits.allowed) % 5));
+  }
+  std::string_view name() const override { return "whims"; }
+
+ private:
+  uint64_t whim_ = 0;
+};
+
 // One configuration and its traffic, all drawn from one seed.
 class Traffic : public Executor {
  public:
@@ -28,7 +41,7 @@ class Traffic : public Executor {
         geometry_(DrawGeometry()),
         options_(DrawOptions()),
         ladder_(DrawLadder()),
-        policy_(Draw(0, 1)),
+        fickle_(Draw(0, 2)),
         one_priority_(Draw(0, 1) == 0),
         puppet_(geometry_, ladder_),
         engine_(options_, geometry_, ladder_, this, &policy_) {}
@@ -70,6 +83,7 @@ class Traffic : public Executor {
   int refused() const { return refused_; }
   int expired() const { return expired_; }
   int cancelled() const { return cancelled_; }
+  int moves() const { return moves_; }
 
   std::string Describe() const {
     return fmt::format(
@@ -85,6 +99,7 @@ class Traffic : public Executor {
     Request request;
     uint64_t order = 0;
     bool scheduled = false;
+    std::optional<int> rung;
     std::vector<int32_t> outputs;
     std::vector<TokenResult> scores;
   };
@@ -105,6 +120,8 @@ class Traffic : public Executor {
       ASSERT_GT(live.request.deadline, now_) << "request " << span.id << " is past its deadline";
       ASSERT_TRUE(Allows(live.request.bounds, ladder_.rung(span.rung)));
       ASSERT_LE(span.rung, live.request.bounds.rung.value_or(ladder_.size()));
+      moves_ += live.rung.value_or(span.rung) != span.rung ? 1 : 0;
+      live.rung = span.rung;
       if (!std::exchange(live.scheduled, true)) fresh_.push_back(&live);
       if (first == nullptr || Before(live, *first)) first = &live;
     }
@@ -182,6 +199,7 @@ class Traffic : public Executor {
 
   void Step() {
     now_ += kStep;
+    if (fickle_ > 0 && Draw(0, fickle_ == 1 ? 30 : 2) == 0) policy_.Tell(Draw(0, 4));
     const absl::StatusOr<const StepReport*> report = engine_.Step(now_);
     ASSERT_TRUE(report.ok()) << report.status();
     engine_.scheduler().CheckInvariants();
@@ -252,18 +270,24 @@ class Traffic : public Executor {
             .prefix_cache = Draw(0, 3) > 0};
   }
 
-  // Rung 1 drops about half of the attention blocks, at times all, and may be narrower for decodes.
+  // Up to three rungs beside the dense one: each drops some of the attention blocks that are left,
+  // at times all or none, and may be narrower for decodes.
   Ladder DrawLadder() {
     const SiteWidths widths{.layers = geometry_.layers, .heads = 2, .channels = 8};
     Ladder ladder = Ladder::DenseOnly(widths);
     Rung rung = ladder.rung(0);
-    for (int layer = 0; layer < widths.layers; ++layer) {
-      if (Draw(0, 1) == 0) continue;
-      rung.prefill.Keep(layer, SiteKind::kHeads, 0);
-      rung.decode.Keep(layer, SiteKind::kHeads, 0);
+    for (int i = Draw(1, 3); i > 0; --i) {
+      const int drops = Draw(0, 2);
+      for (int layer = 0; layer < widths.layers; ++layer) {
+        if (Draw(1, 3) > drops) continue;
+        rung.prefill.Keep(layer, SiteKind::kHeads, 0);
+        rung.decode.Keep(layer, SiteKind::kHeads, 0);
+      }
+      if (Draw(0, 1) == 0) {
+        rung.decode.Keep(0, SiteKind::kChannels, rung.decode.kept(0, SiteKind::kChannels) - 2);
+      }
+      ladder.Append(rung);
     }
-    if (Draw(0, 1) == 0) rung.decode.Keep(0, SiteKind::kChannels, 4);
-    ladder.Append(rung);
     return ladder;
   }
 
@@ -276,7 +300,8 @@ class Traffic : public Executor {
   KvGeometry geometry_;
   SchedulerOptions options_;
   Ladder ladder_;
-  FixedPolicy policy_;
+  Whims policy_;
+  int fickle_;  // changes of mind: never, now and then, often
   bool one_priority_;
   PuppetExecutor puppet_;
   Engine engine_;
@@ -290,6 +315,7 @@ class Traffic : public Executor {
   int refused_ = 0;
   int expired_ = 0;
   int cancelled_ = 0;
+  int moves_ = 0;
 };
 
 // 400 take 2 s when optimised; at -O0 under sanitizers a configuration costs some thirty times as
@@ -303,7 +329,7 @@ constexpr int kOperations = 3000;
 
 TEST(SchedulerProperty, EveryAnswerIsCompleteAndTheBooksBalance) {
   uint64_t preemptions = 0, hits = 0, evictions = 0;
-  int finished = 0, refused = 0, expired = 0, cancelled = 0;
+  int finished = 0, refused = 0, expired = 0, cancelled = 0, moves = 0;
   for (uint64_t seed = 0; seed < kConfigurations; ++seed) {
     Traffic traffic(seed);
     SCOPED_TRACE(fmt::format("seed {}: {}", seed, traffic.Describe()));
@@ -316,11 +342,12 @@ TEST(SchedulerProperty, EveryAnswerIsCompleteAndTheBooksBalance) {
     refused += traffic.refused();
     expired += traffic.expired();
     cancelled += traffic.cancelled();
+    moves += traffic.moves();
   }
   fmt::print(
       "{} configurations: {} answers, {} preemptions, {} refused, {} expired, {} cancelled, "
-      "{} tokens found, {} pages evicted\n",
-      kConfigurations, finished, preemptions, refused, expired, cancelled, hits, evictions);
+      "{} tokens found, {} pages evicted, {} moves\n",
+      kConfigurations, finished, preemptions, refused, expired, cancelled, hits, evictions, moves);
   // The traffic must reach what it is there to test.
   EXPECT_GT(finished, 20 * kConfigurations);
   EXPECT_GT(preemptions, 5u * kConfigurations);
@@ -329,6 +356,7 @@ TEST(SchedulerProperty, EveryAnswerIsCompleteAndTheBooksBalance) {
   EXPECT_GT(cancelled, kConfigurations);
   EXPECT_GT(hits, 50u * kConfigurations);
   EXPECT_GT(evictions, 100u * kConfigurations);
+  EXPECT_GT(moves, 20 * kConfigurations);
 }
 
 TEST(SchedulerProperty, TheSameSeedGivesTheSameBatches) {

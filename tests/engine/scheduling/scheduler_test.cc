@@ -105,7 +105,7 @@ class SchedulerTest : public testing::Test {
   bool prefix_cache_ = false;
   Ladder ladder_ = Ladder::DenseOnly(kWidths);
   FixedPolicy dense_{0};
-  const Policy* policy_ = &dense_;
+  Policy* policy_ = &dense_;
   std::optional<Scheduler> scheduler_;
   std::optional<PuppetExecutor> puppet_;
   StepResult result_;
@@ -347,7 +347,7 @@ TEST_F(SchedulerTest, TheRungIsAllowedToldAndTakesNoPagesWhereItDropsABlock) {
     profile->Keep(1, SiteKind::kHeads, 0);
   }
   ASSERT_TRUE(ladder_.Append(dropped));
-  const FixedPolicy hard(1);
+  FixedPolicy hard(1);
   policy_ = &hard;
   Make(8);
   Submit(1, {.prompt = 5});
@@ -360,6 +360,79 @@ TEST_F(SchedulerTest, TheRungIsAllowedToldAndTakesNoPagesWhereItDropsABlock) {
   EXPECT_EQ(scheduler_->stats().pages_used, 2 + kLayers);
 }
 
+// Wants what it is told.
+class Told final : public Policy {
+ public:
+  void Observe(const PressureReport& report, const Ladder&) override { seen = report; }
+  int ChooseRung(const RequestTraits& traits) const override {
+    return HardestIn(traits.allowed, rung);
+  }
+  std::string_view name() const override { return "told"; }
+  std::string_view reason() const override { return "told so"; }
+
+  int rung = 0;
+  PressureReport seen;
+};
+
+TEST_F(SchedulerTest, RunningSequencesMoveAndNeverGetBackWhatTheyShed) {
+  Rung narrow = ladder_.rung(0);
+  for (KeepProfile* profile : {&narrow.prefill, &narrow.decode}) {
+    profile->Keep(0, SiteKind::kChannels, 4);
+  }
+  ASSERT_TRUE(ladder_.Append(narrow));
+  Rung dropped = narrow;
+  for (KeepProfile* profile : {&dropped.prefill, &dropped.decode}) {
+    profile->Keep(1, SiteKind::kHeads, 0);
+  }
+  ASSERT_TRUE(ladder_.Append(dropped));
+  Told told;
+  policy_ = &told;
+  Make(40, {.max_batch_tokens = 32});
+  Submit(1, {.prompt = 3, .max_tokens = 20});
+  Request named = MakeRequest(2, {.prompt = 3, .max_tokens = 20});
+  named.bounds.rung = 1;
+  ASSERT_EQ(scheduler_->Submit(named), absl::OkStatus());
+  Request bounded = MakeRequest(3, {.prompt = 3, .max_tokens = 20});
+  bounded.bounds.max_quality_loss = 0;  // the ladder has no prices: all rungs are free
+  bounded.bounds.never = true;
+  ASSERT_EQ(scheduler_->Submit(bounded), absl::OkStatus());
+  const auto rungs = [&](int wanted) {
+    told.rung = wanted;
+    Step();
+    std::string text;
+    for (const SequenceOutput& output : outputs_) text += fmt::format("{} ", output.rung);
+    return text + fmt::format("{}", scheduler_->stats().pages_used);
+  };
+  const int each = kLayers;
+  EXPECT_EQ(rungs(0), fmt::format("0 1 0 {}", 3 * each));
+  EXPECT_EQ(rungs(1), fmt::format("1 1 0 {}", 3 * each));
+  EXPECT_EQ(rungs(0), fmt::format("0 1 0 {}", 6 * each)) << "channels go both ways";
+  EXPECT_EQ(rungs(2), fmt::format("2 1 0 {}", 6 * each - 2));
+  EXPECT_EQ(rungs(0), fmt::format("2 1 0 {}", 6 * each - 2)) << "a block does not";
+  EXPECT_EQ(outputs_.at(0).reason, "told so");
+  EXPECT_EQ(scheduler_->stats().rung_moves, 3);
+  EXPECT_EQ(scheduler_->stats().wanted_rung, 0);
+}
+
+TEST_F(SchedulerTest, TellsThePolicyHowLongStepsTake) {
+  Told told;
+  policy_ = &told;
+  Make(8);
+  Submit(1, {.prompt = 3, .max_tokens = 4});
+  Step(std::chrono::milliseconds(500));
+  EXPECT_EQ(told.seen.step_s, 0);
+  EXPECT_EQ(told.seen.time_s, 0.5);
+  Step(std::chrono::milliseconds(520));
+  EXPECT_DOUBLE_EQ(told.seen.step_s, 0.02);
+  Step(std::chrono::milliseconds(550));
+  EXPECT_DOUBLE_EQ(told.seen.step_s, 0.021) << "a tenth of the new one";
+  Step(std::chrono::milliseconds(570));
+  ASSERT_TRUE(scheduler_->idle());
+  Submit(2, {.prompt = 3, .max_tokens = 2});
+  Step(std::chrono::seconds(9));
+  EXPECT_LT(told.seen.step_s, 0.03) << "idle time is none of a step";
+}
+
 TEST_F(SchedulerTest, RowsAreCountedByHowTheirChannelsWereChosen) {
   Rung decodes_narrow = ladder_.rung(0), narrow = ladder_.rung(0);
   decodes_narrow.decode.Keep(0, SiteKind::kChannels, 4);
@@ -368,7 +441,7 @@ TEST_F(SchedulerTest, RowsAreCountedByHowTheirChannelsWereChosen) {
   }
   ASSERT_TRUE(ladder_.Append(decodes_narrow));
   ASSERT_TRUE(ladder_.Append(narrow));
-  const FixedPolicy hard(2);
+  FixedPolicy hard(2);
   policy_ = &hard;
   Make(8, {.max_batch_tokens = 12});
   for (int rung = 0; rung < 3; ++rung) {
@@ -554,7 +627,7 @@ TEST_F(PrefixCacheTest, RungsShareNothing) {
   }
   dropped.decode.Keep(0, SiteKind::kChannels, 4);
   ASSERT_TRUE(ladder_.Append(dropped));
-  const FixedPolicy hard(1);
+  FixedPolicy hard(1);
   policy_ = &hard;
   Make(8);
   Answer(1, {.prompt = 6, .max_tokens = 4});  // its second page has rows of the decode profile

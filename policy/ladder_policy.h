@@ -1,0 +1,55 @@
+// The rule policy: one level for all, a rung of the ladder, which rises while something is short
+// and falls, a rung at a time, once nothing has been for a while.
+#pragma once
+
+#include <string_view>
+
+#include "policy/policy.h"
+
+namespace espalier {
+
+// Where a signal makes the level rise, and what it must have fallen to before the level does; what
+// lies between holds it.
+struct PressureBand {
+  double raise = 0;
+  double lower = 0;
+};
+
+struct LadderPolicyOptions {
+  double ttft_target_s = 1;    // a request should not wait for longer
+  double tpot_target_s = 0.1;  // nor a step take longer, which is who decodes' time per token
+  // Of kv_used + kv_promised: from 1 on somebody waits for memory.
+  PressureBand kv = {.raise = 0.95, .lower = 0.7};
+  // Of the oldest wait and of a step, as shares of their targets.
+  PressureBand wait = {.raise = 0.5, .lower = 0.1};
+  PressureBand step = {.raise = 1.0, .lower = 0.75};
+  double raise_dwell_s = 0.2;  // between a change of the level and the next rise
+  double lower_dwell_s = 2;    // for which all signals must have been low before it falls
+};
+
+// Rises by one rung a dwell; at once, and to the next rung of less KV, where running sequences hold
+// more pages than there may be. Requests of a higher priority than 0 are served so many rungs
+// milder than the level, those of a lower one so many harder. Of a report that says nothing (NaN)
+// the level stays as it is.
+class LadderPolicy final : public Policy {
+ public:
+  explicit LadderPolicy(const LadderPolicyOptions& options) : options_(options) {}
+
+  void Observe(const PressureReport& report, const Ladder& ladder) override;
+  int ChooseRung(const RequestTraits& traits) const override;
+  std::string_view name() const override { return "ladder"; }
+  // "memory", "queue" or "latency", for which the level rose last; "none" at level 0.
+  std::string_view reason() const override { return level_ == 0 ? "none" : reason_; }
+
+  int level() const { return level_; }
+
+ private:
+  LadderPolicyOptions options_;
+  int level_ = 0;
+  int hardest_ = 0;  // of the ladder
+  double changed_s_ = 0;
+  double low_since_s_ = 0;
+  std::string_view reason_ = "none";
+};
+
+}  // namespace espalier
