@@ -6,11 +6,20 @@ namespace espalier {
 
 Engine::Engine(const SchedulerOptions& options, const KvGeometry& geometry, const Ladder& ladder,
                Executor* executor, Policy* policy)
-    : scheduler_(options, geometry, ladder, policy), executor_(executor) {}
+    : scheduler_(options, geometry, ladder, policy),
+      executor_(executor),
+      pages_wanted_(geometry.pages) {}
 
 absl::Status Engine::Submit(Request request) { return scheduler_.Submit(std::move(request)); }
 
 bool Engine::Cancel(RequestId id) { return scheduler_.Cancel(id); }
+
+void Engine::LimitPages(int pages, Instant now) {
+  pages_wanted_ = pages;
+  const int before = scheduler_.pages_total();
+  const auto moves = scheduler_.LimitPages(pages, now);
+  if (scheduler_.pages_total() != before) executor_->FitPages(moves, scheduler_.pages_total());
+}
 
 absl::StatusOr<const StepReport*> Engine::Step(Instant now) {
   scheduler_.Recycle(&report_.outputs);
@@ -32,6 +41,7 @@ absl::StatusOr<const StepReport*> Engine::Step(Instant now) {
     report_.phases = result_.phases;
     report_.probe = result_.probe;
   }
+  if (scheduler_.pages_total() > pages_wanted_) LimitPages(pages_wanted_, now);
 #ifndef NDEBUG
   scheduler_.CheckInvariants();
 #endif

@@ -37,12 +37,17 @@ class Engine {
   // means that the device is lost: the engine must not be stepped again, but may be cancelled on.
   absl::StatusOr<const StepReport*> Step(Instant now);
 
+  // At most `pages` KV pages from now on, or as few as those who were accepted allow: as
+  // Scheduler::LimitPages, and then again after each step until it is so.
+  void LimitPages(int pages, Instant now);
+
   bool idle() const { return scheduler_.idle(); }
   const Scheduler& scheduler() const { return scheduler_; }
 
  private:
   Scheduler scheduler_;
   Executor* executor_;
+  int pages_wanted_;
   StepResult result_;
   StepReport report_;
 };

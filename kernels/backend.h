@@ -18,6 +18,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -223,6 +224,11 @@ class Backend {
 
   // ResourceExhausted, with the bytes asked for, if the device cannot hold it.
   virtual absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) = 0;
+
+  // Copies each page `from` to its `to`, then gives the memory of all pages from `pages` on back to
+  // the device. They may be written to again; what they held is gone.
+  virtual void FitKvPool(std::span<const std::pair<int32_t, int32_t>> moves, int pages,
+                         KvPool* pool) = 0;
 
   virtual void Embed(const EmbedArgs& args) = 0;
   virtual void RmsNorm(const RmsNormArgs& args) = 0;

@@ -44,8 +44,11 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
   } else if (high != std::end(signals)) {
     if (report.time_s - changed_s_ >= options_.raise_dwell_s)
       level = std::min(level_ + 1, hardest_);
-  } else if (low && report.time_s - std::max(low_since_s_, changed_s_) >= options_.lower_dwell_s) {
-    level = std::max(level_ - 1, 0);
+  } else if (low) {
+    // Of many dwells without a report, idle ones, all count.
+    const double dwells =
+        (report.time_s - std::max(low_since_s_, changed_s_)) / options_.lower_dwell_s;
+    level -= static_cast<int>(std::clamp<double>(dwells, 0, level_));
   }
   if (level == level_) return;
   if (level > level_) reason_ = high->name;

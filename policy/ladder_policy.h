@@ -1,5 +1,5 @@
 // The rule policy: one level for all, a rung of the ladder, which rises while something is short
-// and falls, a rung at a time, once nothing has been for a while.
+// and falls, a rung a dwell, once nothing is.
 #pragma once
 
 #include <string_view>
@@ -24,7 +24,7 @@ struct LadderPolicyOptions {
   PressureBand wait = {.raise = 0.5, .lower = 0.1};
   PressureBand step = {.raise = 1.0, .lower = 0.75};
   double raise_dwell_s = 0.2;  // between a change of the level and the next rise
-  double lower_dwell_s = 2;    // for which all signals must have been low before it falls
+  double lower_dwell_s = 1;    // for which all signals must have been low before it falls by one
 };
 
 // Rises by one rung a dwell; at once, and to the next rung of less KV, where running sequences hold

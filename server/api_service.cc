@@ -35,6 +35,22 @@ grpc::ServerUnaryReactor* Answer(const Backstage* backstage, grpc::CallbackServe
   return reactor;
 }
 
+v1::MemoryLedger WireLedger(const Backstage& stage, const Ledger& ledger) {
+  v1::MemoryLedger wire;
+  wire.set_weights(ledger.weights);
+  wire.set_kv_used(ledger.kv_used);
+  wire.set_kv_reusable(ledger.kv_reusable);
+  wire.set_kv_free(ledger.kv_free);
+  wire.set_workspace(ledger.workspace);
+  wire.set_resident(ResidentMemoryBytes());
+  wire.set_kv_allowed(ledger.kv_used + ledger.kv_reusable + ledger.kv_free);
+  if (stage.memory != nullptr) {
+    wire.set_budget(stage.memory->budget());
+    wire.set_kv_allowed(stage.memory->kv_bytes());
+  }
+  return wire;
+}
+
 }  // namespace
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* ApiService::Generate(
@@ -129,15 +145,25 @@ grpc::ServerUnaryReactor* ApiService::GetLoad(grpc::CallbackServerContext* conte
         answer->set_waiting_requests(load.waiting());
         answer->set_max_waiting_requests(load.max_waiting);
         answer->set_kv_utilization(load.kv_utilization());
-        v1::MemoryLedger* memory = answer->mutable_memory();
-        memory->set_weights(load.ledger.weights);
-        memory->set_kv_used(load.ledger.kv_used);
-        memory->set_kv_reusable(load.ledger.kv_reusable);
-        memory->set_kv_free(load.ledger.kv_free);
-        memory->set_workspace(load.ledger.workspace);
-        memory->set_foreign(foreign_bytes_ ? foreign_bytes_() : 0);
+        *answer->mutable_memory() = WireLedger(*stage, load.ledger);
+        answer->mutable_memory()->set_foreign(foreign_bytes_ ? foreign_bytes_() : 0);
         answer->set_generated_tokens_per_second(load.generated_tokens_per_second);
         answer->set_draining(load.draining);
+        return std::nullopt;
+      });
+}
+
+grpc::ServerUnaryReactor* ApiService::SetMemoryBudget(grpc::CallbackServerContext* context,
+                                                      const grpc::ByteBuffer* request,
+                                                      grpc::ByteBuffer* response) {
+  const Backstage* stage = backstage();
+  return Answer<v1::SetMemoryBudgetRequest, v1::SetMemoryBudgetResponse>(
+      stage, context, *request, response,
+      [&](const v1::SetMemoryBudgetRequest& asked,
+          v1::SetMemoryBudgetResponse* answer) -> std::optional<RpcError> {
+        if (!options_.admin || stage->memory == nullptr) return NotAdmin();
+        stage->memory->SetBudget(asked.bytes());
+        *answer->mutable_memory() = WireLedger(*stage, stage->engine->load().ledger);
         return std::nullopt;
       });
 }

@@ -15,6 +15,7 @@
 
 #include "espalier/v1/espalier.pb.h"
 #include "server/engine_thread.h"
+#include "server/memory_keeper.h"
 #include "server/prompt_encoder.h"
 #include "server/request_summary.h"
 #include "server/rpc_error.h"
@@ -46,6 +47,7 @@ struct CallOptions {
   // after this, or its call would stay for ever behind the message that flow control holds back.
   std::chrono::milliseconds stall_grace{10'000};
   bool log_prompts = false;
+  bool admin = false;  // SetMemoryBudget is served
   // Told of every call that ended, on a gRPC or writer thread.
   std::function<void(const RequestSummary&)> on_finished;
   std::shared_ptr<CallCount> count = std::make_shared<CallCount>();
@@ -56,6 +58,7 @@ struct Backstage {
   const ServedModel* model = nullptr;
   const PromptEncoder* encoder = nullptr;
   EngineThread* engine = nullptr;
+  MemoryKeeper* memory = nullptr;  // null: nobody keeps it
 };
 
 // The state that a Generate and a Score call share. Its reactor guards it with `gate`, except where

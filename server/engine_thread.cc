@@ -77,6 +77,10 @@ void EngineThread::Run() {
       last_progress_.store(0, std::memory_order_relaxed);
     }
     inbox_.Take(next_load_.stats.waiting, wait, &commands);
+    // First: who comes after a limit was told is measured by it.
+    if (const int pages = pages_wanted_.exchange(-1, std::memory_order_acquire); pages >= 0) {
+      engine_->LimitPages(pages, SteadyNow());
+    }
     for (Command& command : commands) Obey(command);
     ready_->Post(&posts_);
     if (abandon_.load(std::memory_order_acquire)) {

@@ -40,6 +40,12 @@ class EngineThread {
 
   Inbox& inbox() { return inbox_; }
 
+  // As Engine::LimitPages, before the next step. Any thread; of several the last counts.
+  void LimitPages(int pages) {
+    pages_wanted_.store(pages, std::memory_order_release);
+    inbox_.Wake();
+  }
+
   // The state after the last step, with what arrived since. Any thread; no wait for a step.
   LoadSnapshot load() const;
 
@@ -87,8 +93,9 @@ class EngineThread {
 
   // Of the last step that did work, or since when there is any: steady nanoseconds; 0: idle.
   std::atomic<int64_t> last_progress_{0};
-  std::atomic<bool> abandon_{false};  // the drain's time is out
-  bool abandoned_ = false;            // engine thread; read after join
+  std::atomic<bool> abandon_{false};   // the drain's time is out
+  std::atomic<int> pages_wanted_{-1};  // -1: as they are
+  bool abandoned_ = false;             // engine thread; read after join
 
   std::mutex exit_mutex_;
   std::condition_variable exit_;

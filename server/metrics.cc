@@ -184,6 +184,8 @@ struct Metrics::Instruments : prometheus::Collectable {
   Counter& prefix_evicted =
       AddCounter(r, "espalier_prefix_cache_evicted_pages_total",
                  "KV pages that left the prefix cache because others wanted the memory.");
+  Gauge& kv_pages =
+      AddGauge(r, "espalier_kv_pages", "KV pages there may be now, by memory budget and machine.");
   Gauge& prefix_pages = AddGauge(r, "espalier_prefix_cache_pages",
                                  "KV pages that no request uses, kept for those to come.");
   Counter& generated =
@@ -307,6 +309,7 @@ void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, const S
   Advance(&m.prefix_queries, load.stats.prefix_queries);
   Advance(&m.prefix_hits, load.stats.prefix_hits);
   Advance(&m.prefix_evicted, load.stats.prefix_evicted_pages);
+  m.kv_pages.Set(load.stats.pages_total);
   m.prefix_pages.Set(load.stats.pages_cached);
   m.wanted_rung.Set(load.stats.wanted_rung);
   Advance(&m.rung_moves, load.stats.rung_moves);

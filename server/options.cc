@@ -255,6 +255,10 @@ const std::vector<Setting>& Settings() {
        "Memory for keys and values; auto: 32 sequences of 1,024 tokens,\n"
        "or one of the whole context if that is more; at most half of what is free",
        Bytes(&O::kv_memory, 1 << 16, 1ull << 50, "64KiB to 1024TiB", true)},
+      {kModel, "memory-budget",
+       "Memory for the whole process, of which keys and values get what is left;\n"
+       "auto: what the machine, or the container, has. Followed while serving",
+       Bytes(&O::memory_budget, 1 << 20, 1ull << 50, "1MiB to 1024TiB", true)},
       {kModel, "isa", "Instruction set of the kernels; auto: the best this machine runs",
        Choice<std::optional<Isa>>(&O::isa, {{"auto", {}},
                                             {"portable", Isa::kPortable},
@@ -311,6 +315,8 @@ const std::vector<Setting>& Settings() {
        Whole(&O::metrics_port, -1, 65535)},
       {kNetwork, "max-message-bytes", "Largest message received",
        Bytes(&O::max_message_bytes, 1 << 10, 1 << 30, "1KiB to 1GiB", false)},
+      {kNetwork, "admin", "Let callers change the memory budget (SetMemoryBudget)",
+       Flag(&O::admin)},
       {kNetwork, "max-connection-age",
        "Age at which a connection is asked to reconnect, for balancers\n"
        "that place connections rather than calls; 0: never",

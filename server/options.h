@@ -30,6 +30,8 @@ struct ServerOptions {
   std::optional<KvType> kv_type;
   // Bytes for KV pages; 0 (auto): ModelOptions::kv_bytes says what is taken.
   uint64_t kv_memory = 0;
+  // Bytes for the whole process, of which KV gets what is left; 0: what the machine has.
+  uint64_t memory_budget = 0;
   // Instruction set; none (auto): the best this machine runs.
   std::optional<Isa> isa;
   // Compute threads, 0 to 1024; 0 (auto): the cores this process may use.
@@ -74,6 +76,9 @@ struct ServerOptions {
   std::chrono::milliseconds max_connection_age{0};
   // What its streams get to finish after that, seconds; 0: without limit.
   std::chrono::milliseconds max_connection_age_grace{0};
+
+  // Callers may change the memory budget.
+  bool admin = false;
 
   // --- Scheduling.
   // Rows of one step, 1 to 65536: how long a prompt's chunk may hold up the streams that run. On a

@@ -120,6 +120,20 @@ RpcError QueueFull(const LoadSnapshot& load) {
       .Build("queue_full");
 }
 
+RpcError NoMemory(std::string_view cause) {
+  return StatusBuilder(grpc::StatusCode::RESOURCE_EXHAUSTED, std::string(cause))
+      .RetryAfter(kStateRetry)
+      .Reason("NO_MEMORY")
+      .Build("no_memory");
+}
+
+RpcError NotAdmin() {
+  return StatusBuilder(grpc::StatusCode::PERMISSION_DENIED,
+                       "the server was not started with --admin")
+      .Reason("NOT_ADMIN")
+      .Build("permission_denied");
+}
+
 RpcError ReaderStalled(int buffer_tokens) {
   return StatusBuilder(grpc::StatusCode::RESOURCE_EXHAUSTED,
                        fmt::format("the stream was not read: {} tokens waited", buffer_tokens))
@@ -165,6 +179,7 @@ RpcError Refused(const absl::Status& cause, int max_sequence_tokens) {
   if (cause.code() == absl::StatusCode::kOutOfRange) {
     return NeverFits({"stop.max_tokens", message}, max_sequence_tokens);
   }
+  if (cause.code() == absl::StatusCode::kResourceExhausted) return NoMemory(message);
   return StatusBuilder(static_cast<grpc::StatusCode>(cause.code()), message).Build("internal");
 }
 

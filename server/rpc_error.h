@@ -36,6 +36,11 @@ RpcError NeverFits(FieldViolation violation, int max_sequence_tokens);
 RpcError UnknownModel(std::string_view asked, std::string_view served);
 // RESOURCE_EXHAUSTED with RetryInfo, QuotaFailure and ErrorInfo (QUEUE_FULL and live numbers).
 RpcError QueueFull(const LoadSnapshot& load);
+// RESOURCE_EXHAUSTED with RetryInfo and ErrorInfo (NO_MEMORY): it would fit, were there as much as
+// the server began with.
+RpcError NoMemory(std::string_view cause);
+// PERMISSION_DENIED with ErrorInfo (NOT_ADMIN).
+RpcError NotAdmin();
 // RESOURCE_EXHAUSTED with ErrorInfo (READER_STALLED) and no RetryInfo: the caller is to blame.
 RpcError ReaderStalled(int buffer_tokens);
 // UNAVAILABLE with RetryInfo and ErrorInfo (LOADING, DRAINING).

@@ -31,6 +31,7 @@
 #include "server/engine_thread.h"
 #include "server/front.h"
 #include "server/logging.h"
+#include "server/memory_keeper.h"
 #include "server/metrics.h"
 #include "server/ready_queue.h"
 #include "server/steady_clock.h"
@@ -50,6 +51,9 @@ constexpr int kWriters = 1;
 
 // Rows of a step that Probe Pruning learns from: an eighth of a whole one's.
 constexpr int kLearnRows = 64;
+
+// How often memory is looked at, which takes some 300 us.
+constexpr milliseconds kMemoryInterval{250};
 
 std::string_view Text(const absl::Status& status) {
   return {status.message().data(), status.message().size()};
@@ -71,6 +75,7 @@ class Server {
         stop_(stop),
         service_({.stream_buffer_tokens = static_cast<size_t>(options.stream_buffer_tokens),
                   .log_prompts = options.log_prompts,
+                  .admin = options.admin,
                   .on_finished = [this](const RequestSummary& summary) { Tell(summary); }},
                  std::string(ServerVersion()), [] { return ForeignMemoryBytes(); }) {}
 
@@ -279,7 +284,21 @@ class Server {
                 },
             .on_lost = [this](const absl::Status& lost) { Lose(lost); }});
 
-    backstage_ = {.model = &model_, .encoder = encoder_.get(), .engine = thread_.get()};
+    // All pages of the pool are given back or fresh but those of the two tokens above.
+    const Ledger ledger = executor_->ledger(engine_->scheduler().stats());
+    const KvGeometry kv = executor_->kv_geometry();
+    const uint64_t kv_bytes = ledger.kv_used + ledger.kv_reusable + ledger.kv_free;
+    memory_ = std::make_unique<MemoryKeeper>(
+        MemoryKeeper::Options{.budget = options_.memory_budget,
+                              .page_bytes = kv_bytes / static_cast<uint64_t>(kv.pages),
+                              .pages = kv.pages,
+                              .other_bytes = ResidentMemoryBytes()},
+        [this](int pages) { LimitPages(pages); });
+    memory_->Look();
+    backstage_ = {.model = &model_,
+                  .encoder = encoder_.get(),
+                  .engine = thread_.get(),
+                  .memory = memory_.get()};
     stop_->set_nothing_to_finish(false);
     service_.Open(&backstage_);
     SetHealth(&Health::open, true);
@@ -303,10 +322,16 @@ class Server {
          {"waiting", load.stats.waiting}});
   }
 
-  // Until a signal comes, health follows the engine's progress.
+  void LimitPages(int pages) {
+    Log(LogLevel::kInfo, "memory", {{"kv_pages", pages}, {"of", executor_->kv_geometry().pages}});
+    thread_->LimitPages(pages);
+  }
+
+  // Until a signal comes, health follows the engine's progress, and KV memory what there is.
   void Supervise() {
     Watchdog watchdog(options_.stall_timeout);
-    while (!stop_->WaitFor(watchdog.interval())) {
+    while (!stop_->WaitFor(std::min(watchdog.interval(), kMemoryInterval))) {
+      memory_->Look();
       const double still = thread_->seconds_without_progress();
       if (!watchdog.Look(still)) continue;
       SetHealth(&Health::stuck, watchdog.stuck());
@@ -387,6 +412,7 @@ class Server {
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<ReadyQueue> ready_;
   std::unique_ptr<EngineThread> thread_;
+  std::unique_ptr<MemoryKeeper> memory_;
   Backstage backstage_;
   ApiService service_;
   std::unique_ptr<Front> front_;

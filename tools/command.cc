@@ -170,6 +170,7 @@ int RunCommand(int argc, const char* const* argv) {
   AddTokenize(root, &action);
   AddLoad(root, &action);
   AddHealth(root, &action);
+  AddBudget(root, &action);
   AddBench(root, &action);
   AddCalibrate(root, &action);
   AddEval(root, &action);

@@ -22,6 +22,7 @@ void AddScore(CLI::App& root, Action* action);
 void AddTokenize(CLI::App& root, Action* action);
 void AddLoad(CLI::App& root, Action* action);
 void AddHealth(CLI::App& root, Action* action);
+void AddBudget(CLI::App& root, Action* action);
 void AddBench(CLI::App& root, Action* action);
 void AddCalibrate(CLI::App& root, Action* action);
 void AddEval(CLI::App& root, Action* action);

@@ -234,6 +234,10 @@ absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
   return impl.backend->Synchronize();
 }
 
+void ModelExecutor::FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) {
+  impl_->backend->FitKvPool(moves, pages, &impl_->pool);
+}
+
 absl::Status ModelExecutor::ExecuteLayer(const Batch& batch, int layer, Matrix residual) {
   Impl& impl = *impl_;
   impl.MakePlan(batch);

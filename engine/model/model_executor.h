@@ -57,6 +57,8 @@ class ModelExecutor final : public Executor {
 
   absl::Status Execute(const Batch& batch, StepResult* result) override;
 
+  void FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) override;
+
   // Runs one layer over the batch's rows: residual [rows, hidden], in the batch's order, is what
   // the layer before left and becomes what this one leaves; what it comes to layer 0 with does not
   // matter. Its pages keep K and V as in Execute. For calibration, layer by layer.

@@ -1,5 +1,6 @@
 #include "engine/scheduling/page_pool.h"
 
+#include <algorithm>
 #include <limits>
 #include <numeric>
 
@@ -10,6 +11,7 @@ namespace espalier {
 PagePool::PagePool(int pages, int layers) {
   Invariant(pages >= 0 && layers > 0 && layers <= std::numeric_limits<int16_t>::max(),
             "a page pool of {} pages for {} layers", pages, layers);
+  limit_ = pages;
   free_.resize(pages);
   std::iota(free_.rbegin(), free_.rend(), 0);
   layer_of_.assign(pages, -1);
@@ -52,6 +54,36 @@ void PagePool::Reuse(int32_t page) {
   ++used_by_layer_[layer_of_[page]];
 }
 
+void PagePool::SetLimit(int pages) {
+  Invariant(pages >= 0 && pages <= static_cast<int>(layer_of_.size()), "{} pages of {}", pages,
+            layer_of_.size());
+  for (int32_t page = pages; page < limit_; ++page) {
+    Invariant(layer_of_[page] < 0, "page {} is out, and {} may be", page, pages);
+  }
+  std::erase_if(free_, [=](int32_t page) { return page >= pages; });
+  // Below those that were there, so that they come last, in ascending order.
+  std::vector<int32_t> more(std::max(0, pages - limit_));
+  std::iota(more.rbegin(), more.rend(), limit_);
+  free_.insert(free_.begin(), more.begin(), more.end());
+  limit_ = pages;
+}
+
+std::vector<std::pair<int32_t, int32_t>> PagePool::Empty(int pages) {
+  std::vector<std::pair<int32_t, int32_t>> moves;
+  size_t next = 0;
+  for (int32_t from = pages; from < limit_; ++from) {
+    if (layer_of_[from] < 0) continue;
+    while (next < free_.size() && free_[next] >= pages) ++next;
+    Invariant(next < free_.size(), "no page below {} is free for page {}", pages, from);
+    const int32_t to = std::exchange(free_[next++], from);
+    layer_of_[to] = std::exchange(layer_of_[from], static_cast<int16_t>(-1));
+    cached_[to] = cached_[from];
+    cached_[from] = false;
+    moves.emplace_back(from, to);
+  }
+  return moves;
+}
+
 void PagePool::CheckInvariants() const {
   std::vector<int> used(used_by_layer_.size(), 0);
   int idle = 0;
@@ -70,8 +102,8 @@ void PagePool::CheckInvariants() const {
             total());
   std::vector<bool> seen(layer_of_.size(), false);
   for (const int32_t page : free_) {
-    Invariant(layer_of_[page] == -1 && !seen[page], "page {} is free twice, or free and held",
-              page);
+    Invariant(page < total() && layer_of_[page] == -1 && !seen[page],
+              "page {} is free twice, or free and held", page);
     seen[page] = true;
   }
 }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
 namespace espalier {
@@ -17,7 +18,8 @@ class PagePool {
   // pages >= 0 and 0 < layers < 32,768.
   PagePool(int pages, int layers);
 
-  int total() const { return static_cast<int>(layer_of_.size()); }
+  // Pages there may be: [0, total()). All of them at first.
+  int total() const { return limit_; }
   int free() const { return static_cast<int>(free_.size()); }
   int used() const { return total() - free() - cached(); }
   int cached() const { return cached_count_; }
@@ -39,10 +41,18 @@ class PagePool {
   void Cache(int32_t page);
   void Reuse(int32_t page);
 
+  // From now on there may be so many pages, at most those of the start: those from there on must
+  // be free, or Empty them before.
+  void SetLimit(int pages);
+  // What is out beyond the first `pages` gets a free page among those. The pairs (from, to): who
+  // holds `from` holds `to` now. Crashes if there are too few free ones.
+  std::vector<std::pair<int32_t, int32_t>> Empty(int pages);
+
   // Crashes unless every page is free, or used or cached by one layer, and the counts agree.
   void CheckInvariants() const;
 
  private:
+  int limit_ = 0;
   std::vector<int32_t> free_;      // a stack
   std::vector<int16_t> layer_of_;  // [pages], -1 = free
   std::vector<bool> cached_;       // [pages]

@@ -96,6 +96,15 @@ bool PrefixCache::Evict() {
   return true;
 }
 
+void PrefixCache::Move(std::span<const int32_t> page_of) {
+  for (int32_t node = 0; node < capacity(); ++node) {
+    if (nodes_[node].users < 0) continue;
+    for (int32_t& page : Row(pages_, node, layers_)) {
+      if (page >= 0) page = page_of[page];
+    }
+  }
+}
+
 void PrefixCache::Unlink(int32_t node) {
   nodes_[nodes_[node].older].newer = nodes_[node].newer;
   nodes_[nodes_[node].newer].older = nodes_[node].older;

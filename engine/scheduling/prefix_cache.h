@@ -44,6 +44,9 @@ class PrefixCache {
   // Frees the pages of the least recently used node; false if all have users.
   bool Evict();
 
+  // Pages of nodes have moved: page_of[p] is where page p is now.
+  void Move(std::span<const int32_t> page_of);
+
   int users(int32_t node) const { return nodes_[node].users; }
   // [layers]; -1 where the layer keeps no K and V.
   std::span<const int32_t> pages(int32_t node) const { return Row(pages_, node, layers_); }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <numeric>
 #include <utility>
 
 #include "engine/scheduling/invariant.h"
@@ -90,6 +91,13 @@ absl::Status Scheduler::Submit(Request request) {
   if (waiting_.size() >= static_cast<size_t>(options_.max_waiting)) {
     return absl::ResourceExhaustedError(fmt::format(
         "queue: {} requests wait already, the bound is {}", waiting_.size(), options_.max_waiting));
+  }
+
+  const int64_t pages = PagesAtMost(request.prompt.size(), max_tokens);
+  if (pages > pool_.total()) {
+    return absl::ResourceExhaustedError(
+        fmt::format("memory: {} + {} tokens take {} KV pages, and there may be {} at present of {}",
+                    request.prompt.size(), max_tokens, pages, pool_.total(), geometry_.pages));
   }
 
   if (idle()) last_step_ = kNever;
@@ -239,6 +247,47 @@ void Scheduler::MoveTo(Sequence* sequence, int rung) {
   sequence->rung = rung;
   sequence->moved = true;
   ++rung_moves_;
+}
+
+std::vector<std::pair<int32_t, int32_t>> Scheduler::LimitPages(int pages, Instant now) {
+  Invariant(batch_.empty(), "pages limited while a batch is out");
+  int64_t least = 0;
+  for (const Queue* queue : {&running_, &waiting_}) {
+    for (const Sequence* sequence : *queue) {
+      least = std::max(
+          least, PagesAtMost(sequence->request.prompt.size(), sequence->request.stop.max_tokens));
+    }
+  }
+  pages = static_cast<int>(std::clamp<int64_t>(pages, least, geometry_.pages));
+  std::vector<std::pair<int32_t, int32_t>> moves;
+  if (pages < pool_.total()) {
+    while (pool_.used() + pool_.cached() > pages && cache_.Evict()) {
+    }
+    for (int rung = 1; rung < ladder_.size() && pool_.used() > pages; ++rung) {
+      PressureReport report = Pressure(now);
+      const double grown = static_cast<double>(pool_.total()) / std::max(pages, 1);
+      report.kv_used *= grown;
+      report.kv_promised *= grown;
+      policy_->Observe(report, ladder_);
+      MoveRunning();
+    }
+    while (pool_.used() + pool_.cached() > pages) {
+      if (!cache_.Evict()) Preempt(running_.back());
+    }
+    moves = pool_.Empty(pages);
+  }
+  pool_.SetLimit(pages);
+  if (moves.empty()) return moves;
+  std::vector<int32_t> page_of(geometry_.pages);
+  std::iota(page_of.begin(), page_of.end(), 0);
+  for (const auto& [from, to] : moves) page_of[from] = to;
+  for (Sequence* sequence : running_) {
+    for (std::vector<int32_t>& table : sequence->page_tables) {
+      for (int32_t& page : table) page = page_of[page];
+    }
+  }
+  cache_.Move(page_of);
+  return moves;
 }
 
 SequenceOutput Scheduler::Describe(const Sequence& sequence, FinishReason finish) const {
@@ -509,6 +558,11 @@ int64_t Scheduler::PagesPromised(const Sequence& sequence) const {
          static_cast<int64_t>(kv_layers_[sequence.rung].size());
 }
 
+int64_t Scheduler::PagesAtMost(size_t prompt, int max_tokens) const {
+  return static_cast<int64_t>(TableLength(static_cast<int64_t>(prompt) + max_tokens)) *
+         geometry_.layers;
+}
+
 int Scheduler::max_sequence_tokens() const {
   const int64_t pool_tokens = int64_t{geometry_.pages / geometry_.layers} * geometry_.page_tokens;
   return static_cast<int>(std::min<int64_t>(geometry_.context, pool_tokens));
@@ -559,7 +613,7 @@ void Scheduler::CheckInvariants() const {
             sequences_.size());
   Invariant(running_.size() <= static_cast<size_t>(options_.max_sequences),
             "{} sequences run, {} may", running_.size(), options_.max_sequences);
-  std::vector<bool> seen(pool_.total(), false);
+  std::vector<bool> seen(geometry_.pages, false);
   std::vector<int> held(geometry_.layers, 0);
   std::vector<int> users(cache_.capacity(), 0);
   for (const Queue* queue : {&running_, &waiting_}) {
@@ -611,7 +665,7 @@ void Scheduler::CheckInvariants() const {
     }
   }
   cache_.CheckInvariants(users, &seen, &held);
-  for (int32_t page = 0; page < pool_.total(); ++page) {
+  for (int32_t page = 0; page < geometry_.pages; ++page) {
     Invariant(seen[page] == (pool_.layer_of(page) >= 0), "page {} is out, but nobody has it", page);
   }
   for (int layer = 0; layer < geometry_.layers; ++layer) {

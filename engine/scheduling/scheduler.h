@@ -44,6 +44,7 @@
 #include <span>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -118,7 +119,7 @@ class Scheduler {
 
   // Queues a request. InvalidArgument: empty prompt, an id that is live, max_tokens that ask for
   // nothing. OutOfRange: prompt + max_tokens can never fit; the message says the length that would.
-  // ResourceExhausted: the queue is full.
+  // ResourceExhausted: the queue is full, or the pages there may be now cannot hold it.
   absl::Status Submit(Request request);
 
   // Ends a sequence in any state; it holds no page when this returns. False if unknown (finished
@@ -139,6 +140,14 @@ class Scheduler {
 
   // The batch that is out was not computed: every sequence stands where it stood before it.
   void Discard();
+
+  // Makes the pool one of `pages`, or of as many as the largest live sequence needs alone, so that
+  // whoever was accepted can finish. Where that is less than before: what is only cached goes, the
+  // policy is shown the want and may drop attention blocks, the last in service order are
+  // preempted, and what is left beyond moves: the pairs (from, to) of pages to copy, before
+  // anything else is computed. Not while a batch is out.
+  std::vector<std::pair<int32_t, int32_t>> LimitPages(int pages, Instant now);
+  int pages_total() const { return pool_.total(); }
 
   PressureReport Pressure(Instant now) const;
   SchedulerStats stats() const;
@@ -190,6 +199,8 @@ class Scheduler {
   void End(Sequence* sequence);  // destroys it
 
   int TableLength(int64_t tokens) const;
+  // Of a whole sequence at rung 0.
+  int64_t PagesAtMost(size_t prompt, int max_tokens) const;
   std::span<const int32_t> PageTokens(const Sequence& sequence, int page) const;
   int64_t PagesHeld(const Sequence& sequence) const;
   int64_t PagesPromised(const Sequence& sequence) const;

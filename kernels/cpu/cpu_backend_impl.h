@@ -33,6 +33,8 @@ class CpuBackend final : public Backend {
   absl::Status GatherRows(const Weight& weight, std::span<const int32_t> rows,
                           Weight* panel) override;
   absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) override;
+  void FitKvPool(std::span<const std::pair<int32_t, int32_t>> moves, int pages,
+                 KvPool* pool) override;
   void Embed(const EmbedArgs& args) override;
   void RmsNorm(const RmsNormArgs& args) override;
   void MatMul(const MatMulArgs& args) override;

@@ -235,4 +235,22 @@ absl::StatusOr<KvPool> CpuBackend::CreateKvPool(const KvPoolShape& shape) {
   return pool;
 }
 
+void CpuBackend::FitKvPool(std::span<const std::pair<int32_t, int32_t>> moves, int pages,
+                           KvPool* pool) {
+  Require(pages >= 0 && pages <= pool->shape.pages, "{} KV pages of {}", pages, pool->shape.pages);
+  const size_t bytes = pool->shape.page_bytes();
+  const auto at = [&](int64_t page) {
+    Require(page >= 0 && page <= pool->shape.pages, "KV page {} of {}", page, pool->shape.pages);
+    return pool->data + page * static_cast<int64_t>(bytes);
+  };
+  for (const auto& [from, to] : moves) std::memcpy(at(to), at(from), bytes);
+  // Whole pages of the machine's alone; the next ones of the pool may begin in one.
+  const auto machine_page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin =
+      (reinterpret_cast<uintptr_t>(at(pages)) + machine_page - 1) / machine_page * machine_page;
+  const uintptr_t end =
+      reinterpret_cast<uintptr_t>(at(pool->shape.pages)) / machine_page * machine_page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+}
+
 }  // namespace espalier

@@ -31,6 +31,38 @@ def code_of(call):
     return None
 
 
+class Memory(unittest.TestCase):
+    def test_budget_falls_while_streams_run_and_comes_back(self):
+        with Server(BINARY, MODEL, "--admin", "--max-sequences", "4", "--metrics-port",
+                    "0") as server:
+            whole = server.load().memory
+            self.assertEqual((whole.budget, whole.kv_allowed > 0), (0, True))
+            calls = [server.stub.Generate(text_request("x", 200), timeout=60) for _ in range(8)]
+            server.wait_for_load(lambda load: load.running_requests == 4)
+            low = server.stub.SetMemoryBudget(pb.SetMemoryBudgetRequest(bytes=1)).memory
+            self.assertEqual((low.budget, low.kv_allowed), (1, 0))
+            for call in calls:  # waiting or running, what was accepted is served whole
+                self.assertEqual(list(call)[-1].finished.usage.completion_tokens, 200)
+            server.wait_for_load(lambda load: load.running_requests == 0)
+            error = code_of(server.stub.Generate(text_request("x", 8), timeout=20))
+            self.assertEqual(error.code(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+            self.assertIn("there may be 0 at present", error.details())
+            self.assertEqual(detail(error, error_details_pb2.ErrorInfo).reason, "NO_MEMORY")
+            self.assertGreater(detail(error, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds(), 0)
+            back = server.stub.SetMemoryBudget(pb.SetMemoryBudgetRequest()).memory
+            self.assertEqual((back.budget, back.kv_allowed), (0, whole.kv_allowed))
+            answer = list(server.stub.Generate(text_request("x", 8), timeout=20))
+            self.assertEqual(answer[-1].finished.usage.completion_tokens, 8)
+            self.assertIn('espalier_requests_refused_total{reason="no_memory"} 1', server.metrics())
+
+    def test_only_an_admin_sets_it(self):
+        with Server(BINARY, MODEL) as server:
+            with self.assertRaises(grpc.RpcError) as refused:
+                server.stub.SetMemoryBudget(pb.SetMemoryBudgetRequest(bytes=1), timeout=10)
+            self.assertEqual(refused.exception.code(), grpc.StatusCode.PERMISSION_DENIED)
+            self.assertEqual(server.load().memory.budget, 0)
+
+
 class Calls(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -204,6 +236,47 @@ class Pruning(unittest.TestCase):
             self.assertEqual(
                 self.metric(server, 'espalier_rows_by_stage_total{stage="history"}'), prompt + 19)
             self.assertEqual(self.metric(server, "espalier_probe_rows_total"), 0)
+
+    def test_policy_prunes_while_requests_wait_and_recovers(self):
+        options = ("--ladder", self.refitted, "--policy", "ladder", "--ttft-target", "0.02",
+                   "--max-sequences", "2", "--metrics-port", "0")
+        with Server(BINARY, MODEL, *options) as server:
+            calls = []
+            for i in range(40):
+                request = text_request("x", 400)
+                request.prune.never = i % 4 == 0
+                calls.append((request, server.stub.Generate(request, timeout=60)))
+            pruned = 0
+            for request, call in calls:
+                finished = list(call)[-1].finished
+                served = finished.served
+                tokens = {use.rung: use.tokens for use in served.rungs}
+                self.assertEqual(sum(tokens.values()), finished.usage.completion_tokens)
+                self.assertAlmostEqual(served.estimated_loss, 0.1 * tokens.get(1, 0) / 400, 5)
+                if request.prune.never:
+                    self.assertEqual(tokens, {0: 400})
+                elif 1 in tokens:
+                    pruned += 1
+                    self.assertEqual(served.reason, "ladder: queue")
+            self.assertGreater(pruned, 10)
+            self.assertGreater(self.metric(server, 'espalier_tokens_by_rung_total{rung="1"}'), 400)
+            # Two quiet seconds later, which a report ends that comes with the next request.
+            time.sleep(2.5)
+            list(server.stub.Generate(text_request("x", 8)))
+            last = list(server.stub.Generate(text_request("x", 8)))[-1].finished.served
+            self.assertEqual([(use.rung, use.tokens) for use in last.rungs], [(0, 8)])
+            self.assertEqual(self.metric(server, "espalier_policy_rung"), 0)
+            self.assertIn("policy", server.log())
+
+    def test_shadow_policy_serves_the_full_model(self):
+        options = ("--ladder", self.refitted, "--policy", "ladder", "--policy-mode", "shadow",
+                   "--ttft-target", "0.001", "--max-sequences", "1")
+        with Server(BINARY, MODEL, *options) as server:
+            calls = [server.stub.Generate(text_request("x", 200), timeout=60) for _ in range(12)]
+            served = [list(call)[-1].finished.served for call in calls]
+            self.assertEqual({(use.rung, use.tokens) for each in served for use in each.rungs},
+                             {(0, 200)})
+            self.assertRegex(server.log(), r"policy rung=1 was=0 reason=queue")
 
     def test_probe_ranks_and_remembers(self):
         history = pathlib.Path(self.folder.name) / "history.gguf"

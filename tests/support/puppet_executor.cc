@@ -52,6 +52,12 @@ absl::Status PuppetExecutor::Execute(const Batch& batch, StepResult* result) {
   return absl::OkStatus();
 }
 
+void PuppetExecutor::FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) {
+  const auto at = [&](int64_t page) { return memory_.begin() + page * geometry_.page_tokens; };
+  for (const auto& [from, to] : moves) std::copy_n(at(from), geometry_.page_tokens, at(to));
+  std::fill(at(pages), memory_.end(), Slot{});
+}
+
 std::vector<int32_t> PuppetExecutor::Answer(const Request& request) const {
   const StopParams& stop = request.stop;
   std::vector<int32_t> answer;

@@ -27,6 +27,8 @@ class PuppetExecutor final : public Executor {
   // Internal with the fault of the batch, if it has one; Unavailable when told to fail.
   absl::Status Execute(const Batch& batch, StepResult* result) override;
 
+  void FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) override;
+
   // From now on `outputs` are the first tokens drawn for `id`; after them, as for an id that was
   // told nothing, a hash of (id, output index).
   void Tell(RequestId id, std::vector<int32_t> outputs) { told_[id] = std::move(outputs); }

@@ -34,6 +34,31 @@ TEST(PagePool, CountsByLayer) {
   pool.CheckInvariants();
 }
 
+TEST(PagePool, ShrinksWhenItsEndIsEmptyAndGrowsAgain) {
+  PagePool pool(6, 2);
+  for (int i = 0; i < 5; ++i) EXPECT_EQ(pool.Take(i % 2), i);
+  pool.Cache(4);
+  EXPECT_DEATH(pool.SetLimit(4), "page 4 is out, and 4 may be");
+  EXPECT_DEATH(pool.Empty(4), "no page below 4 is free for page 4");
+  pool.Return(1, std::vector<int32_t>{1});
+  pool.Return(0, std::vector<int32_t>{2});
+  using Move = std::pair<int32_t, int32_t>;
+  const std::vector<Move> moves = pool.Empty(3);
+  EXPECT_THAT(moves, testing::UnorderedElementsAre(Move(3, 1), Move(4, 2)));
+  EXPECT_EQ(pool.layer_of(1), 1);
+  EXPECT_TRUE(pool.cached(2));
+  EXPECT_FALSE(pool.cached(4));
+  pool.CheckInvariants();
+  pool.SetLimit(3);
+  pool.CheckInvariants();
+  EXPECT_EQ(pool.total(), 3);
+  EXPECT_EQ(pool.Take(0), -1);
+  pool.SetLimit(6);
+  EXPECT_EQ(pool.Take(0), 3);
+  EXPECT_EQ(pool.used() + pool.cached() + pool.free(), 6);
+  pool.CheckInvariants();
+}
+
 TEST(PagePool, ACachedPageIsNeitherUsedNorFree) {
   PagePool pool(3, 2);
   const int32_t page = pool.Take(1), other = pool.Take(0);

@@ -43,6 +43,7 @@ class Traffic : public Executor {
         ladder_(DrawLadder()),
         fickle_(Draw(0, 2)),
         one_priority_(Draw(0, 1) == 0),
+        squeezed_(Draw(0, 3) == 0),
         puppet_(geometry_, ladder_),
         engine_(options_, geometry_, ladder_, this, &policy_) {}
 
@@ -53,6 +54,9 @@ class Traffic : public Executor {
         Submit();
       } else if (dice < 34) {
         Cancel();
+      } else if (dice < 35 && squeezed_) {
+        engine_.LimitPages(Draw(0, geometry_.pages + 3), now_);
+        engine_.scheduler().CheckInvariants();
       } else {
         Step();
       }
@@ -72,7 +76,7 @@ class Traffic : public Executor {
     if (!options_.prefix_cache) {
       ASSERT_EQ(stats.pages_cached, 0);
     }
-    if (options_.reserve_output == 1) {
+    if (options_.reserve_output == 1 && !squeezed_) {
       ASSERT_EQ(stats.preemptions, 0u);
     }
   }
@@ -84,6 +88,7 @@ class Traffic : public Executor {
   int expired() const { return expired_; }
   int cancelled() const { return cancelled_; }
   int moves() const { return moves_; }
+  int fits() const { return fits_; }
 
   std::string Describe() const {
     return fmt::format(
@@ -108,6 +113,11 @@ class Traffic : public Executor {
   absl::Status Execute(const Batch& batch, StepResult* result) override {
     CheckBatch(batch);
     return puppet_.Execute(batch, result);
+  }
+
+  void FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) override {
+    puppet_.FitPages(moves, pages);
+    fits_ += moves.empty() ? 0 : 1;
   }
 
   void CheckBatch(const Batch& batch) {
@@ -162,9 +172,12 @@ class Traffic : public Executor {
     if (Draw(0, 9) == 0) request.deadline = now_ + Draw(0, 30) * kStep;
 
     const int waiting = engine_.scheduler().stats().waiting;
+    const int total_tokens = prompt + request.stop.max_tokens;
+    const int room = engine_.scheduler().pages_total() / geometry_.layers * geometry_.page_tokens;
     const absl::StatusCode expected =
         request.prompt.empty() || live_.contains(request.id) ? absl::StatusCode::kInvalidArgument
-        : prompt + request.stop.max_tokens > longest         ? absl::StatusCode::kOutOfRange
+        : total_tokens > longest                             ? absl::StatusCode::kOutOfRange
+        : room < total_tokens                                ? absl::StatusCode::kResourceExhausted
         : waiting >= options_.max_waiting                    ? absl::StatusCode::kResourceExhausted
                                                              : absl::StatusCode::kOk;
     const absl::Status status = engine_.Submit(request);
@@ -303,6 +316,7 @@ class Traffic : public Executor {
   Whims policy_;
   int fickle_;  // changes of mind: never, now and then, often
   bool one_priority_;
+  bool squeezed_;
   PuppetExecutor puppet_;
   Engine engine_;
   Instant now_{0};
@@ -316,6 +330,7 @@ class Traffic : public Executor {
   int expired_ = 0;
   int cancelled_ = 0;
   int moves_ = 0;
+  int fits_ = 0;  // of pages to a smaller pool
 };
 
 // 400 take 2 s when optimised; at -O0 under sanitizers a configuration costs some thirty times as
@@ -329,7 +344,7 @@ constexpr int kOperations = 3000;
 
 TEST(SchedulerProperty, EveryAnswerIsCompleteAndTheBooksBalance) {
   uint64_t preemptions = 0, hits = 0, evictions = 0;
-  int finished = 0, refused = 0, expired = 0, cancelled = 0, moves = 0;
+  int finished = 0, refused = 0, expired = 0, cancelled = 0, moves = 0, fits = 0;
   for (uint64_t seed = 0; seed < kConfigurations; ++seed) {
     Traffic traffic(seed);
     SCOPED_TRACE(fmt::format("seed {}: {}", seed, traffic.Describe()));
@@ -343,11 +358,13 @@ TEST(SchedulerProperty, EveryAnswerIsCompleteAndTheBooksBalance) {
     expired += traffic.expired();
     cancelled += traffic.cancelled();
     moves += traffic.moves();
+    fits += traffic.fits();
   }
   fmt::print(
       "{} configurations: {} answers, {} preemptions, {} refused, {} expired, {} cancelled, "
-      "{} tokens found, {} pages evicted, {} moves\n",
-      kConfigurations, finished, preemptions, refused, expired, cancelled, hits, evictions, moves);
+      "{} tokens found, {} pages evicted, {} moves, {} fits\n",
+      kConfigurations, finished, preemptions, refused, expired, cancelled, hits, evictions, moves,
+      fits);
   // The traffic must reach what it is there to test.
   EXPECT_GT(finished, 20 * kConfigurations);
   EXPECT_GT(preemptions, 5u * kConfigurations);
@@ -357,6 +374,7 @@ TEST(SchedulerProperty, EveryAnswerIsCompleteAndTheBooksBalance) {
   EXPECT_GT(hits, 50u * kConfigurations);
   EXPECT_GT(evictions, 100u * kConfigurations);
   EXPECT_GT(moves, 20 * kConfigurations);
+  EXPECT_GT(fits, kConfigurations);
 }
 
 TEST(SchedulerProperty, TheSameSeedGivesTheSameBatches) {

@@ -414,6 +414,53 @@ TEST_F(SchedulerTest, RunningSequencesMoveAndNeverGetBackWhatTheyShed) {
   EXPECT_EQ(scheduler_->stats().wanted_rung, 0);
 }
 
+TEST_F(SchedulerTest, LessMemoryDropsBlocksBeforeItPreempts) {
+  Rung dropped = ladder_.rung(0);
+  for (KeepProfile* profile : {&dropped.prefill, &dropped.decode}) {
+    profile->Keep(1, SiteKind::kHeads, 0);
+  }
+  ASSERT_TRUE(ladder_.Append(dropped));
+  class Sheds final : public Policy {
+   public:
+    void Observe(const PressureReport& report, const Ladder&) override {
+      rung_ = report.kv_used > 1 ? 1 : rung_;
+    }
+    int ChooseRung(const RequestTraits& traits) const override {
+      return HardestIn(traits.allowed, rung_);
+    }
+    std::string_view name() const override { return "sheds"; }
+
+   private:
+    int rung_ = 0;
+  };
+  Sheds sheds;
+  policy_ = &sheds;
+  Make(12, {.max_batch_tokens = 32});
+  for (RequestId id = 1; id <= 3; ++id) Submit(id, {.prompt = 9, .max_tokens = 3});
+  Step();
+  EXPECT_EQ(scheduler_->stats().pages_used, 3 * 3 * kLayers);
+  const auto limit = [&](int pages) {
+    const auto moves = scheduler_->LimitPages(pages, Instant{0});
+    puppet_->FitPages(moves, scheduler_->pages_total());
+    scheduler_->CheckInvariants();
+    return fmt::format("{} {} {}", scheduler_->pages_total(), scheduler_->stats().pages_used,
+                       scheduler_->stats().preemptions);
+  };
+  EXPECT_EQ(limit(18), "18 18 0");
+  EXPECT_EQ(limit(12), "12 9 0") << "one of two layers goes";
+  EXPECT_EQ(limit(7), "7 6 1") << "the youngest";
+  EXPECT_EQ(limit(0), "6 6 1") << "what the first needs alone at rung 0";
+  const absl::Status refused = scheduler_->Submit(MakeRequest(9, {.prompt = 12, .max_tokens = 1}));
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(refused.message()),
+              HasSubstr("12 + 1 tokens take 8 KV pages, and there may be 6 at present of 24"));
+  std::vector<int32_t> answer = puppet_->Answer(MakeRequest(3, {.prompt = 9, .max_tokens = 3}));
+  answer.erase(answer.begin());  // told by the first step
+  EXPECT_EQ(RunToEnd(3), answer);
+  EXPECT_EQ(limit(0), "0 0 1");
+  EXPECT_EQ(limit(99), "24 0 1");
+}
+
 TEST_F(SchedulerTest, TellsThePolicyHowLongStepsTake) {
   Told told;
   policy_ = &told;

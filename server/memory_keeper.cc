@@ -1,0 +1,62 @@
+#include "server/memory_keeper.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace espalier {
+namespace {
+
+// Of the machine's memory, left to others: a kernel that reclaims takes longer than we look.
+constexpr uint64_t kLeftShare = 32;
+
+}  // namespace
+
+MemoryKeeper::MemoryKeeper(const Options& options, std::function<void(int)> limit, Sources sources)
+    : options_(options),
+      limit_(std::move(limit)),
+      sources_(std::move(sources)),
+      budget_(options.budget),
+      pages_(options.pages) {}
+
+void MemoryKeeper::Look() {
+  std::lock_guard lock(mutex_);
+  LookLocked(std::max(1, options_.pages / 20));
+}
+
+void MemoryKeeper::SetBudget(uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  budget_ = bytes;
+  LookLocked(1);
+}
+
+uint64_t MemoryKeeper::budget() const {
+  std::lock_guard lock(mutex_);
+  return budget_;
+}
+
+int MemoryKeeper::pages() const {
+  std::lock_guard lock(mutex_);
+  return pages_;
+}
+
+void MemoryKeeper::LookLocked(int worth_it) {
+  const MachineMemory machine = sources_.machine();
+  const uint64_t resident = sources_.resident();
+  const uint64_t left = machine.total / kLeftShare;
+  // Nothing could be read: no reason to think that there is none.
+  uint64_t bytes = UINT64_MAX;
+  if (machine.total > 0) bytes = resident + std::max(machine.available, left) - left;
+  if (budget_ > 0) bytes = std::min(bytes, budget_);
+  // What has been added to the process since is no KV either, beyond what the pool can hold.
+  const uint64_t most_kv = options_.page_bytes * static_cast<uint64_t>(pages_);
+  const uint64_t other = std::max(options_.other_bytes, resident - std::min(resident, most_kv));
+  const uint64_t fit = (bytes - std::min(bytes, other)) / options_.page_bytes;
+  const int pages = static_cast<int>(std::min<uint64_t>(fit, options_.pages));
+  const bool told = pages <= pages_ - std::max(1, worth_it / 10) || pages >= pages_ + worth_it ||
+                    (pages == options_.pages && pages > pages_);
+  if (!told) return;
+  pages_ = pages;
+  limit_(pages);
+}
+
+}  // namespace espalier

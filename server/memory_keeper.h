@@ -1,0 +1,56 @@
+// Keeps the process within its memory: what it may have, by its budget and by what the machine has
+// left, less what is no KV, is the KV pages that the engine may use.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <mutex>
+#include <utility>
+
+#include "engine/machine_memory.h"
+
+namespace espalier {
+
+class MemoryKeeper {
+ public:
+  struct Options {
+    uint64_t budget = 0;  // bytes for the process; 0: what the machine has
+    uint64_t page_bytes = 0;
+    int pages = 0;             // of the whole KV pool
+    uint64_t other_bytes = 0;  // resident, and no KV: weights, workspace, the process itself
+  };
+  // Where it looks; for tests.
+  struct Sources {
+    std::function<MachineMemory()> machine = [] { return ReadMachineMemory(); };
+    std::function<uint64_t()> resident = [] { return ResidentMemoryBytes(); };
+  };
+
+  // `limit` is told the pages there may be whenever that changes, on the thread that looked.
+  MemoryKeeper(const Options& options, std::function<void(int pages)> limit)
+      : MemoryKeeper(options, std::move(limit), Sources()) {}
+  MemoryKeeper(const Options& options, std::function<void(int pages)> limit, Sources sources);
+
+  // Tells a limit that is smaller by a two-hundredth of the pool, or larger by a twentieth, or all
+  // of it: a machine that breathes does not move pages to and fro. Any thread.
+  void Look();
+
+  // Bytes for the process from now on; 0: what the machine has. Looks, and tells the pages even if
+  // they are few more. Any thread.
+  void SetBudget(uint64_t bytes);
+
+  uint64_t budget() const;
+  int pages() const;  // as last told; at first all
+  uint64_t kv_bytes() const { return options_.page_bytes * static_cast<uint64_t>(pages()); }
+
+ private:
+  void LookLocked(int worth_it);
+
+  const Options options_;
+  const std::function<void(int)> limit_;
+  const Sources sources_;
+  mutable std::mutex mutex_;
+  uint64_t budget_;
+  int pages_;
+};
+
+}  // namespace espalier

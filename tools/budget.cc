@@ -1,0 +1,66 @@
+// `espalier budget`: what memory a server has, and changing it while it serves.
+#include <fmt/format.h>
+
+#include <memory>
+#include <string>
+
+#include <CLI/CLI.hpp>
+
+#include "tools/command.h"
+#include "tools/remote.h"
+
+namespace espalier {
+namespace {
+
+struct Options {
+  RemoteOptions remote;
+  uint64_t bytes = 0;
+  bool sets = false;
+};
+
+std::string MiB(uint64_t bytes) { return fmt::format("{:.1f} MiB", bytes / 1048576.0); }
+
+absl::Status Run(const Options& options) {
+  v1::MemoryLedger memory;
+  if (options.sets) {
+    v1::SetMemoryBudgetRequest request;
+    request.set_bytes(options.bytes);
+    v1::SetMemoryBudgetResponse response;
+    const absl::Status status =
+        UnaryCall(options.remote, &v1::EspalierService::Stub::SetMemoryBudget, request, &response);
+    if (!status.ok()) return status;
+    memory = response.memory();
+  } else {
+    v1::GetLoadResponse load;
+    const absl::Status status =
+        UnaryCall(options.remote, &v1::EspalierService::Stub::GetLoad, v1::GetLoadRequest(), &load);
+    if (!status.ok()) return status;
+    memory = load.memory();
+  }
+  fmt::print("budget {}, resident {}: weights {}, workspace {}, KV {} of {} that it may have\n",
+             memory.budget() > 0 ? MiB(memory.budget()) : "none", MiB(memory.resident()),
+             MiB(memory.weights()), MiB(memory.workspace()),
+             MiB(memory.kv_used() + memory.kv_reusable()), MiB(memory.kv_allowed()));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+void AddBudget(CLI::App& root, Action* action) {
+  auto options = std::make_shared<Options>();
+  CLI::App* sub = root.add_subcommand(
+      "budget", "Print what memory a server has; with SIZE: change its budget while it serves");
+  CLI::Option* size =
+      sub->add_option("size", options->bytes,
+                      "Memory for the server's process, e.g. 180MB; 0: what the machine has. The "
+                      "server must run with --admin")
+          ->type_name("SIZE")
+          ->transform(CLI::AsSizeValue(false));
+  AddRemoteOptions(*sub, &options->remote);
+  sub->final_callback([options, action, size] {
+    options->sets = size->count() > 0;
+    *action = [options] { return Run(*options); };
+  });
+}
+
+}  // namespace espalier
