@@ -1,6 +1,6 @@
 # The commands of this tree; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve ladder bench bench-serve bench-peers bench-pruning build debug asan tsan fuzz format format-check tidy \
+.PHONY: help demo test serve ladder bench bench-serve bench-peers bench-pruning bench-squeeze build debug asan tsan fuzz format format-check tidy \
   layering lint-proto packages clean
 
 SCRIPTS := tools/scripts
@@ -23,7 +23,7 @@ serve: build ## Serve the model until Ctrl-C
 
 ladder: build ## Calibrate the model's ladder on texts of this machine, beside it; most of an hour
 	@model=$$($(SCRIPTS)/fetch_model.sh) && python3 tests/bench/pruning/texts.py build/ladders/texts && \
-	  exec build/release/bin/espalier calibrate --model "$$model" --text build/ladders/texts/calibrate/*.txt $(ARGS)
+	  exec build/release/bin/espalier calibrate --model "$$model" --text build/ladders/texts/calibrate/*.txt self $(ARGS)
 
 bench: build ## Prefill and decode speed, and their share of this machine's roofline
 	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/espalier bench --model "$$model" $(ARGS)
@@ -38,6 +38,10 @@ bench-peers: build ## Beside llama.cpp and OpenVINO GenAI, TURNS=3 in turns; ins
 bench-pruning: build ## What pruning costs and saves, beside the published methods; TEXT=prose for one-kind rows
 	@model=$$($(SCRIPTS)/fetch_model.sh) && ESPALIER_TEXT="$(or $(TEXT),$$ESPALIER_TEXT)" exec python3 \
 	  tests/bench/pruning/pruning.py --model "$$model" $(ARGS)
+
+bench-squeeze: build ## Goodput under overload and less memory: the full model, fixed rungs, the policy
+	@model=$$($(SCRIPTS)/fetch_model.sh) && name=$$(basename "$${model%.gguf}").ladder && exec python3 \
+	  tests/bench/squeeze/squeeze.py --model "$$model" --ladder "$(or $(LADDER),deploy/ladders/$$name)" $(ARGS)
 
 build: ## Build release into build/release
 	@$(SCRIPTS)/build.sh release

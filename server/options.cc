@@ -283,6 +283,10 @@ const std::vector<Setting>& Settings() {
       {kPruning, "ttft-target", "How long a request should wait at most", Seconds(&O::ttft_target)},
       {kPruning, "tpot-target", "How long a token should take at most, when decoding",
        Seconds(&O::tpot_target)},
+      {kPruning, "decision-log",
+       "Where the ladder policy's decisions go, a line a step with what it saw,\n"
+       "for `espalier replay`",
+       Text(&O::decision_log, "PATH", "a path; empty: none")},
       {kPruning, "probe",
        "Rank channels anew in each prefill step that prunes, by a probe of its\n"
        "rows, fused with history (Probe Pruning); prompts: by what the prompts last\n"
@@ -449,6 +453,9 @@ absl::StatusOr<ServerOptions> ReadOptions(const GivenByName& given) {
         options.fixed_rung.has_value()
             ? fmt::format("--policy: rung {} needs a ladder: --ladder", *options.fixed_rung)
             : "--policy: ladder needs one: --ladder");
+  }
+  if (!options.decision_log.empty() && options.fixed_rung.has_value()) {
+    return absl::InvalidArgumentError("--decision-log: a fixed policy decides nothing");
   }
   for (const auto& [name, target] :
        {std::pair("--ttft-target", options.ttft_target), {"--tpot-target", options.tpot_target}}) {

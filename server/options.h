@@ -48,6 +48,8 @@ struct ServerOptions {
   // take longer for a token.
   std::chrono::milliseconds ttft_target{1000};
   std::chrono::milliseconds tpot_target{100};
+  // Where the ladder policy's decisions go, with what it saw; empty: nowhere.
+  std::string decision_log;
   // Rows by which each prefill step that narrows ranks channels anew, by Probe Pruning; none (off):
   // channels stay as calibrated. Needs a ladder without refitted weights.
   std::optional<ProbeOptions::Rows> probe;

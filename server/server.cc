@@ -28,6 +28,7 @@
 #include "kernels/cpu/cpu_backend.h"
 #include "policy/ladder_policy.h"
 #include "server/api_service.h"
+#include "server/decision_log.h"
 #include "server/engine_thread.h"
 #include "server/front.h"
 #include "server/logging.h"
@@ -82,6 +83,7 @@ class Server {
   int Run() {
     stop_->set_nothing_to_finish(true);
     absl::Status status = Listen();
+    if (status.ok()) status = MakePolicy();
     if (status.ok()) status = Load();
     if (status.ok()) status = ServeMetrics();
     if (status.ok()) status = Open();
@@ -162,6 +164,28 @@ class Server {
       model_.chat_template = *std::move(chat);
     }
     encoder_ = std::make_unique<PromptEncoder>(model_.tokenizer.get(), model_.chat_template.get());
+    return absl::OkStatus();
+  }
+
+  absl::Status MakePolicy() {
+    if (options_.fixed_rung.has_value()) {
+      chosen_ = std::make_unique<FixedPolicy>(*options_.fixed_rung);
+    } else {
+      chosen_ = std::make_unique<LadderPolicy>(rule_);
+    }
+    policy_ = chosen_.get();
+    if (!options_.decision_log.empty()) {
+      absl::StatusOr<std::unique_ptr<DecisionLog>> log =
+          DecisionLog::Create(options_.decision_log, rule_);
+      if (!log.ok()) return log.status();
+      decisions_ = *std::move(log);
+      logged_ = std::make_unique<LoggedPolicy>(policy_, decisions_.get());
+      policy_ = logged_.get();
+    }
+    if (options_.shadow) {
+      shadow_ = std::make_unique<ShadowPolicy>(policy_);
+      policy_ = shadow_.get();
+    }
     return absl::OkStatus();
   }
 
@@ -396,14 +420,12 @@ class Server {
   Health health_;
   ServedModel model_;
   std::unique_ptr<PromptEncoder> encoder_;
-  FixedPolicy fixed_{options_.fixed_rung.value_or(0)};
-  LadderPolicy by_rule_{
-      {.ttft_target_s = std::chrono::duration<double>(options_.ttft_target).count(),
-       .tpot_target_s = std::chrono::duration<double>(options_.tpot_target).count()}};
-  Policy* const chosen_ =
-      options_.fixed_rung.has_value() ? static_cast<Policy*>(&fixed_) : &by_rule_;
-  ShadowPolicy shadow_{chosen_};
-  Policy* const policy_ = options_.shadow ? &shadow_ : chosen_;
+  const LadderPolicyOptions rule_{
+      .ttft_target_s = std::chrono::duration<double>(options_.ttft_target).count(),
+      .tpot_target_s = std::chrono::duration<double>(options_.tpot_target).count()};
+  std::unique_ptr<DecisionLog> decisions_;
+  std::unique_ptr<Policy> chosen_, logged_, shadow_;
+  Policy* policy_ = nullptr;  // the outermost of these
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Probe> probe_;
   std::string fingerprint_;  // of the model, if there is a probe

@@ -174,6 +174,7 @@ int RunCommand(int argc, const char* const* argv) {
   AddBench(root, &action);
   AddCalibrate(root, &action);
   AddEval(root, &action);
+  AddReplay(root, &action);
   for (CLI::App* sub : root.get_subcommands({})) NameEnvironment(sub);
 
   try {

@@ -26,6 +26,7 @@ void AddBudget(CLI::App& root, Action* action);
 void AddBench(CLI::App& root, Action* action);
 void AddCalibrate(CLI::App& root, Action* action);
 void AddEval(CLI::App& root, Action* action);
+void AddReplay(CLI::App& root, Action* action);
 
 // Whether a subcommand that has both --model and --address works on the model: it does if a model
 // is given, but an --address on the command line wins over a model that the environment names.

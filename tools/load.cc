@@ -27,15 +27,26 @@ struct Options {
   bool json = false;
 };
 
-void PrintTable(const LoadReport& report) {
+void PrintTable(const LoadShape& shape, const LoadReport& report) {
   fmt::print(
       "{} calls, {} finished, {} past their deadline, {} tokens in {:.2f} s: {:.1f} tokens/s\n",
       report.started, report.finished, report.past_deadline, report.tokens, report.seconds,
       static_cast<double>(report.tokens) / report.seconds);
+  if (shape.ttft_target > 0 || shape.tpot_target > 0) {
+    fmt::print("{} within both targets: {:.2f} calls/s\n", report.good,
+               report.good / report.seconds);
+  }
   if (report.cached_tokens > 0) {
     fmt::print(
         "{} of {} prompt tokens were found in the prefix cache: another --seed has new ones\n",
         report.cached_tokens, report.prompt_tokens);
+  }
+  if (report.rung_tokens.size() > 1 || report.told_loss > 0) {
+    std::string rungs;
+    for (const auto& [rung, tokens] : report.rung_tokens) {
+      rungs += fmt::format("{}rung {} for {} tokens", rungs.empty() ? "" : ", ", rung, tokens);
+    }
+    fmt::print("served: {}; told loss {:.3g} nats/token\n", rungs, report.loss_per_token());
   }
   fmt::print("{:>8} {:>10} {:>10} {:>10} {:>7}\n", "ms", "p50", "p90", "p99", "count");
   const auto line = [](const char* name, const std::vector<double>& seconds) {
@@ -59,6 +70,8 @@ void PrintJson(const LoadReport& report) {
       {"tokens", report.tokens},
       {"prompt_tokens", report.prompt_tokens},
       {"cached_tokens", report.cached_tokens},
+      {"good", report.good},
+      {"told_loss", report.loss_per_token()},
       {"seconds", report.seconds},
       {"tokens_per_s", static_cast<double>(report.tokens) / report.seconds}};
   const auto add = [&](const std::string& name, const std::vector<double>& seconds) {
@@ -69,6 +82,10 @@ void PrintJson(const LoadReport& report) {
   add("ttft", report.first_token);
   add("tpot", report.per_token);
   add("e2e", report.end);
+  json["rung_tokens"] = nlohmann::ordered_json::object();
+  for (const auto& [rung, tokens] : report.rung_tokens) {
+    json["rung_tokens"][fmt::format("{}", rung)] = tokens;
+  }
   json["refusals"] = nlohmann::ordered_json::object();
   for (const auto& [code, refusals] : report.refusals) {
     json["refusals"][code] = {{"calls", refusals.calls},
@@ -98,7 +115,7 @@ absl::Status Run(Options options) {
   if (options.json) {
     PrintJson(report);
   } else {
-    PrintTable(report);
+    PrintTable(options.shape, report);
   }
   if (report.finished > 0 || report.started == 0) return absl::OkStatus();
   const auto& [code, refusals] = *report.refusals.begin();
@@ -142,6 +159,16 @@ void AddLoad(CLI::App& root, Action* action) {
       ->type_name("RUNG")
       ->check(CLI::Range(-1, kMostRungs - 1))
       ->capture_default_str();
+  const auto target = [&](const char* name, double& value, const char* description) {
+    sub->add_option(name, value, description)
+        ->type_name("SECONDS")
+        ->check(Within(0, 1e6))
+        ->capture_default_str();
+  };
+  target("--ttft-target", shape.ttft_target,
+         "A call is good if its first token comes within this; 0: whenever");
+  target("--tpot-target", shape.tpot_target,
+         "And if each token after it takes no longer, on average; 0: however long");
   sub->add_option("--seed", shape.seed, "Seed of prompts and arrivals; new prompts need a new one")
       ->type_name("NUMBER")
       ->check(Unsigned64())

@@ -32,7 +32,7 @@ class Call final : public grpc::ClientReadReactor<v1::GenerateResponse> {
 
   const StreamTimes& times() const { return times_; }
   bool past_deadline() const { return past_deadline_; }
-  const v1::Usage& usage() const { return usage_; }  // once finished
+  const v1::Finished& finished() const { return finished_; }  // if it did
 
  private:
   Generator* generator_;
@@ -42,7 +42,7 @@ class Call final : public grpc::ClientReadReactor<v1::GenerateResponse> {
   double deadline_;
   bool past_deadline_ = false;
   StreamTimes times_;
-  v1::Usage usage_;
+  v1::Finished finished_;
   Clock::time_point start_ = Clock::now();
 };
 
@@ -91,7 +91,7 @@ void Call::OnReadDone(bool ok) {
     times_.tokens += response_.token_ids_size();
     past_deadline_ |= deadline_ > 0 && now > deadline_;
   }
-  if (response_.has_finished()) usage_ = response_.finished().usage();
+  if (response_.has_finished()) finished_ = response_.finished();
   StartRead(&response_);
 }
 
@@ -138,8 +138,18 @@ void Generator::Ended(Call* call, const grpc::Status& status) {
   if (times.tokens > 1) report_.per_token.push_back(times.per_token());
   if (status.ok()) {
     ++report_.finished;
-    report_.prompt_tokens += call->usage().prompt_tokens();
-    report_.cached_tokens += call->usage().cached_tokens();
+    const v1::Finished& finished = call->finished();
+    report_.prompt_tokens += finished.usage().prompt_tokens();
+    report_.cached_tokens += finished.usage().cached_tokens();
+    for (const v1::RungUse& use : finished.served().rungs()) {
+      report_.rung_tokens[use.rung()] += use.tokens();
+    }
+    report_.told_loss += finished.served().estimated_loss() * finished.usage().completion_tokens();
+    const auto within = [](double seconds, double target) {
+      return target == 0 || seconds <= target;
+    };
+    report_.good += within(times.first_token, shape_.ttft_target) &&
+                    within(times.per_token(), shape_.tpot_target);
     report_.end.push_back(times.end);
   } else {
     Refusals& refusals = report_.refusals[CodeName(status.error_code())];

@@ -22,6 +22,8 @@ struct LoadShape {
   int prompt_tokens = 128;  // random ids
   int max_tokens = 128;     // drawn by each, end tokens ignored
   int rung = -1;            // of the ladder; -1: as the server's policy says
+  double ttft_target = 0;   // seconds a call may wait for its first token; 0: any time
+  double tpot_target = 0;   // seconds a token after it may take, mean of a call; 0: any time
   int vocabulary = 0;
   uint64_t seed = 1;  // of arrivals and prompts
 };
@@ -36,6 +38,7 @@ struct Refusals {
 struct LoadReport {
   int started = 0;
   int finished = 0;  // with OK
+  int good = 0;      // of them within both targets
   // Calls that were still given tokens, or ended well, after their deadline.
   int past_deadline = 0;
   int64_t tokens = 0;  // of all calls
@@ -43,11 +46,19 @@ struct LoadReport {
   // times are then those of repeated prompts.
   int64_t prompt_tokens = 0;
   int64_t cached_tokens = 0;
+  std::map<int, int64_t> rung_tokens;        // as the server told
+  double told_loss = 0;                      // nats, summed over those tokens
   double seconds = 0;                        // first call to last end
   std::vector<double> first_token;           // seconds, one per call that got any
   std::vector<double> per_token;             // seconds, one per call that got two or more
   std::vector<double> end;                   // seconds, one per call that finished
   std::map<std::string, Refusals> refusals;  // by code
+
+  double loss_per_token() const {
+    int64_t tokens = 0;
+    for (const auto& [rung, drawn] : rung_tokens) tokens += drawn;
+    return tokens > 0 ? told_loss / static_cast<double>(tokens) : 0;
+  }
 };
 
 // When open-loop calls begin, seconds from the start, ascending: exponential gaps with mean 1 /

@@ -238,8 +238,9 @@ class Pruning(unittest.TestCase):
             self.assertEqual(self.metric(server, "espalier_probe_rows_total"), 0)
 
     def test_policy_prunes_while_requests_wait_and_recovers(self):
+        decisions = pathlib.Path(self.folder.name) / "decisions"
         options = ("--ladder", self.refitted, "--policy", "ladder", "--ttft-target", "0.02",
-                   "--max-sequences", "2", "--metrics-port", "0")
+                   "--max-sequences", "2", "--metrics-port", "0", "--decision-log", decisions)
         with Server(BINARY, MODEL, *options) as server:
             calls = []
             for i in range(40):
@@ -266,7 +267,21 @@ class Pruning(unittest.TestCase):
             last = list(server.stub.Generate(text_request("x", 8)))[-1].finished.served
             self.assertEqual([(use.rung, use.tokens) for use in last.rungs], [(0, 8)])
             self.assertEqual(self.metric(server, "espalier_policy_rung"), 0)
-            self.assertIn("policy", server.log())
+            self.assertEqual(server.terminate(), 0)
+            self.assertIn(" policy ", server.log())
+        replay = [pathlib.Path(BINARY).with_name("espalier"), "replay", decisions, "--ladder",
+                  self.refitted]
+        again = subprocess.run(replay, capture_output=True, text=True)
+        self.assertEqual(again.returncode, 0, again.stderr)
+        self.assertRegex(again.stdout, r"^\d{3,} decisions, [2-9]\d* changes .*, 0 not as logged")
+        lines = decisions.read_text().splitlines(keepends=True)
+        decisions.write_text("".join(lines).replace('"rung":1', '"rung":0', 1))
+        again = subprocess.run(replay, capture_output=True, text=True)
+        self.assertEqual(again.returncode, 1)
+        self.assertRegex(again.stderr, r"line \d+: rung 1 by queue, logged 0 by queue")
+        decisions.write_text("".join(lines[:5]) + '{"dropped":7}\n')
+        again = subprocess.run(replay, capture_output=True, text=True)
+        self.assertRegex(again.stderr, r"line 6: 7 decisions are missing")
 
     def test_shadow_policy_serves_the_full_model(self):
         options = ("--ladder", self.refitted, "--policy", "ladder", "--policy-mode", "shadow",

@@ -330,6 +330,7 @@ TEST_F(OptionsTest, PolicyChoosesByTargets) {
   EXPECT_EQ(options.tpot_target, std::chrono::milliseconds(20));
   EXPECT_FALSE(Read({}).shadow);
   EXPECT_EQ(Refusal({"--policy=ladder"}), "--policy: ladder needs one: --ladder");
+  EXPECT_EQ(Refusal({"--decision-log=d"}), "--decision-log: a fixed policy decides nothing");
   EXPECT_EQ(Refusal({"--tpot-target=0"}),
             "--tpot-target: expected a millisecond or more, got 0 ms");
 }

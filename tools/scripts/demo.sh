@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# First contact: builds, calibrates once, serves the model on a free port, streams an answer, then the
-# same one from pruned rungs, runs a burst on each, drains.
+# First contact: builds, serves the model on a free port, streams an answer, then the same one from
+# pruned rungs, runs a burst, takes memory away while streams run and gives it back, drains.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit
 bin=build/release/bin
@@ -26,7 +26,9 @@ model=$(tools/scripts/fetch_model.sh) || exit 1
 
 rm -rf $work
 mkdir -p $work
-ladder=build/ladders/$(basename "${model%.gguf}").ladder
+name=$(basename "${model%.gguf}").ladder
+ladder=deploy/ladders/$name
+[ -s "$ladder" ] || ladder=build/ladders/$name  # a model of one's own
 if [ ! -s "$ladder" ]; then
   say "Measuring what the model can spare, once: three minutes or so"
   python3 tests/bench/pruning/texts.py $work/texts >/dev/null 2>&1
@@ -36,14 +38,16 @@ if [ ! -s "$ladder" ]; then
   $bin/espalier calibrate --model "$model" --text "${texts[@]}" --tokens 16000 --rungs 0.1,0.3 \
     --out "$ladder" >$work/calibrate.log || ladder=  # a shape that panels cannot have: dense only
 fi
-rungs=(0)
+rungs=0
 if [ -s "$ladder" ]; then
-  grep '^rung' "$ladder"
-  mapfile -t rungs < <(sed -n 's/^rung \([0-9]*\) .*/\1/p' "$ladder")
+  grep '^rung' "$ladder" | cut -d ' ' -f -6
+  rungs=$(grep -c '^rung [1-9]' "$ladder")
 fi
+# Answers at a mild and a harder rung.
+shown=($((rungs > 4 ? 2 : rungs > 0)) $((rungs > 4 ? 4 : rungs)))
 say "Serving $(basename "$model")"
 began=$SECONDS
-$bin/espalier-server --model "$model" ${ladder:+--ladder "$ladder"} --host 127.0.0.1 \
+$bin/espalier-server --model "$model" ${ladder:+--ladder "$ladder" --policy ladder} --admin --host 127.0.0.1 \
   --port 0 --port-file $work/port --metrics-port -1 >$work/server.log 2>&1 &
 server=$!
 while [ ! -s $work/port ]; do
@@ -61,18 +65,43 @@ say "> Why is the sky blue?"
 $bin/espalier chat --address "$address" --deadline 120 --temperature 0 --max-tokens 96 \
   --once "Why is the sky blue?" || fail "no answer"
 
-for rung in "${rungs[@]:1}"; do
+for rung in $(printf '%s\n' "${shown[@]}" | sort -un); do
+  [ "$rung" -gt 0 ] || continue
   say "> Why is the sky blue?   (rung $rung: fewer channels, at a loss that is told)"
   $bin/espalier chat --address "$address" --deadline 120 --temperature 0 --max-tokens 96 \
-    --rung $rung --once "Why is the sky blue?" || fail "no answer at rung $rung"
+    --rung "$rung" --once "Why is the sky blue?" || fail "no answer at rung $rung"
 done
 
-for rung in "${rungs[@]}"; do
-  say "16 requests at once, 64 + 64 tokens each, at rung $rung"
-  $bin/espalier load --address "$address" --requests 16 --concurrency 16 --prompt-tokens 64 \
-    --max-tokens 64 --rung $rung --deadline 300 | tee $work/load.txt || fail "the burst failed"
-  grep -q '^16 calls, 16 finished,' $work/load.txt || fail "not all of the burst finished (above)"
-done
+# finished N FILE: all calls of a load did.
+finished() { grep -q "^$1 calls, $1 finished," "$2" || fail "not all of the burst finished (above)"; }
+
+say "16 requests at once, 64 + 64 tokens each, full model"
+$bin/espalier load --address "$address" --requests 16 --concurrency 16 --prompt-tokens 64 \
+  --max-tokens 64 --rung 0 --deadline 300 | tee $work/load.txt || fail "the burst failed"
+finished 16 $work/load.txt
+
+say "The squeeze: 32 streams of 64 + 256 tokens, rungs as the policy says"
+before=$($bin/espalier budget --address "$address") || fail "no ledger"
+$bin/espalier load --address "$address" --requests 32 --concurrency 32 --prompt-tokens 64 \
+  --max-tokens 256 --seed 2 --deadline 300 >$work/squeeze.txt &
+load=$!
+sleep 4
+echo "with all of it:       $($bin/espalier budget --address "$address")"
+# What the process held without streams, and 40 MiB.
+budget=$(sed 's/.*resident \([0-9]*\).*/\1/' <<<"$before")
+$bin/espalier budget --address "$address" $((budget + 40))MiB >/dev/null || fail "the budget was refused"
+sleep 1
+echo "a second after less:  $($bin/espalier budget --address "$address")"
+sleep 3
+$bin/espalier budget --address "$address" 0 >/dev/null
+wait $load || fail "the squeezed streams failed"
+cat $work/squeeze.txt
+finished 32 $work/squeeze.txt
+grep -h ' policy \| memory ' $work/server.log | cut -c1-100 | sed 's/^/  /'
+sleep 3
+say "> Why is the sky blue?   (three seconds after)"
+$bin/espalier chat --address "$address" --deadline 120 --temperature 0 --max-tokens 24 \
+  --once "Why is the sky blue?" || fail "no answer after the squeeze"
 
 say "Draining"
 kill -TERM $server

@@ -1,0 +1,140 @@
+#!/usr/bin/env python3
+"""What pruning under pressure is worth: the same open-loop load on a server that always serves the
+full model, on one at each of two fixed rungs, and on one whose policy chooses, with all of the KV
+memory that the load needs and with less of it. `make bench-squeeze`.
+
+Goodput: calls that finished with their first token within --ttft and a token every --tpot on
+average, per second of the run. Capacity is measured first: finished calls per second of the full
+model, closed loop, with all memory. Loss is as the server told it, nats per token.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+PROMPT, OUTPUT, STREAMS = 128, 128, 32
+PAGE_TOKENS = 16
+
+
+@contextlib.contextmanager
+def server(options, policy, kv_bytes):
+    """A server's address, and what it logged."""
+    with tempfile.TemporaryDirectory() as folder:
+        port, log = pathlib.Path(folder, "port"), pathlib.Path(folder, "log")
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("ESPALIER_")}
+        with open(log, "wb") as out:
+            process = subprocess.Popen(
+                [f"{options.bin}/espalier-server", "--model", options.model, "--ladder",
+                 options.ladder, "--policy", policy, "--port", "0", "--port-file", port,
+                 "--metrics-port", "-1", "--kv-memory", str(kv_bytes), "--max-sequences",
+                 str(STREAMS), "--ttft-target", str(options.ttft), "--tpot-target",
+                 str(options.tpot), "--prefix-cache=false"],
+                stdout=out, stderr=out, env=environment)
+        try:
+            while not port.exists():
+                if process.poll() is not None:
+                    sys.exit(f"squeeze: the server ended: {log.read_text()}")
+                time.sleep(0.02)
+            address = f"127.0.0.1:{port.read_text().strip()}"
+            subprocess.run([f"{options.bin}/espalier", "health", "--wait", "--deadline", "120",
+                            "--address", address], check=True, stdout=subprocess.DEVNULL)
+            yield address
+        finally:
+            process.kill()
+            process.wait()
+
+
+def load(options, address, *arguments):
+    done = subprocess.run(
+        [f"{options.bin}/espalier", "load", "--address", address, "--prompt-tokens", str(PROMPT),
+         "--max-tokens", str(OUTPUT), "--json", "--ttft-target", str(options.ttft),
+         "--tpot-target", str(options.tpot), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    report = json.loads(done.stdout)
+    report["refused"] = sum(each["calls"] for each in report["refusals"].values())
+    report["goodput"] = report["good"] / report["seconds"]
+    return report
+
+
+def ladder_of(path):
+    """(kv bytes a token of rung 0, number of the last rung)."""
+    rungs = re.findall(r"^rung (\d+) .*?kv_bytes=([\d.]+)", pathlib.Path(path).read_text(), re.M)
+    return float(rungs[0][1]), int(rungs[-1][0])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--ladder", required=True)
+    parser.add_argument("--bin", default="build/release/bin")
+    parser.add_argument("--seconds", type=float, default=15, help="of arrivals, for each figure")
+    parser.add_argument("--ttft", type=float, default=2)
+    parser.add_argument("--tpot", type=float, default=0.08)
+    parser.add_argument("--loads", default="0.5,1,2", help="shares of the full model's capacity")
+    parser.add_argument("--taken", default="0,0.4,0.7", help="shares of the KV memory taken away")
+    options = parser.parse_args()
+    token_bytes, last = ladder_of(options.ladder)
+    need = int(token_bytes * STREAMS * (PROMPT + OUTPUT + PAGE_TOKENS))
+    mild, hard = max(1, last // 4), max(1, last // 2)
+    policies = {"full": "fixed:0", f"fixed {mild}": f"fixed:{mild}", f"fixed {hard}": f"fixed:{hard}",
+                "policy": "ladder"}
+    with server(options, "fixed:0", need) as address:
+        load(options, address, "--requests", STREAMS, "--concurrency", STREAMS, "--seed", 90)
+        closed = load(options, address, "--requests", 4 * STREAMS, "--concurrency", STREAMS,
+                      "--seed", 91)
+    capacity = closed["finished"] / closed["seconds"]
+    print(f"capacity of the full model: {capacity:.2f} calls/s of {PROMPT} + {OUTPUT} tokens, "
+          f"{closed['tokens_per_s']:.0f} tokens/s, {need / 1e6:.0f} MB of KV\n")
+    print(f"{'KV taken':>9}{'load':>6}{'':>3}" + "".join(f"{name:>34}" for name in policies))
+    print(f"{'':>18}" + "".join(f"{'good/s':>12}{'refused':>10}{'told loss':>12}" for _ in policies))
+    figures, ratios = {"capacity_calls_per_s": capacity}, {}
+    for taken in map(float, options.taken.split(",")):
+        for times in map(float, options.loads.split(",")):
+            line = f"{taken:9.0%}{times:5.1f}x{'':>3}"
+            cells = {}
+            for name, policy in policies.items():
+                with server(options, policy, int(need * (1 - taken))) as address:
+                    report = load(options, address, "--rate", capacity * times, "--duration",
+                                  options.seconds, "--seed", 7)
+                cells[name] = report
+                line += f"{report['goodput']:12.2f}{report['refused']:10}{report['told_loss']:12.3f}"
+                key = f"{name.replace(' ', '_')}_kv{round(100 * (1 - taken))}_load{round(100 * times)}"
+                figures[f"goodput_{key}"] = report["goodput"]
+                figures[f"loss_{key}"] = report["told_loss"]
+            print(line, flush=True)
+            ratios[taken, times] = cells
+    worst = ratios[max(taken for taken, _ in ratios), 2.0] if any(
+        times == 2.0 for _, times in ratios) else None
+    fixed = [name for name in policies if name.startswith("fixed")]
+    if worst is not None:
+        figures["goodput_vs_dense"] = worst["policy"]["goodput"] / max(worst["full"]["goodput"], 1e-9)
+    best = [(cells["policy"]["goodput"] / max(cells[name]["goodput"], 1e-9),
+             cells["policy"]["told_loss"] / max(cells[name]["told_loss"], 1e-9))
+            for cells in ratios.values()
+            for name in [max(fixed, key=lambda each: cells[each]["goodput"])]]
+    figures["goodput_vs_best_fixed"] = min(goodput for goodput, _ in best)
+    figures["loss_vs_best_fixed"] = max(loss for _, loss in best)
+    calm = ratios.get((0.0, 0.5))
+    if calm is not None:
+        figures["cost_without_squeeze"] = 1 - (calm["policy"]["goodput"]
+                                               / max(calm["full"]["goodput"], 1e-9))
+    out = pathlib.Path("build/figures")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "bench-squeeze.json").write_text(json.dumps(figures, indent=2) + "\n")
+    for name in ("goodput_vs_dense", "goodput_vs_best_fixed", "loss_vs_best_fixed",
+                 "cost_without_squeeze"):
+        if name in figures:
+            print(f"{name} {figures[name]:.3f}")
+    print(f"figures: {out}/bench-squeeze.json")
+
+
+if __name__ == "__main__":
+    main()
