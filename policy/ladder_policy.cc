@@ -25,14 +25,15 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
     std::string_view name;
   };
   const Signal signals[] = {
-      {report.kv_used + report.kv_promised, options_.kv, "memory"},
       {report.oldest_wait_s / options_.ttft_target_s, options_.wait, "queue"},
       {report.step_s / options_.tpot_target_s, options_.step, "latency"},
   };
   const auto* const high = std::ranges::find_if(
       signals, [](const Signal& signal) { return signal.value >= signal.band.raise; });
-  const bool low = std::ranges::all_of(
-      signals, [](const Signal& signal) { return signal.value <= signal.band.lower; });
+  const bool low =
+      report.kv_used <= options_.kv_lower && std::ranges::all_of(signals, [](const Signal& signal) {
+        return signal.value <= signal.band.lower;
+      });
   hardest_ = ladder.size() - 1;
   level_ = std::min(level_, hardest_);
   if (!std::isfinite(report.time_s)) return;
@@ -50,8 +51,9 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
         (report.time_s - std::max(low_since_s_, changed_s_)) / options_.lower_dwell_s;
     level -= static_cast<int>(std::clamp<double>(dwells, 0, level_));
   }
+  refuses_ = level == hardest_ && signals[0].value >= options_.wait.raise;
   if (level == level_) return;
-  if (level > level_) reason_ = high->name;
+  if (level > level_) reason_ = report.kv_used > 1 ? "memory" : high->name;
   level_ = level;
   changed_s_ = report.time_s;
 }

@@ -18,19 +18,21 @@ struct PressureBand {
 struct LadderPolicyOptions {
   double ttft_target_s = 1;    // a request should not wait for longer
   double tpot_target_s = 0.1;  // nor a step take longer, which is who decodes' time per token
-  // Of kv_used + kv_promised: from 1 on somebody waits for memory.
-  PressureBand kv = {.raise = 0.95, .lower = 0.7};
+  // Of kv_used, for the level to fall; it rises above 1. That somebody waits for pages is no reason
+  // by itself: a short wait costs less than a rung.
+  double kv_lower = 0.9;
   // Of the oldest wait and of a step, as shares of their targets.
   PressureBand wait = {.raise = 0.5, .lower = 0.1};
   PressureBand step = {.raise = 1.0, .lower = 0.75};
-  double raise_dwell_s = 0.2;  // between a change of the level and the next rise
-  double lower_dwell_s = 1;    // for which all signals must have been low before it falls by one
+  double raise_dwell_s = 0.2;   // between a change of the level and the next rise
+  double lower_dwell_s = 0.25;  // for which all signals must have been low before it falls by one
 };
 
 // Rises by one rung a dwell; at once, and to the next rung of less KV, where running sequences hold
 // more pages than there may be. Requests of a higher priority than 0 are served so many rungs
-// milder than the level, those of a lower one so many harder. Of a report that says nothing (NaN)
-// the level stays as it is.
+// milder than the level, those of a lower one so many harder. On the last rung, while the oldest
+// wait is long, newcomers are refused: behind it they would come too late. Of a report that says
+// nothing (NaN) the level stays as it is.
 class LadderPolicy final : public Policy {
  public:
   explicit LadderPolicy(const LadderPolicyOptions& options) : options_(options) {}
@@ -40,6 +42,7 @@ class LadderPolicy final : public Policy {
   std::string_view name() const override { return "ladder"; }
   // "memory", "queue" or "latency", for which the level rose last; "none" at level 0.
   std::string_view reason() const override { return level_ == 0 ? "none" : reason_; }
+  bool refuses() const override { return refuses_; }
 
   int level() const { return level_; }
 
@@ -50,6 +53,7 @@ class LadderPolicy final : public Policy {
   double changed_s_ = 0;
   double low_since_s_ = 0;
   std::string_view reason_ = "none";
+  bool refuses_ = false;
 };
 
 }  // namespace espalier

@@ -67,6 +67,8 @@ class Policy {
   // Why choices are as they are, in a word; empty: they are always the same. Lasts as long as the
   // program.
   virtual std::string_view reason() const { return ""; }
+  // Whether newcomers should be refused while others wait.
+  virtual bool refuses() const { return false; }
   // The rung that it would serve a request without bounds at.
   virtual int wanted() const { return ChooseRung({.allowed = ~RungSet{0}}); }
 };

@@ -71,7 +71,7 @@ std::optional<RpcError> Call::Admit() {
   if (absl::IsResourceExhausted(place.status())) {
     LoadSnapshot load = backstage_->engine->load();
     load.arriving = waiting - load.stats.waiting;  // as it was when the call was refused
-    return QueueFull(load);
+    return waiting < load.max_waiting ? Overloaded(load) : QueueFull(load);
   }
   if (!place.ok()) return Closed();
   place_.emplace(*std::move(place));

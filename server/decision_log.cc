@@ -33,10 +33,10 @@ absl::StatusOr<std::unique_ptr<DecisionLog>> DecisionLog::Create(
     const std::string& path, const LadderPolicyOptions& options) {
   std::ofstream file(path, std::ios::binary);
   file << fmt::format(
-      R"({{"policy":"ladder","version":1,"ttft_target_s":{},"tpot_target_s":{},"kv":{},"wait":{},)"
+      R"({{"policy":"ladder","version":1,"ttft_target_s":{},"tpot_target_s":{},"kv_lower":{},"wait":{},)"
       R"("step":{},"raise_dwell_s":{},"lower_dwell_s":{}}})"
       "\n",
-      options.ttft_target_s, options.tpot_target_s, BandText(options.kv), BandText(options.wait),
+      options.ttft_target_s, options.tpot_target_s, options.kv_lower, BandText(options.wait),
       BandText(options.step), options.raise_dwell_s, options.lower_dwell_s);
   file.flush();
   if (!file) {

@@ -62,6 +62,7 @@ class LoggedPolicy final : public Policy {
   int ChooseRung(const RequestTraits& traits) const override { return policy_->ChooseRung(traits); }
   std::string_view name() const override { return policy_->name(); }
   std::string_view reason() const override { return policy_->reason(); }
+  bool refuses() const override { return policy_->refuses(); }
   int wanted() const override { return policy_->wanted(); }
 
  private:

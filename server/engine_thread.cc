@@ -105,6 +105,7 @@ void EngineThread::Run() {
     for (const SequenceOutput& output : (*report)->outputs) Deliver(output, now);
     ready_->Post(&posts_);
     next_load_.stats = (*report)->stats;
+    inbox_.SetRefuses(next_load_.stats.refuses);
     ++next_load_.steps;
     // Requests that only run out of time in the queue are no progress.
     if ((*report)->decode_rows + (*report)->prefill_rows > 0) {

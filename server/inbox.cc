@@ -21,7 +21,7 @@ absl::StatusOr<Reservation> Inbox::Reserve(int* waiting) {
   if (closed_) return absl::UnavailableError("the server takes no new requests");
   const int taken = reserved_ + submitted_ + in_scheduler_;
   if (waiting != nullptr) *waiting = taken;
-  if (taken >= max_waiting_) {
+  if (taken >= max_waiting_ || (refuses_ && taken > 0)) {
     return absl::ResourceExhaustedError(
         fmt::format("{} requests wait, {} may", taken, max_waiting_));
   }
@@ -48,6 +48,11 @@ void Inbox::Cancel(RequestId id) {
   std::lock_guard lock(mutex_);
   commands_.emplace_back(Cancellation{id});
   changed_.notify_one();
+}
+
+void Inbox::SetRefuses(bool refuses) {
+  std::lock_guard lock(mutex_);
+  refuses_ = refuses;
 }
 
 void Inbox::Close() {

@@ -60,6 +60,9 @@ class Inbox {
   // Never refused: who is in must be able to leave. Any thread.
   void Cancel(RequestId id);
 
+  // While `refuses`, no new places as long as somebody waits. Any thread.
+  void SetRefuses(bool refuses);
+
   // No new places; what was submitted stays. Any thread.
   void Close();
 
@@ -90,6 +93,7 @@ class Inbox {
   int reserved_ = 0;   // places granted, not yet submitted
   int submitted_ = 0;  // submissions among commands_
   int in_scheduler_ = 0;
+  bool refuses_ = false;
   bool closed_ = false;
   bool woken_ = false;
 };

@@ -114,7 +114,8 @@ struct Metrics::Instruments : prometheus::Collectable {
     // Present from the start, so that a rate over them has no gap.
     for (const char* outcome : kOutcomes) Finished(outcome);
     for (const char* reason : {"stop", "length", "abort"}) Success(reason);
-    for (const char* reason : {"queue_full", "draining", "out_of_range"}) Refused(reason);
+    for (const char* reason : {"queue_full", "overloaded", "no_memory", "draining", "out_of_range"})
+      Refused(reason);
   }
 
   std::vector<prometheus::MetricFamily> Collect() const override {

@@ -120,6 +120,17 @@ RpcError QueueFull(const LoadSnapshot& load) {
       .Build("queue_full");
 }
 
+RpcError Overloaded(const LoadSnapshot& load) {
+  return StatusBuilder(
+             grpc::StatusCode::RESOURCE_EXHAUSTED,
+             fmt::format("overloaded: {} requests wait too long already, on the last rung",
+                         load.waiting()))
+      .RetryAfter(RetryDelay(load))
+      .Reason("OVERLOADED", {{"waiting", fmt::format("{}", load.waiting())},
+                             {"rung", fmt::format("{}", load.stats.wanted_rung)}})
+      .Build("overloaded");
+}
+
 RpcError NoMemory(std::string_view cause) {
   return StatusBuilder(grpc::StatusCode::RESOURCE_EXHAUSTED, std::string(cause))
       .RetryAfter(kStateRetry)

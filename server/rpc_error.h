@@ -41,6 +41,9 @@ RpcError QueueFull(const LoadSnapshot& load);
 RpcError NoMemory(std::string_view cause);
 // PERMISSION_DENIED with ErrorInfo (NOT_ADMIN).
 RpcError NotAdmin();
+// RESOURCE_EXHAUSTED with RetryInfo and ErrorInfo (OVERLOADED): the policy can prune no harder, and
+// requests wait too long already.
+RpcError Overloaded(const LoadSnapshot& load);
 // RESOURCE_EXHAUSTED with ErrorInfo (READER_STALLED) and no RetryInfo: the caller is to blame.
 RpcError ReaderStalled(int buffer_tokens);
 // UNAVAILABLE with RetryInfo and ErrorInfo (LOADING, DRAINING).

@@ -41,7 +41,7 @@ LadderPolicyOptions OptionsOf(const Json& line) {
   };
   return {.ttft_target_s = line.at("ttft_target_s"),
           .tpot_target_s = line.at("tpot_target_s"),
-          .kv = band("kv"),
+          .kv_lower = line.at("kv_lower"),
           .wait = band("wait"),
           .step = band("step"),
           .raise_dwell_s = line.at("raise_dwell_s"),

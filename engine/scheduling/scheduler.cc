@@ -599,6 +599,7 @@ SchedulerStats Scheduler::stats() const {
           .recomputed_tokens = recomputed_tokens_,
           .wanted_rung = policy_->wanted(),
           .reason = policy_->reason(),
+          .refuses = policy_->refuses(),
           .rung_moves = rung_moves_,
           .prefix_queries = prefix_queries_,
           .prefix_hits = prefix_hits_,

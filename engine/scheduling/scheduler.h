@@ -102,6 +102,7 @@ struct SchedulerStats {
   uint64_t recomputed_tokens = 0;  // since start; whose K and V were gone after a preemption
   int wanted_rung = 0;             // Policy::wanted
   std::string_view reason;         // Policy::reason
+  bool refuses = false;            // Policy::refuses
   uint64_t rung_moves = 0;         // since start, of running sequences
   // Since start, of requests at their first admission; those that want scores do not ask.
   uint64_t prefix_queries = 0;  // prompt tokens

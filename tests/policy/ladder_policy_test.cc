@@ -138,6 +138,21 @@ TEST(LadderPolicy, IsNotMovedBeyondTheLadderOrBoundsByGarbage) {
   EXPECT_GT(moves, 1000);
 }
 
+TEST(LadderPolicy, RefusesLastOfAll) {
+  std::istringstream kv("1 1 1");
+  const Ladder ladder = LadderOf(kv);
+  LadderPolicy policy({});
+  const auto observe = [&](double time, double wait) {
+    policy.Observe({.time_s = time, .oldest_wait_s = wait}, ladder);
+    return policy.refuses();
+  };
+  EXPECT_FALSE(observe(1, 0.9)) << "rung 1 is left";
+  EXPECT_TRUE(observe(2, 0.9));
+  EXPECT_FALSE(observe(3, 0.4));
+  EXPECT_EQ(policy.level(), 2);
+  EXPECT_TRUE(observe(4, 0.6));
+}
+
 TEST(ShadowPolicy, ServesTheFullModelAndSaysWhatItWouldDo) {
   std::istringstream kv("1 1 1");
   const Ladder ladder = LadderOf(kv);

@@ -131,5 +131,17 @@ TEST(Inbox, BurstNeverLeaksPastTheBound) {
   EXPECT_EQ(taken, admitted);
 }
 
+TEST(Inbox, RefusesWhileSomebodyWaitsIfToldTo) {
+  Inbox inbox(4);
+  inbox.SetRefuses(true);
+  absl::StatusOr<Reservation> first = inbox.Reserve();
+  EXPECT_TRUE(first.ok()) << "nobody waits";
+  int waiting = 0;
+  EXPECT_TRUE(absl::IsResourceExhausted(inbox.Reserve(&waiting).status()));
+  EXPECT_EQ(waiting, 1);
+  inbox.SetRefuses(false);
+  EXPECT_TRUE(inbox.Reserve().ok());
+}
+
 }  // namespace
 }  // namespace espalier
