@@ -21,7 +21,7 @@ test: ## Build and run every test
 serve: build ## Serve the model until Ctrl-C
 	@model=$$($(SCRIPTS)/fetch_model.sh) && exec build/release/bin/espalier-server --model "$$model" $(ARGS)
 
-ladder: build ## Calibrate the model's ladder on texts of this machine, beside it; most of an hour
+ladder: build ## Calibrate the model's ladder on texts of this machine, beside it; half an hour
 	@model=$$($(SCRIPTS)/fetch_model.sh) && python3 tests/bench/pruning/texts.py build/ladders/texts && \
 	  exec build/release/bin/espalier calibrate --model "$$model" --text build/ladders/texts/calibrate/*.txt self $(ARGS)
 
