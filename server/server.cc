@@ -296,6 +296,11 @@ class Server {
     while (status.ok() && !engine_->idle()) status = engine_->Step(SteadyNow()).status();
     if (!status.ok()) return status;
 
+    // All pages of the pool are given back or fresh but those of the two tokens above.
+    const Ledger ledger = executor_->ledger(engine_->scheduler().stats());
+    const KvGeometry kv = executor_->kv_geometry();
+    const uint64_t kv_bytes = ledger.kv_used + ledger.kv_reusable + ledger.kv_free;
+
     ready_ = std::make_unique<ReadyQueue>(kWriters);
     thread_ = std::make_unique<EngineThread>(
         engine_.get(), ready_.get(), options_.max_waiting,
@@ -308,10 +313,6 @@ class Server {
                 },
             .on_lost = [this](const absl::Status& lost) { Lose(lost); }});
 
-    // All pages of the pool are given back or fresh but those of the two tokens above.
-    const Ledger ledger = executor_->ledger(engine_->scheduler().stats());
-    const KvGeometry kv = executor_->kv_geometry();
-    const uint64_t kv_bytes = ledger.kv_used + ledger.kv_reusable + ledger.kv_free;
     memory_ = std::make_unique<MemoryKeeper>(
         MemoryKeeper::Options{.budget = options_.memory_budget,
                               .page_bytes = kv_bytes / static_cast<uint64_t>(kv.pages),
