@@ -86,13 +86,12 @@ absl::Status Run(const Options& options) {
       policy->Observe(ReportOf(line), *ladder);
       ++decisions;
       changes += policy->level() != before;
-      if (policy->level() == line.at("rung").get<int>() && policy->reason() == line.at("reason")) {
-        continue;
-      }
+      const int rung = line.at("rung");
+      const std::string reason = line.at("reason");
+      if (policy->level() == rung && policy->reason() == reason) continue;
       if (differ++ == 0) {
         first = fmt::format("line {}: rung {} by {}, logged {} by {}", number, policy->level(),
-                            policy->reason(), line.at("rung").get<int>(),
-                            line.at("reason").get<std::string>());
+                            policy->reason(), rung, reason);
       }
     } catch (const Json::exception& error) {
       return absl::InvalidArgumentError(
