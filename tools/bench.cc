@@ -17,7 +17,7 @@
 #include "engine/machine_memory.h"
 #include "tools/bench_run.h"
 #include "tools/command.h"
-#include "tools/commit.h"
+#include "tools/figures.h"
 #include "tools/local_model.h"
 #include "tools/machine.h"
 #include "tools/progress.h"
@@ -128,18 +128,6 @@ void AddFigures(const Row& row, Json* figures) {
   (*figures)["total" + at + "_tokens_per_s"] = row.total;
 }
 
-absl::Status WriteFigures(const std::string& path, const Json& figures) {
-  const std::filesystem::path parent = std::filesystem::path(path).parent_path();
-  std::error_code error;
-  if (!parent.empty()) std::filesystem::create_directories(parent, error);
-  std::ofstream file(path);
-  file << figures.dump(2, ' ', true, Json::error_handler_t::replace) << "\n";
-  file.close();
-  if (!file) return absl::UnavailableError(fmt::format("cannot write {}", path));
-  fmt::print("figures in {}\n", path);
-  return absl::OkStatus();
-}
-
 absl::Status Run(const Options& options) {
   std::vector<BenchShape> shapes;
   int64_t kv_tokens = 0;  // the pool holds the largest run whole
@@ -229,9 +217,7 @@ absl::Status Run(const Options& options) {
   }
   if (options.figures.empty()) return absl::OkStatus();
 
-  Json figures = {{"machine", machine},
-                  {"commit", kCommit},
-                  {"model", config.name},
+  Json figures = {{"model", config.name},
                   {"weights", model->executor->weight_types()},
                   {"turns", options.turns},
                   {"threads", model->threads},
@@ -246,7 +232,7 @@ absl::Status Run(const Options& options) {
                   {"f32_ops_per_s", ceilings.all.f32_ops_per_s}};
   if (others) figures["others_cpu_share"] = *others;
   for (const Row& row : rows) AddFigures(row, &figures);
-  return WriteFigures(options.figures, figures);
+  return WriteFigures(options.figures, std::move(figures));
 }
 
 }  // namespace

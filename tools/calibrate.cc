@@ -20,6 +20,7 @@
 #include "engine/model/pruning_file.h"
 #include "engine/model/text/tokenizer.h"
 #include "engine/pruning/importance.h"
+#include "policy/blocks/block_orders.h"
 #include "policy/kept_counts.h"
 #include "policy/ladder_file.h"
 #include "tools/bench_run.h"
@@ -46,7 +47,7 @@ constexpr size_t kDropWindows = 8;    // that the order of attention blocks is f
 // A rung as it is asked for: "0.4+3".
 struct RungPlan {
   double ratio = 0;  // of the MLPs' channels, left out
-  int blocks = 0;    // of attention, dropped
+  int blocks = 0;    // dropped
 
   auto operator<=>(const RungPlan&) const = default;
 };
@@ -82,6 +83,8 @@ struct Options {
   int dense_layers = 3;
   std::string rank = "elimination";
   std::string compensate = "refit";
+  std::string blocks;  // removal orders; empty: attention alone, by what is missed least
+  int64_t resident_tokens = 8192;
   std::string out;
 };
 
@@ -170,7 +173,7 @@ absl::StatusOr<double> Loss(std::span<const std::vector<int32_t>> windows, int r
          std::accumulate(result->terms.begin(), result->terms.end(), 0);
 }
 
-// Layers by what the model loses without their attention alone, least first.
+// Attention blocks by what the model loses without each alone, least first.
 absl::StatusOr<std::vector<int>> DropOrder(const Corpus& corpus, ModelExecutor* executor) {
   const SiteWidths widths = executor->config().sites();
   const auto windows =
@@ -192,8 +195,26 @@ absl::StatusOr<std::vector<int>> DropOrder(const Corpus& corpus, ModelExecutor* 
   }
   std::ranges::sort(losses);
   std::vector<int> order;
-  for (const auto& [loss, layer] : losses) order.push_back(layer);
+  for (const auto& [loss, layer] : losses) order.push_back(AttentionBlock(layer));
   return order;
+}
+
+// As trained for about so many tokens.
+absl::StatusOr<std::vector<int>> TrainedOrder(const Options& options, int layers) {
+  std::ifstream file(options.blocks, std::ios::binary);
+  const std::string text((std::istreambuf_iterator<char>(file)), {});
+  if (!file)
+    return absl::NotFoundError(fmt::format("--blocks: {}: cannot be read", options.blocks));
+  BlockOrders orders;
+  std::string error;
+  if (!ParseBlockOrders(text, &orders, &error)) {
+    return absl::InvalidArgumentError(fmt::format("--blocks: {}: {}", options.blocks, error));
+  }
+  if (orders.layers != layers) {
+    return absl::InvalidArgumentError(fmt::format("--blocks: {}: of a model of {} layers, not {}",
+                                                  options.blocks, orders.layers, layers));
+  }
+  return orders.For(options.resident_tokens).blocks;
 }
 
 // Nats per token of each kind.
@@ -264,7 +285,14 @@ absl::StatusOr<Ladder> PlanLadder(const Options& options, const ModelConfig& con
       const bool first = layer - options.dense_layers < front;
       keep.Keep(layer, SiteKind::kChannels, kept(first ? harder : milder));
     }
-    for (const int layer : drop_order.first(plan.blocks)) keep.Keep(layer, SiteKind::kHeads, 0);
+    if (plan.blocks > static_cast<int>(drop_order.size())) {
+      return absl::InvalidArgumentError(fmt::format("--rungs: {} blocks to drop, of {} that may",
+                                                    plan.blocks, drop_order.size()));
+    }
+    for (const int block : drop_order.first(plan.blocks)) {
+      keep.Keep(LayerOfBlock(block), IsAttention(block) ? SiteKind::kHeads : SiteKind::kChannels,
+                0);
+    }
     if (keep == ladder.rung(ladder.size() - 1).decode) continue;  // nothing left to tell apart
     if (!ladder.Append({.prefill = keep, .decode = keep})) {
       return absl::InvalidArgumentError(
@@ -279,14 +307,10 @@ absl::StatusOr<Ladder> PlanLadder(const Options& options, const ModelConfig& con
 }
 
 // The plans, mildest first.
-absl::StatusOr<std::vector<RungPlan>> PlansOf(const Options& options, const ModelConfig& config) {
+std::vector<RungPlan> PlansOf(const Options& options) {
   std::vector<RungPlan> plans(options.rungs.size());
   for (size_t i = 0; i < plans.size(); ++i) {
     ReadRung(options.rungs[i], &plans[i]);
-    if (plans[i].blocks >= config.layers) {
-      return absl::InvalidArgumentError(fmt::format("--rungs: {} of {} attention blocks leave none",
-                                                    plans[i].blocks, config.layers));
-    }
   }
   std::ranges::sort(plans);
   return plans;
@@ -329,21 +353,27 @@ absl::Status Run(const Options& options) {
   }
   auto tokenizer = Tokenizer::Create(file.vocabulary());
   if (!tokenizer.ok()) return tokenizer.status();
-  const absl::StatusOr<std::vector<RungPlan>> plans = PlansOf(options, config);
-  if (!plans.ok()) return plans.status();
-  // With any order of blocks, before minutes are spent on finding it.
-  std::vector<int> drop_order(config.layers);
-  std::iota(drop_order.begin(), drop_order.end(), 0);
-  absl::StatusOr<Ladder> plan = PlanLadder(options, config, *plans, drop_order);
+  const std::vector<RungPlan> plans = PlansOf(options);
+  absl::StatusOr<std::vector<int>> drop_order;
+  if (!options.blocks.empty()) {
+    drop_order = TrainedOrder(options, config.layers);
+    if (!drop_order.ok()) return drop_order.status();
+  } else {
+    // Any order, before minutes are spent on finding it; the last layer's attention stays.
+    drop_order.emplace();
+    for (int layer = 0; layer + 1 < config.layers; ++layer) {
+      drop_order->push_back(AttentionBlock(layer));
+    }
+  }
+  absl::StatusOr<Ladder> plan = PlanLadder(options, config, plans, *drop_order);
   if (!plan.ok()) return plan.status();
   ModelExecutor* executor = model->executor.get();
   const absl::StatusOr<Corpus> corpus = ReadCorpus(options, **tokenizer, executor);
   if (!corpus.ok()) return corpus.status();
-  if (plans->back().blocks > 0) {
-    absl::StatusOr<std::vector<int>> order = DropOrder(*corpus, executor);
-    if (!order.ok()) return order.status();
-    drop_order = *std::move(order);
-    plan = PlanLadder(options, config, *plans, drop_order);
+  if (plans.back().blocks > 0 && options.blocks.empty()) {
+    drop_order = DropOrder(*corpus, executor);
+    if (!drop_order.ok()) return drop_order.status();
+    plan = PlanLadder(options, config, plans, *drop_order);
     if (!plan.ok()) return plan.status();
   }
   const Ladder planned = *std::move(plan);
@@ -431,6 +461,12 @@ absl::Status Run(const Options& options) {
       std::filesystem::path(LadderPathOf(options.model.model)).stem().string(),
       fmt::join(options.texts, " "), options.tokens, fmt::join(options.rungs, ","),
       fmt::join(options.widths, ","), options.dense_layers, options.rank, options.compensate);
+  if (!options.blocks.empty()) {
+    told.insert(told.size() - 1,
+                fmt::format(" --blocks {} --resident-tokens {}",
+                            std::filesystem::path(options.blocks).filename().string(),
+                            options.resident_tokens));
+  }
   told += fmt::format("{}: {} tokens, measured on {}, {} threads, batch 8, weights {}, kv {}\n",
                       config.name, corpus->windows.size() * options.window, MachineName(),
                       model->threads, executor->weight_types(), KvTypeName(model->kv));
@@ -464,7 +500,7 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->capture_default_str();
   sub->add_option("--rungs", options->rungs,
                   "A rung for each: the share of the MLPs' channels to leave out, and how many "
-                  "blocks of attention to drop, those first that are missed least")
+                  "blocks to drop: of attention those that are missed least, or as --blocks says")
       ->type_name("RATIO[+BLOCKS]")
       ->delimiter(',')
       ->check(IsRung())
@@ -495,6 +531,15 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("NAME")
       ->check(CLI::IsMember(
           std::vector<std::string>(std::begin(kCompensationNames), std::end(kCompensationNames))))
+      ->capture_default_str();
+  sub->add_option("--blocks", options->blocks,
+                  "Which blocks to drop first, attention or MLP: removal orders of `espalier train "
+                  "--task rap`")
+      ->type_name("PATH");
+  sub->add_option("--resident-tokens", options->resident_tokens,
+                  "Of --blocks, the order for about so many tokens, of all sequences")
+      ->type_name("TOKENS")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 40))
       ->capture_default_str();
   sub->add_option("--out", options->out,
                   "The ladder to write; the rankings and refitted weights lie beside it, as "

@@ -8,9 +8,10 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// Adds `rows` rows of a text from position `start` on, each of which predicts the next token.
-void AddSpan(const ForcedText& text, int index, int start, int rows, bool decode, bool scored,
-             std::span<const std::vector<int32_t>> tables, Batch* batch) {
+}  // namespace
+
+void AddForcedRows(const ForcedText& text, int index, int start, int rows, bool decode, bool scored,
+                   std::span<const std::vector<int32_t>> tables, Batch* batch) {
   static const SamplingParams kNoCandidates{.top_logprobs = 0};
   const int first = batch->rows(), span = static_cast<int>(batch->spans.size());
   batch->spans.push_back({.id = static_cast<RequestId>(index + 1),
@@ -34,8 +35,6 @@ void AddSpan(const ForcedText& text, int index, int start, int rows, bool decode
   }
   (decode ? batch->decode_rows : batch->prefill_rows) += rows;
 }
-
-}  // namespace
 
 absl::StatusOr<ForcedResult> RunForced(ModelExecutor* executor, int step_rows,
                                        std::span<const ForcedText> texts) {
@@ -86,8 +85,8 @@ absl::StatusOr<ForcedResult> RunForced(ModelExecutor* executor, int step_rows,
         if (const absl::Status status = run(); !status.ok()) return status;
       }
       const int rows = std::min(texts[i].prompt - start, step_rows - batch.rows());
-      AddSpan(texts[i], static_cast<int>(i), start, rows, /*decode=*/false, scored, tables[i],
-              &batch);
+      AddForcedRows(texts[i], static_cast<int>(i), start, rows, /*decode=*/false, scored, tables[i],
+                    &batch);
       start += rows;
     }
   }
@@ -99,8 +98,8 @@ absl::StatusOr<ForcedResult> RunForced(ModelExecutor* executor, int step_rows,
       if (batch.rows() == step_rows) {
         if (const absl::Status status = run(); !status.ok()) return status;
       }
-      AddSpan(texts[i], static_cast<int>(i), static_cast<int>(at), 1, /*decode=*/true,
-              texts[i].scored, tables[i], &batch);
+      AddForcedRows(texts[i], static_cast<int>(i), static_cast<int>(at), 1, /*decode=*/true,
+                    texts[i].scored, tables[i], &batch);
     }
     if (const absl::Status status = run(); !status.ok()) return status;
   }

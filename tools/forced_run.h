@@ -27,6 +27,11 @@ struct ForcedResult {
   int64_t prefill_rows = 0, decode_rows = 0;
 };
 
+// Adds `rows` rows of a text from position `start` on, each of which, if `scored`, predicts the
+// next token; in a result they are texts[index]'s, of request index + 1.
+void AddForcedRows(const ForcedText& text, int index, int start, int rows, bool decode, bool scored,
+                   std::span<const std::vector<int32_t>> tables, Batch* batch);
+
 // All texts at once: the pool must hold them, which is the caller's to see to. Steps have at most
 // `step_rows` rows, and decode steps one of each text that is not at its end.
 absl::StatusOr<ForcedResult> RunForced(ModelExecutor* executor, int step_rows,

@@ -201,6 +201,19 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
   return model;
 }
 
+BlockMemory Decoder::block_memory() const {
+  int64_t attention = 0, mlp = 0;
+  for (const Layer& layer : layers_) {
+    attention +=
+        static_cast<int64_t>(layer.q.bytes + layer.k.bytes + layer.v.bytes + layer.o.bytes);
+    mlp += static_cast<int64_t>(layer.gate.bytes + layer.up.bytes + layer.down.bytes);
+  }
+  return {.layers = config_.layers,
+          .fixed_bytes = static_cast<int64_t>(weight_bytes_) - attention - mlp,
+          .attention_bytes = attention / config_.layers,
+          .mlp_bytes = mlp / config_.layers};
+}
+
 std::string Decoder::weight_types() const {
   bool used[4] = {};
   used[static_cast<int>(head_.type)] = used[static_cast<int>(embedding_.type)] = true;

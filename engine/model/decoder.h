@@ -26,6 +26,7 @@
 #include "engine/pruning/probe.h"
 #include "engine/scheduling/batch.h"
 #include "kernels/backend.h"
+#include "policy/blocks/block_memory.h"
 #include "policy/ladder.h"
 
 namespace espalier {
@@ -63,6 +64,8 @@ class Decoder {
   // As loaded, and of the panels.
   uint64_t weight_bytes() const { return weight_bytes_; }
   uint64_t panel_bytes() const { return panel_bytes_; }
+  // What blocks take, a layer's mean where they differ, and what is left; kv_bytes stays zero.
+  BlockMemory block_memory() const;
   // The types of its matrices, e.g. "int4+int8".
   std::string weight_types() const;
 

@@ -80,6 +80,8 @@ struct ModelExecutor::Impl {
         samplers(kSamplerLanes, Sampler(model->config().vocabulary)) {}
 
   void MakePlan(const Batch& batch);
+  // Draws or scores all that batch.logits asks for, by the plan's residual rows.
+  void Sample(const Batch& batch, StepResult* result);
   void SampleChunk(const Batch& batch, size_t begin, size_t end, StepResult* result);
 
   std::unique_ptr<Decoder> model;
@@ -133,6 +135,23 @@ void ModelExecutor::Impl::MakePlan(const Batch& batch) {
   }
   for (int layer = 0; layer < layers; ++layer) {
     for (const int i : order) tables.push_back(batch.spans[i].page_tables[layer]);
+  }
+}
+
+void ModelExecutor::Impl::Sample(const Batch& batch, StepResult* result) {
+  const size_t turn = options.max_logit_rows;
+  for (size_t begin = 0; begin < batch.logits.size(); begin += turn) {
+    const size_t end = std::min(begin + turn, batch.logits.size());
+    logit_rows.clear();
+    for (size_t i = begin; i < end; ++i) logit_rows.push_back(row_of[batch.logits[i].row]);
+    {
+      PhaseTimer timer(&result->phases.head);
+      model->Logits(
+          logit_rows, &activations,
+          Matrix(logits.data(), static_cast<int>(end - begin), model->config().vocabulary));
+    }
+    PhaseTimer timer(&result->phases.sampling);
+    SampleChunk(batch, begin, end, result);
   }
 }
 
@@ -216,21 +235,7 @@ absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
     impl.probe_counts = now;
   }
 
-  const size_t turn = impl.options.max_logit_rows;
-  for (size_t begin = 0; begin < batch.logits.size(); begin += turn) {
-    const size_t end = std::min(begin + turn, batch.logits.size());
-    impl.logit_rows.clear();
-    for (size_t i = begin; i < end; ++i)
-      impl.logit_rows.push_back(impl.row_of[batch.logits[i].row]);
-    {
-      PhaseTimer timer(&result->phases.head);
-      impl.model->Logits(impl.logit_rows, &impl.activations,
-                         Matrix(impl.logits.data(), static_cast<int>(end - begin),
-                                impl.model->config().vocabulary));
-    }
-    PhaseTimer timer(&result->phases.sampling);
-    impl.SampleChunk(batch, begin, end, result);
-  }
+  impl.Sample(batch, result);
   return impl.backend->Synchronize();
 }
 
@@ -260,6 +265,20 @@ absl::Status ModelExecutor::ExecuteLayer(const Batch& batch, int layer, Matrix r
   return status;
 }
 
+absl::Status ModelExecutor::ExecuteHead(const Batch& batch, ConstMatrix residual,
+                                        StepResult* result) {
+  Impl& impl = *impl_;
+  impl.MakePlan(batch);
+  result->tokens.resize(batch.logits.size());
+  result->phases = PhaseTimes{};
+  for (int row = 0; row < batch.rows(); ++row) {
+    std::copy_n(residual.row(row), config().hidden,
+                impl.activations.residual.data() + int64_t{impl.row_of[row]} * config().hidden);
+  }
+  impl.Sample(batch, result);
+  return impl.backend->Synchronize();
+}
+
 const ModelConfig& ModelExecutor::config() const { return impl_->model->config(); }
 
 KvType ModelExecutor::kv_type() const { return impl_->pool.shape.type; }
@@ -274,6 +293,12 @@ KvGeometry ModelExecutor::kv_geometry() const {
 const Ladder& ModelExecutor::ladder() const { return impl_->ladder; }
 
 std::string ModelExecutor::weight_types() const { return impl_->model->weight_types(); }
+
+BlockMemory ModelExecutor::block_memory() const {
+  BlockMemory memory = impl_->model->block_memory();
+  memory.kv_bytes = static_cast<int64_t>(impl_->pool.shape.page_bytes()) / kPageTokens;
+  return memory;
+}
 
 Ledger ModelExecutor::ledger(const SchedulerStats& stats) const {
   const uint64_t page = impl_->pool.shape.page_bytes();

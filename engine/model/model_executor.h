@@ -16,6 +16,7 @@
 #include "engine/pruning/probe.h"
 #include "engine/scheduling/scheduler.h"
 #include "kernels/backend.h"
+#include "policy/blocks/block_memory.h"
 #include "policy/ladder.h"
 
 namespace espalier {
@@ -63,6 +64,8 @@ class ModelExecutor final : public Executor {
   // the layer before left and becomes what this one leaves; what it comes to layer 0 with does not
   // matter. Its pages keep K and V as in Execute. For calibration, layer by layer.
   absl::Status ExecuteLayer(const Batch& batch, int layer, Matrix residual);
+  // What Execute does after the last layer, which left `residual`.
+  absl::Status ExecuteHead(const Batch& batch, ConstMatrix residual, StepResult* result);
 
   const ModelConfig& config() const;
   KvGeometry kv_geometry() const;
@@ -72,6 +75,8 @@ class ModelExecutor final : public Executor {
   // Weights, panels among them, and workspace, and what the pool is worth with `stats` pages used,
   // cached and free. `foreign` is left zero: who serves knows the machine.
   Ledger ledger(const SchedulerStats& stats) const;
+  // What its blocks take, as loaded, and a token's K and V.
+  BlockMemory block_memory() const;
   // The types of the weights in memory, e.g. "int4+int8".
   std::string weight_types() const;
 
