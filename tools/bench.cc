@@ -17,6 +17,7 @@
 #include "engine/machine_memory.h"
 #include "tools/bench_run.h"
 #include "tools/command.h"
+#include "tools/cost_fit.h"
 #include "tools/figures.h"
 #include "tools/local_model.h"
 #include "tools/machine.h"
@@ -40,6 +41,8 @@ struct Options {
   int footprint_mib = 0;
   bool phases = false;
   std::string figures = "build/figures/bench.json";
+  std::string fit;  // costs to write, in place of all else
+  std::string ladder;
 };
 
 // Medians over the turns, and their bounds.
@@ -272,6 +275,12 @@ void AddBench(CLI::App& root, Action* action) {
   sub->add_option("--figures", options->figures, "JSON file for the figures; empty: none")
       ->type_name("FILE")
       ->capture_default_str();
+  sub->add_option("--fit", options->fit,
+                  "Only time steps of many kinds, of every rung of --ladder, and write what they "
+                  "take as a formula: what `espalier simulate` goes by")
+      ->type_name("FILE");
+  sub->add_option("--ladder", options->ladder, "For --fit; empty: the full model alone")
+      ->type_name("PATH");
   sub->footer(
       "Roofline of a step: the larger of memory and compute time.\n"
       "  memory  = (weights read once + K and V of the context) / DRAM read bandwidth\n"
@@ -281,7 +290,17 @@ void AddBench(CLI::App& root, Action* action) {
       "decode those without.");
   sub->final_callback([options, action] {
     if (options->model.model.empty()) throw CLI::RequiredError("--model");
-    *action = [options] { return Run(*options); };
+    if (options->fit.empty()) {
+      *action = [options] { return Run(*options); };
+      return;
+    }
+    *action = [options] {
+      return FitStepCosts({.model = options->model,
+                           .ladder = options->ladder,
+                           .seed = options->seed,
+                           .out = options->fit,
+                           .figures = "build/figures/bench-fit.json"});
+    };
   });
 }
 

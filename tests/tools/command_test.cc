@@ -66,8 +66,9 @@ TEST(Command, HelpListsSubcommandsAndExitCodes) {
   const Outcome help = RunWith({"--help"});
   EXPECT_EQ(help.code, 0);
   EXPECT_EQ(help.err, "");
-  for (const char* text : {"chat", "generate", "score", "tokenize", "load", "health", "bench",
-                           "calibrate", "eval", "ESPALIER_TOP_K", "--config", "130"}) {
+  for (const char* text :
+       {"chat", "generate", "score", "tokenize", "load", "health", "bench", "calibrate", "eval",
+        "simulate", "train", "ESPALIER_TOP_K", "--config", "130"}) {
     EXPECT_THAT(help.out, HasSubstr(text));
   }
 }
@@ -95,7 +96,7 @@ TEST_P(HelpOf, TellsUnitsRangesAndDefaults) {
 
 INSTANTIATE_TEST_SUITE_P(EverySubcommand, HelpOf,
                          testing::Values("chat", "generate", "score", "tokenize", "load", "health",
-                                         "bench", "calibrate", "eval"));
+                                         "bench", "calibrate", "eval", "simulate", "train"));
 
 TEST(Command, UnknownOptionIsNamedInOneLine) {
   const Outcome outcome = RunWith({"generate", "hello", "--no-such-option"});

@@ -1,0 +1,190 @@
+// `espalier simulate`: a server in virtual time, hours of traffic in seconds.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include "engine/sim/simulation.h"
+#include "policy/ladder_file.h"
+#include "policy/ladder_policy.h"
+#include "tools/command.h"
+#include "tools/simulated_server.h"
+#include "tools/statistics.h"
+#include "tools/value_checks.h"
+
+namespace espalier {
+namespace {
+
+struct Options {
+  SimulatedServerOptions server;
+  std::string policy = "ladder";
+  std::string traffic;
+  TrafficOptions made;
+  std::string arrivals = "poisson";
+  bool json = false;
+};
+
+absl::StatusOr<std::unique_ptr<Policy>> MakePolicy(const Options& options, const Ladder& ladder) {
+  if (options.policy == "ladder") {
+    return std::make_unique<LadderPolicy>(LadderPolicyOptions{
+        .ttft_target_s = options.server.ttft_target, .tpot_target_s = options.server.tpot_target});
+  }
+  int rung = 0;
+  if (options.policy != "off") {
+    const std::string number = options.policy.substr(std::string_view("fixed:").size());
+    rung = std::stoi(number);
+    if (rung >= ladder.size()) {
+      return absl::InvalidArgumentError(
+          fmt::format("--policy: rung {} of {}", rung, ladder.size()));
+    }
+  }
+  return std::make_unique<FixedPolicy>(rung);
+}
+
+CLI::Validator IsPolicy() {
+  return CLI::Validator(
+      [](std::string& text) -> std::string {
+        const std::string_view number =
+            std::string_view(text).substr(std::min<size_t>(6, text.size()));
+        const bool fixed = text.starts_with("fixed:") && !number.empty() && number.size() <= 2 &&
+                           number.find_first_not_of("0123456789") == number.npos;
+        return fixed || text == "ladder" || text == "off" ? ""
+                                                          : "expected off, fixed:RUNG or ladder";
+      },
+      "");
+}
+
+absl::StatusOr<Traffic> ReadTraffic(const Options& options) {
+  if (options.traffic.empty()) return MakeTraffic(options.made);
+  std::ifstream file(options.traffic, std::ios::binary);
+  const std::string text((std::istreambuf_iterator<char>(file)), {});
+  if (!file) return absl::NotFoundError(fmt::format("{}: cannot be read", options.traffic));
+  Traffic traffic;
+  std::string error;
+  if (!ParseTraffic(text, &traffic, &error)) {
+    return absl::InvalidArgumentError(fmt::format("{}: {}", options.traffic, error));
+  }
+  return traffic;
+}
+
+absl::Status Run(Options options) {
+  options.made.arrivals = static_cast<Arrivals>(std::ranges::find(kArrivalNames, options.arrivals) -
+                                                std::begin(kArrivalNames));
+  const absl::StatusOr<SimulatedServer> server = MakeSimulatedServer(options.server);
+  if (!server.ok()) return server.status();
+  const absl::StatusOr<Traffic> traffic = ReadTraffic(options);
+  if (!traffic.ok()) return traffic.status();
+  absl::StatusOr<std::unique_ptr<Policy>> policy = MakePolicy(options, server->ladder);
+  if (!policy.ok()) return policy.status();
+  const auto begin = std::chrono::steady_clock::now();
+  const SimReport report =
+      Simulate(*traffic, server->options, server->ladder, server->costs, policy->get());
+  const double wall =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+
+  std::vector<double> first, per_token;
+  for (const SimOutcome& call : report.calls) {
+    if (call.refused) continue;
+    first.push_back(call.first_token_s);
+    if (call.tokens > 1) per_token.push_back(call.per_token_s);
+  }
+  const auto calls = static_cast<int>(report.calls.size());
+  const int good = report.good(server->options), refused = report.refused();
+  const double seconds = std::max(report.seconds, 1e-9);
+  if (options.json) {
+    nlohmann::ordered_json rungs;
+    for (const int64_t tokens : report.rung_tokens) rungs.push_back(tokens);
+    const nlohmann::ordered_json told = {{"calls", calls},
+                                         {"refused", refused},
+                                         {"good", good},
+                                         {"seconds", report.seconds},
+                                         {"goodput", good / seconds},
+                                         {"told_loss", report.loss_per_token()},
+                                         {"ttft_p50_s", Percentile(first, 50)},
+                                         {"ttft_p95_s", Percentile(first, 95)},
+                                         {"tpot_p50_s", Percentile(per_token, 50)},
+                                         {"tpot_p95_s", Percentile(per_token, 95)},
+                                         {"rung_tokens", rungs},
+                                         {"steps", report.steps},
+                                         {"rung_moves", report.rung_moves},
+                                         {"preemptions", report.preemptions},
+                                         {"wall_s", wall}};
+    fmt::print("{}\n", told.dump(2));
+    return absl::OkStatus();
+  }
+  fmt::print(
+      "{} calls in {:.1f} s of virtual time, {} steps, simulated in {:.2f} s ({:.0f} calls a "
+      "minute)\n",
+      calls, report.seconds, report.steps, wall, 60 * calls / std::max(wall, 1e-9));
+  fmt::print("good {} ({:.2f}/s), refused {}, told loss {:.3f} nats/token\n", good, good / seconds,
+             refused, report.loss_per_token());
+  fmt::print("first token p50 {:.3f} s, p95 {:.3f} s; per token p50 {:.1f} ms, p95 {:.1f} ms\n",
+             Percentile(first, 50), Percentile(first, 95), 1e3 * Percentile(per_token, 50),
+             1e3 * Percentile(per_token, 95));
+  fmt::print("tokens by rung:");
+  for (const int64_t tokens : report.rung_tokens) fmt::print(" {}", tokens);
+  fmt::print("; {} moves, {} preemptions\n", report.rung_moves, report.preemptions);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+void AddSimulate(CLI::App& root, Action* action) {
+  auto options = std::make_shared<Options>();
+  CLI::App* sub = root.add_subcommand(
+      "simulate",
+      "Serve traffic in virtual time: the server's scheduler and policy, steps that "
+      "take what `bench --fit` found");
+  AddSimulatedServerOptions(*sub, &options->server);
+  sub->add_option("--policy", options->policy, "off, fixed:RUNG or ladder")
+      ->type_name("NAME")
+      ->check(IsPolicy())
+      ->capture_default_str();
+  sub->add_option("--traffic", options->traffic,
+                  "Calls and memory from a file: lines call SECONDS PROMPT OUTPUT [PRIORITY] and "
+                  "memory SECONDS SHARE; in place of what the options below make up")
+      ->type_name("PATH");
+  sub->add_option("--arrivals", options->arrivals,
+                  "poisson; bursts: nine times as many for a quarter of each period; diurnal: a "
+                  "sine")
+      ->type_name("NAME")
+      ->check(CLI::IsMember(
+          std::vector<std::string>(std::begin(kArrivalNames), std::end(kArrivalNames))))
+      ->capture_default_str();
+  const auto number = [&](const char* name, double& value, double least, double most,
+                          const char* unit, const char* description) {
+    sub->add_option(name, value, description)
+        ->type_name(unit)
+        ->check(CLI::Range(least, most))
+        ->capture_default_str();
+  };
+  TrafficOptions& made = options->made;
+  number("--rate", made.rate, 1e-3, 1e6, "CALLS/S", "Calls a second, mean");
+  number("--duration", made.seconds, 1, 1e7, "SECONDS", "In which calls arrive");
+  number("--period", made.period_s, 0.1, 1e6, "SECONDS", "Of bursts and diurnal arrivals");
+  number("--prompt", made.prompt.median, 1, 1e5, "TOKENS", "Median length of prompts");
+  number("--prompt-spread", made.prompt.spread, 0, 3, "NUMBER",
+         "Standard deviation of its logarithm");
+  number("--output", made.output.median, 1, 1e5, "TOKENS", "Median length of answers");
+  number("--output-spread", made.output.spread, 0, 3, "NUMBER",
+         "Standard deviation of its logarithm");
+  number("--low-priority", made.low_priority, 0, 1, "SHARE", "Of calls of priority -1");
+  number("--shock-every", made.shock_every_s, 0, 1e6, "SECONDS",
+         "Mean time between memory being taken and given back; 0: never");
+  number("--most-taken", made.most_taken, 0, 1, "SHARE", "Of the KV pool, at most");
+  sub->add_option("--seed", made.seed, "Of the traffic")
+      ->type_name("NUMBER")
+      ->check(Unsigned64())
+      ->capture_default_str();
+  sub->add_flag("--json", options->json, "The report as JSON");
+  sub->final_callback([options, action] { *action = [options] { return Run(*options); }; });
+}
+
+}  // namespace espalier
