@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 
 namespace espalier {
 namespace {
@@ -59,9 +58,7 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
 }
 
 int LadderPolicy::ChooseRung(const RequestTraits& traits) const {
-  if (level_ == 0) return 0;
-  const int64_t rung = int64_t{level_} - traits.priority;
-  return HardestIn(traits.allowed, static_cast<int>(std::clamp<int64_t>(rung, 0, hardest_)));
+  return RungAtLevel(traits, level_, hardest_);
 }
 
 }  // namespace espalier

@@ -26,4 +26,10 @@ int HardestIn(RungSet set, int rung) {
   return std::bit_width(set & (~RungSet{0} >> (kMostRungs - 1 - rung))) - 1;
 }
 
+int RungAtLevel(const RequestTraits& traits, int level, int hardest) {
+  if (level == 0) return 0;
+  const int64_t rung = int64_t{level} - traits.priority;
+  return HardestIn(traits.allowed, static_cast<int>(std::clamp<int64_t>(rung, 0, hardest)));
+}
+
 }  // namespace espalier

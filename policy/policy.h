@@ -53,6 +53,10 @@ struct RequestTraits {
   int priority = 0;  // higher is served first, and pruned last
 };
 
+// The rung of a request while all are to be served at `level` of a ladder whose last rung is
+// `hardest`: so many rungs milder as its priority is above 0, or harder as it is below.
+int RungAtLevel(const RequestTraits& traits, int level, int hardest);
+
 class Policy {
  public:
   virtual ~Policy() = default;

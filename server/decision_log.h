@@ -28,10 +28,11 @@ struct Decision {
 // by a line of its own.
 class DecisionLog {
  public:
-  // Begins the file anew, with a line for the policy's options. Unavailable if it cannot be
-  // written.
+  // Begins the file anew, with a line for the policy: the rule's options and, of a learned policy
+  // that it shields, PolicyFile::version. Unavailable if it cannot be written.
   static absl::StatusOr<std::unique_ptr<DecisionLog>> Create(const std::string& path,
-                                                             const LadderPolicyOptions& options);
+                                                             const LadderPolicyOptions& options,
+                                                             std::string_view learned = "");
   // Writes what is left.
   ~DecisionLog();
 

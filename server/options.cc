@@ -171,23 +171,27 @@ std::vector<std::pair<std::string, std::optional<ProbeOptions::Rows>>> ProbeChoi
   return choices;
 }
 
-Value FixedRung(std::optional<int> ServerOptions::* field) {
-  const std::string prefix = "fixed:", rule = "ladder";
-  return {"fixed:RUNG|ladder", "ladder, or fixed:RUNG, a rung from 0 to 63",
-          [=](std::string_view text, ServerOptions* options) {
-            if (text == rule) {
-              options->*field = std::nullopt;
-              return true;
-            }
-            if (!text.starts_with(prefix)) return false;
-            const std::optional<int> rung = ReadNumber<int>(text.substr(prefix.size()));
+Value WhichPolicy() {
+  using Kind = ServerOptions::PolicyKind;
+  static constexpr std::string_view kFixed = "fixed:";
+  return {"NAME", "off, fixed:RUNG with a rung from 0 to 63, ladder or dqn",
+          [](std::string_view text, ServerOptions* options) {
+            options->fixed_rung = 0;
+            options->policy = text == "ladder" ? Kind::kLadder
+                              : text == "dqn"  ? Kind::kDqn
+                                               : Kind::kFixed;
+            if (options->policy != Kind::kFixed || text == "off") return true;
+            if (!text.starts_with(kFixed)) return false;
+            const std::optional<int> rung = ReadNumber<int>(text.substr(kFixed.size()));
             if (!rung || *rung < 0 || *rung >= kMostRungs) return false;
-            options->*field = *rung;
+            options->fixed_rung = *rung;
             return true;
           },
-          [=](const ServerOptions& options) {
-            const std::optional<int>& rung = options.*field;
-            return rung.has_value() ? fmt::format("fixed:{}", *rung) : rule;
+          [](const ServerOptions& options) -> std::string {
+            if (options.policy == Kind::kLadder) return "ladder";
+            if (options.policy == Kind::kDqn) return "dqn";
+            return options.fixed_rung == 0 ? "off"
+                                           : fmt::format("{}{}", kFixed, options.fixed_rung);
           }};
 }
 
@@ -273,9 +277,14 @@ const std::vector<Setting>& Settings() {
        Text(&O::ladder, "PATH", "a .ladder file; empty: the full model only")},
       {kPruning, "policy",
        "Who chooses a request's rung, or the hardest milder one that its bounds\n"
-       "allow; fixed: always this one; ladder: harder while memory is short or the\n"
-       "targets below are missed, milder again when they are met for a while",
-       FixedRung(&O::fixed_rung)},
+       "allow; off: the full model; fixed:RUNG: always this one; ladder: harder\n"
+       "while memory is short or the targets below are missed, milder again when\n"
+       "they are met for a while; dqn: as learned in simulations",
+       WhichPolicy()},
+      {kPruning, "policy-file",
+       "The dqn policy's network, of `espalier train --task serve`; empty: beside\n"
+       "the ladder, with .dqn in place of .ladder",
+       Text(&O::policy_file, "PATH", "a path; empty: beside the ladder")},
       {kPruning, "policy-mode",
        "shadow: the full model is served, and what the policy would do is told in\n"
        "logs and metrics alone",
@@ -284,7 +293,7 @@ const std::vector<Setting>& Settings() {
       {kPruning, "tpot-target", "How long a token should take at most, when decoding",
        Seconds(&O::tpot_target)},
       {kPruning, "decision-log",
-       "Where the ladder policy's decisions go, a line a step with what it saw,\n"
+       "Where the policy's decisions go, a line a step with what it saw,\n"
        "for `espalier replay`",
        Text(&O::decision_log, "PATH", "a path; empty: none")},
       {kPruning, "probe",
@@ -448,13 +457,21 @@ absl::StatusOr<ServerOptions> ReadOptions(const GivenByName& given) {
     return absl::InvalidArgumentError(
         "--model: expected a .gguf file or a Hugging Face folder, got nothing");
   }
-  if (options.fixed_rung != 0 && options.ladder.empty()) {
+  using Kind = ServerOptions::PolicyKind;
+  const bool fixed = options.policy == Kind::kFixed;
+  if (options.ladder.empty() && fixed && options.fixed_rung != 0) {
     return absl::InvalidArgumentError(
-        options.fixed_rung.has_value()
-            ? fmt::format("--policy: rung {} needs a ladder: --ladder", *options.fixed_rung)
-            : "--policy: ladder needs one: --ladder");
+        fmt::format("--policy: rung {} needs a ladder: --ladder", options.fixed_rung));
   }
-  if (!options.decision_log.empty() && options.fixed_rung.has_value()) {
+  if (options.ladder.empty() && !fixed) {
+    return absl::InvalidArgumentError(
+        fmt::format("--policy: {} needs a ladder: --ladder",
+                    options.policy == Kind::kLadder ? "ladder" : "dqn"));
+  }
+  if (!options.policy_file.empty() && options.policy != Kind::kDqn) {
+    return absl::InvalidArgumentError("--policy-file: only --policy dqn reads it");
+  }
+  if (!options.decision_log.empty() && fixed) {
     return absl::InvalidArgumentError("--decision-log: a fixed policy decides nothing");
   }
   for (const auto& [name, target] :

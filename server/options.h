@@ -40,15 +40,19 @@ struct ServerOptions {
   // --- Pruning.
   // The ladder that calibration wrote, its channels beside it; empty: the full model only.
   std::string ladder;
-  // The rung that requests without one of their own are served at, or the hardest milder one that
-  // their bounds allow; at most the ladder's last. None: LadderPolicy chooses.
-  std::optional<int> fixed_rung = 0;
+  // Who chooses the rung of requests without one of their own: always the same, or the hardest
+  // milder one that their bounds allow; LadderPolicy; or DqnPolicy, in its shield.
+  enum class PolicyKind : uint8_t { kFixed, kLadder, kDqn };
+  PolicyKind policy = PolicyKind::kFixed;
+  int fixed_rung = 0;  // at most the ladder's last
+  // What `espalier train --task serve` wrote; empty: PolicyPathOf(ladder).
+  std::string policy_file;
   bool shadow = false;  // the full model is served, and what the policy would do is only told
   // What the policy prunes for, seconds, 0.001 to 3600: a request should not wait for longer, nor
   // take longer for a token.
   std::chrono::milliseconds ttft_target{1000};
   std::chrono::milliseconds tpot_target{100};
-  // Where the ladder policy's decisions go, with what it saw; empty: nowhere.
+  // Where the policy's decisions go, with what it saw; empty: nowhere.
   std::string decision_log;
   // Rows by which each prefill step that narrows ranks channels anew, by Probe Pruning; none (off):
   // channels stay as calibrated. Needs a ladder without refitted weights.

@@ -23,10 +23,13 @@
 #include "engine/model/files/model_file.h"
 #include "engine/model/history_file.h"
 #include "engine/model/model_executor.h"
+#include "engine/model/policy_file.h"
 #include "engine/model/pruning_file.h"
 #include "engine/pruning/probe.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "policy/ladder_policy.h"
+#include "policy/level_policy.h"
+#include "policy/shield.h"
 #include "server/api_service.h"
 #include "server/decision_log.h"
 #include "server/engine_thread.h"
@@ -83,7 +86,6 @@ class Server {
   int Run() {
     stop_->set_nothing_to_finish(true);
     absl::Status status = Listen();
-    if (status.ok()) status = MakePolicy();
     if (status.ok()) status = Load();
     if (status.ok()) status = ServeMetrics();
     if (status.ok()) status = Open();
@@ -135,8 +137,8 @@ class Server {
     model_.kv_type = KvTypeName(executor_->kv_type());
     model_.device = backend_->Describe();
     model_.ladder = executor_->ladder();
-    model_.policy = options_.fixed_rung.has_value()
-                        ? fmt::format("{}:{}", policy_->name(), *options_.fixed_rung)
+    model_.policy = options_.policy == ServerOptions::PolicyKind::kFixed
+                        ? fmt::format("{}:{}", policy_->name(), options_.fixed_rung)
                         : std::string(policy_->name());
     Log(LogLevel::kInfo, "model loaded",
         {{"model", model_.name},
@@ -168,15 +170,29 @@ class Server {
   }
 
   absl::Status MakePolicy() {
-    if (options_.fixed_rung.has_value()) {
-      chosen_ = std::make_unique<FixedPolicy>(*options_.fixed_rung);
-    } else {
+    using Kind = ServerOptions::PolicyKind;
+    std::string version;  // of what was learned
+    if (options_.policy == Kind::kFixed) {
+      chosen_ = std::make_unique<FixedPolicy>(options_.fixed_rung);
+    } else if (options_.policy == Kind::kLadder) {
       chosen_ = std::make_unique<LadderPolicy>(rule_);
+    } else {
+      const std::string& given = options_.policy_file;
+      absl::StatusOr<PolicyFile> file = OpenPolicy(
+          given.empty() ? PolicyPathOf(options_.ladder) : given, executor_->ladder().size());
+      if (!file.ok()) return file.status();
+      version = file->version;
+      network_ = std::make_unique<QNetwork>(std::move(file->network));
+      learned_ =
+          std::make_unique<DqnPolicy>(LevelPolicyOptions{.ttft_target_s = rule_.ttft_target_s,
+                                                         .tpot_target_s = rule_.tpot_target_s},
+                                      network_.get());
+      chosen_ = std::make_unique<Shield>(learned_.get(), rule_);
     }
     policy_ = chosen_.get();
     if (!options_.decision_log.empty()) {
       absl::StatusOr<std::unique_ptr<DecisionLog>> log =
-          DecisionLog::Create(options_.decision_log, rule_);
+          DecisionLog::Create(options_.decision_log, rule_, version);
       if (!log.ok()) return log.status();
       decisions_ = *std::move(log);
       logged_ = std::make_unique<LoggedPolicy>(policy_, decisions_.get());
@@ -206,9 +222,9 @@ class Server {
     if (!options_.ladder.empty()) {
       absl::StatusOr<CalibratedLadder> ladder = OpenLadder(options_.ladder, file);
       if (!ladder.ok()) return ladder.status();
-      if (options_.fixed_rung.value_or(0) >= ladder->ladder.size()) {
+      if (options_.fixed_rung >= ladder->ladder.size()) {
         return absl::InvalidArgumentError(
-            fmt::format("--policy: fixed:{}, and {} has rungs 0 to {}", *options_.fixed_rung,
+            fmt::format("--policy: fixed:{}, and {} has rungs 0 to {}", options_.fixed_rung,
                         options_.ladder, ladder->ladder.size() - 1));
       }
       if (options_.probe.has_value() && ladder->refitted) {
@@ -222,6 +238,8 @@ class Server {
       if (!status.ok()) return status;
     }
 
+    // A learned policy is of a ladder of so many rungs, so not before there is one.
+    if (absl::Status status = MakePolicy(); !status.ok()) return status;
     // The inbox is the queue's bound; the scheduler's own never bites.
     engine_ = std::make_unique<Engine>(
         SchedulerOptions{.max_batch_tokens = options_.max_batch_tokens,
@@ -425,7 +443,8 @@ class Server {
       .ttft_target_s = std::chrono::duration<double>(options_.ttft_target).count(),
       .tpot_target_s = std::chrono::duration<double>(options_.tpot_target).count()};
   std::unique_ptr<DecisionLog> decisions_;
-  std::unique_ptr<Policy> chosen_, logged_, shadow_;
+  std::unique_ptr<QNetwork> network_;
+  std::unique_ptr<Policy> learned_, chosen_, logged_, shadow_;
   Policy* policy_ = nullptr;  // the outermost of these
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Probe> probe_;

@@ -3,14 +3,18 @@
 
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
 #include "absl/status/statusor.h"
+#include "engine/model/policy_file.h"
 #include "policy/ladder_file.h"
 #include "policy/ladder_policy.h"
+#include "policy/level_policy.h"
+#include "policy/shield.h"
 #include "tools/command.h"
 
 namespace espalier {
@@ -21,6 +25,7 @@ using Json = nlohmann::json;
 struct Options {
   std::string log;
   std::string ladder;
+  std::string network;
 };
 
 absl::StatusOr<Ladder> ReadLadder(const std::string& path) {
@@ -64,33 +69,54 @@ absl::Status Run(const Options& options) {
   if (!ladder.ok()) return ladder.status();
   std::ifstream file(options.log);
   if (!file) return absl::NotFoundError(fmt::format("{}: cannot be read", options.log));
-  std::unique_ptr<LadderPolicy> policy;
+  std::unique_ptr<Policy> policy, learned;
+  std::optional<PolicyFile> network;
   int64_t decisions = 0, changes = 0, differ = 0;
   std::string text, first;
   for (int number = 1; std::getline(file, text); ++number) {
     try {
       const Json line = Json::parse(text);
       if (policy == nullptr) {
-        if (line.at("policy") != "ladder" || line.at("version") != 1) {
+        const std::string name = line.at("policy");
+        if ((name != "ladder" && name != "dqn") || line.at("version") != 1) {
           return absl::InvalidArgumentError(
               fmt::format("{}: line 1: of another policy or version", options.log));
         }
-        policy = std::make_unique<LadderPolicy>(OptionsOf(line));
+        const LadderPolicyOptions rule = OptionsOf(line);
+        if (name == "ladder") {
+          policy = std::make_unique<LadderPolicy>(rule);
+          continue;
+        }
+        absl::StatusOr<PolicyFile> file =
+            OpenPolicy(options.network.empty() ? PolicyPathOf(options.ladder) : options.network,
+                       ladder->size());
+        if (!file.ok()) return file.status();
+        if (file->version != line.at("network")) {
+          return absl::FailedPreconditionError(
+              fmt::format("{}: line 1: of network {}, not {}", options.log,
+                          line.at("network").get<std::string>(), file->version));
+        }
+        network = *std::move(file);
+        learned =
+            std::make_unique<DqnPolicy>(LevelPolicyOptions{.ttft_target_s = rule.ttft_target_s,
+                                                           .tpot_target_s = rule.tpot_target_s},
+                                        &network->network);
+        policy = std::make_unique<Shield>(learned.get(), rule);
         continue;
       }
       if (line.contains("dropped")) {
         return absl::DataLossError(fmt::format("{}: line {}: {} decisions are missing", options.log,
                                                number, line.at("dropped").get<int64_t>()));
       }
-      const int before = policy->level();
+      const int before = policy->wanted();
       policy->Observe(ReportOf(line), *ladder);
       ++decisions;
-      changes += policy->level() != before;
+      changes += policy->wanted() != before;
       const int rung = line.at("rung");
       const std::string reason = line.at("reason");
-      if (policy->level() == rung && policy->reason() == reason) continue;
+      if (policy->wanted() == rung && policy->reason() == reason) continue;
       if (differ++ == 0) {
-        first = fmt::format("line {}: rung {} by {}, logged {} by {}", number, policy->level(),
+        first = fmt::format("line {}: rung {} by {}, logged {} by {}", number, policy->wanted(),
                             policy->reason(), rung, reason);
       }
     } catch (const Json::exception& error) {
@@ -118,6 +144,10 @@ void AddReplay(CLI::App& root, Action* action) {
   sub->add_option("--ladder", options->ladder, "The ladder that it was served with")
       ->type_name("PATH")
       ->required();
+  sub->add_option(
+         "--policy-file", options->network,
+         "The network that it was served with, of a dqn policy; default: beside the ladder")
+      ->type_name("PATH");
   sub->final_callback([options, action] { *action = [options] { return Run(*options); }; });
 }
 

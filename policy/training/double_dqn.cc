@@ -61,15 +61,18 @@ float DoubleDqn::Learn() {
     const float error = values_[step.action] - goal;
     total += std::abs(error) <= 1 ? 0.5F * error * error : std::abs(error) - 0.5F;
     const float slope = std::clamp(error, -1.0F, 1.0F) / static_cast<float>(options_.batch);
-    const int row = network_.output() + step.action * shape.hidden;
+    const float* const weights = network_.parameters().data() + network_.output();
     gradient_[network_.output_bias() + step.action] += slope;
     for (int h = 0; h < shape.hidden; ++h) {
-      if (hidden_[h] <= 0) continue;
-      gradient_[row + h] += slope * hidden_[h];
-      const float back = slope * network_.parameters()[row + h];
-      gradient_[network_.hidden_bias() + h] += back;
-      float* const weights = gradient_.data() + static_cast<size_t>(h) * shape.inputs;
-      for (int input = 0; input < shape.inputs; ++input) weights[input] += back * step.state[input];
+      const int weight = h * shape.actions + step.action;
+      gradient_[network_.output() + weight] += slope * hidden_[h];
+      hidden_[h] = hidden_[h] > 0 ? slope * weights[weight] : 0;  // from here on, its slope
+      gradient_[network_.hidden_bias() + h] += hidden_[h];
+    }
+    float* of_input = gradient_.data();
+    for (const float input : step.state) {
+      for (int h = 0; h < shape.hidden; ++h) of_input[h] += hidden_[h] * input;
+      of_input += shape.hidden;
     }
   }
   double norm = 0;

@@ -1,5 +1,6 @@
 #include "policy/training/q_network.h"
 
+#include <algorithm>
 #include <bit>
 #include <charconv>
 #include <cmath>
@@ -50,19 +51,19 @@ QNetwork::QNetwork(const QShape& shape, std::mt19937_64* random) : QNetwork(shap
   fill(output(), output_bias(), shape.hidden);
 }
 
+// Sums run over inputs in their order, side by side for all outputs, which compilers vectorise.
 void QNetwork::Values(std::span<const float> state, std::span<float> hidden,
                       std::span<float> values) const {
   const float* weights = parameters_.data();
-  for (int h = 0; h < shape_.hidden; ++h, weights += shape_.inputs) {
-    float sum = parameters_[hidden_bias() + h];
-    for (int i = 0; i < shape_.inputs; ++i) sum += weights[i] * state[i];
-    hidden[h] = std::max(0.0F, sum);
+  std::copy_n(weights + hidden_bias(), shape_.hidden, hidden.begin());
+  for (int i = 0; i < shape_.inputs; ++i, weights += shape_.hidden) {
+    for (int h = 0; h < shape_.hidden; ++h) hidden[h] += weights[h] * state[i];
   }
+  for (int h = 0; h < shape_.hidden; ++h) hidden[h] = std::max(0.0F, hidden[h]);
   weights = parameters_.data() + output();
-  for (int a = 0; a < shape_.actions; ++a, weights += shape_.hidden) {
-    float sum = parameters_[output_bias() + a];
-    for (int h = 0; h < shape_.hidden; ++h) sum += weights[h] * hidden[h];
-    values[a] = sum;
+  std::copy_n(parameters_.data() + output_bias(), shape_.actions, values.begin());
+  for (int h = 0; h < shape_.hidden; ++h, weights += shape_.actions) {
+    for (int a = 0; a < shape_.actions; ++a) values[a] += weights[a] * hidden[h];
   }
 }
 
@@ -78,6 +79,14 @@ std::string QNetwork::Format(std::string_view of) const {
   const uint64_t sum = Checksum(bytes);
   bytes.append(reinterpret_cast<const char*>(&sum), sizeof(sum));
   return bytes;
+}
+
+std::string QNetwork::Version(std::string_view bytes) {
+  constexpr std::string_view kDigits = "0123456789abcdef";
+  std::string text;
+  const uint64_t sum = Checksum(bytes);
+  for (int shift = 60; shift >= 0; shift -= 4) text += kDigits[sum >> shift & 15];
+  return text;
 }
 
 std::optional<QNetwork> QNetwork::Parse(std::string_view bytes, std::string* of,

@@ -32,7 +32,8 @@ class QNetwork {
   // the rectified layer afterwards. Allocates nothing.
   void Values(std::span<const float> state, std::span<float> hidden, std::span<float> values) const;
 
-  // hidden x inputs, hidden, actions x hidden, actions: weights and biases, one behind the other.
+  // [inputs, hidden], [hidden], [hidden, actions], [actions]: weights and biases of both layers,
+  // one behind the other.
   std::span<float> parameters() { return parameters_; }
   std::span<const float> parameters() const { return parameters_; }
 
@@ -48,6 +49,8 @@ class QNetwork {
   // None, with what is wrong in *error, if the bytes are no such file, are cut, or hold what is not
   // finite.
   static std::optional<QNetwork> Parse(std::string_view bytes, std::string* of, std::string* error);
+  // Which file it is: its checksum, hexadecimal.
+  static std::string Version(std::string_view bytes);
 
  private:
   QShape shape_;

@@ -295,6 +295,50 @@ class Pruning(unittest.TestCase):
         again = subprocess.run(replay, capture_output=True, text=True)
         self.assertRegex(again.stderr, r"line 6: 7 decisions are missing")
 
+    def test_learned_policy_is_trained_served_and_replayed(self):
+        folder = pathlib.Path(self.folder.name)
+        espalier = pathlib.Path(BINARY).with_name("espalier")
+        ladder, costs, decisions = folder / "dqn.ladder", folder / "costs", folder / "dqn-decisions"
+        ladder.write_text(self.refitted.read_text().replace(
+            "rung 0 ", "rung 0 kv_bytes=64 ") + "rung 2 loss=0.3 channels=32*2\n")
+        shutil.copyfile(f"{self.refitted}.gguf", f"{ladder}.gguf")
+        costs.write_text("espalier-costs 1\n" + "".join(
+            f"rung {rung} fixed={900 - 300 * rung} decode=90 prefill=40\n" for rung in range(3)))
+        simulated = ("--ladder", ladder, "--costs", costs)
+        report = json.loads(subprocess.run(
+            [espalier, "simulate", *simulated, "--policy", "fixed:2", "--rate", "20", "--duration",
+             "5", "--json"], check=True, capture_output=True).stdout)
+        self.assertEqual(report["rung_tokens"][:2], [0, 0])
+        self.assertAlmostEqual(report["told_loss"], 0.3, 5)
+        network = folder / "dqn.dqn"  # beside the ladder: found there
+        for path in (network, folder / "again.dqn"):
+            subprocess.run([espalier, "train", "--task", "serve", *simulated, "--episodes", "6",
+                            "--traces", "2", "--out", path], check=True, capture_output=True)
+        self.assertEqual(network.read_bytes(), (folder / "again.dqn").read_bytes())
+        options = ("--ladder", ladder, "--policy", "dqn", "--ttft-target", "0.02",
+                   "--max-sequences", "2", "--decision-log", decisions)
+        with Server(BINARY, MODEL, *options) as server:
+            calls = [server.stub.Generate(text_request("x", 200), timeout=60) for _ in range(12)]
+            for call in calls:
+                try:
+                    self.assertEqual(list(call)[-1].finished.usage.completion_tokens, 200)
+                except grpc.RpcError as refused:
+                    self.assertEqual(detail(refused, error_details_pb2.ErrorInfo).reason,
+                                     "OVERLOADED")
+            self.assertEqual(server.terminate(), 0)
+        replay = [espalier, "replay", decisions, "--ladder", ladder]
+        again = subprocess.run(replay, capture_output=True, text=True)
+        self.assertEqual(again.returncode, 0, again.stderr)
+        self.assertIn(", 0 not as logged", again.stdout)
+        changed = bytearray(network.read_bytes())
+        changed[200] ^= 1
+        network.write_bytes(changed)
+        refused = subprocess.run(
+            [BINARY, "--model", MODEL, "--port", "0", *map(str, options)], capture_output=True,
+            text=True, timeout=30)
+        self.assertEqual(refused.returncode, 1)
+        self.assertIn("dqn.dqn: its checksum is of other bytes", refused.stderr + refused.stdout)
+
     def test_shadow_policy_serves_the_full_model(self):
         options = ("--ladder", self.refitted, "--policy", "ladder", "--policy-mode", "shadow",
                    "--ttft-target", "0.001", "--max-sequences", "1")

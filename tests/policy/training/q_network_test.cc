@@ -12,8 +12,8 @@ namespace {
 
 TEST(QNetwork, ValuesByHand) {
   QNetwork network({.inputs = 2, .hidden = 2, .actions = 1});
-  const std::vector<float> parameters = {1, 2, -1,         0, /*biases*/ 0.5F, 0,  //
-                                         3, 4, /*bias*/ -1};
+  const std::vector<float> parameters = {1, -1, 2,          0, /*biases*/ 0.5F, 0,  //
+                                         3, 4,  /*bias*/ -1};
   std::copy(parameters.begin(), parameters.end(), network.parameters().begin());
   std::vector<float> hidden(2), values(1);
   network.Values(std::vector<float>{2, 1}, hidden, values);

@@ -1,0 +1,44 @@
+#include "policy/shield.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace espalier {
+namespace {
+
+bool Sane(const PressureReport& report, double last_s) {
+  const double numbers[] = {report.kv_used, report.kv_promised, report.queue_length,
+                            report.oldest_wait_s, report.step_s};
+  return std::isfinite(report.time_s) && report.time_s >= last_s && report.running >= 0 &&
+         report.waiting >= 0 && std::ranges::all_of(numbers, [](double number) {
+           return std::isfinite(number) && number >= 0;
+         });
+}
+
+}  // namespace
+
+void Shield::Observe(const PressureReport& report, const Ladder& ladder) {
+  const bool sane = Sane(report, time_s_);
+  rule_.Observe(report, ladder);
+  if (sane) policy_->Observe(report, ladder);
+  hardest_ = ladder.size() - 1;
+  level_ = std::min(level_, hardest_);
+  const int wanted = policy_->wanted();
+  const bool followed = sane && wanted >= 0 && wanted <= hardest_;
+  int level = followed ? wanted : rule_.level();
+  const bool memory = report.kv_used > 1 && rule_.level() > level;
+  if (memory) level = rule_.level();
+  if (!std::isfinite(report.time_s)) return;
+  if (level < level_) {
+    const bool due = report.time_s - changed_s_ >= options_.lower_dwell_s;
+    level = due ? level_ - 1 : level_;
+  }
+  refuses_ = level == hardest_ && hardest_ > 0 &&
+             report.oldest_wait_s >= options_.wait.raise * options_.ttft_target_s;
+  if (level > level_) reason_ = followed && !memory ? policy_->reason() : rule_.reason();
+  if (level != level_) changed_s_ = report.time_s;
+  level_ = level;
+  time_s_ = std::max(time_s_, report.time_s);
+}
+
+}  // namespace espalier

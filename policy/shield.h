@@ -1,0 +1,44 @@
+// The shield around a learned policy: what it must not get wrong is not left to it.
+#pragma once
+
+#include <string_view>
+
+#include "policy/ladder_policy.h"
+#include "policy/policy.h"
+
+namespace espalier {
+
+// Serves at the level that `policy` wants, but
+// - at the rule's, where a report is not finite, is older than the last one, or the policy wants a
+//   rung that is not there;
+// - no milder than the rule's while running sequences hold more KV than there may be;
+// - a level falls by one rung a dwell, as the rule's does, however fast pressure goes;
+// - newcomers are refused as by the rule: on the last rung, while the oldest waits for long.
+class Shield final : public Policy {
+ public:
+  // `policy` must outlive the shield.
+  Shield(Policy* policy, const LadderPolicyOptions& rule)
+      : policy_(policy), options_(rule), rule_(rule) {}
+
+  void Observe(const PressureReport& report, const Ladder& ladder) override;
+  int ChooseRung(const RequestTraits& traits) const override {
+    return RungAtLevel(traits, level_, hardest_);
+  }
+  std::string_view name() const override { return policy_->name(); }
+  // The policy's own while it is followed, else the rule's.
+  std::string_view reason() const override { return level_ == 0 ? "none" : reason_; }
+  bool refuses() const override { return refuses_; }
+
+ private:
+  Policy* const policy_;
+  const LadderPolicyOptions options_;
+  LadderPolicy rule_;
+  int level_ = 0;
+  int hardest_ = 0;
+  double time_s_ = 0;
+  double changed_s_ = 0;
+  std::string_view reason_ = "none";
+  bool refuses_ = false;
+};
+
+}  // namespace espalier

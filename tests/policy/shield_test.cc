@@ -1,0 +1,142 @@
+#include "policy/shield.h"
+
+#include <cmath>
+#include <limits>
+#include <random>
+
+#include "gtest/gtest.h"
+#include "policy/level_policy.h"
+
+namespace espalier {
+namespace {
+
+constexpr int kRungs = 5;
+
+Ladder Five() {
+  const SiteWidths widths{.layers = 8, .heads = 2, .channels = 64};
+  Ladder ladder = Ladder::DenseOnly(widths, {.kv_bytes_per_token = 8});
+  KeepProfile keep = KeepProfile::Dense(widths);
+  for (int rung = 1; rung < kRungs; ++rung) {
+    keep.Keep(rung, SiteKind::kHeads, 0);
+    EXPECT_TRUE(ladder.Append(
+        {keep, keep, {.kv_bytes_per_token = 8.0 - rung, .quality_loss_nats = 0.1 * rung}}));
+  }
+  return ladder;
+}
+
+// Wants what it is told to.
+class Told final : public Policy {
+ public:
+  void Observe(const PressureReport& /*report*/, const Ladder& /*ladder*/) override { ++seen; }
+  int ChooseRung(const RequestTraits& /*traits*/) const override { return level; }
+  std::string_view name() const override { return "told"; }
+  std::string_view reason() const override { return "told"; }
+  int level = 0;
+  int seen = 0;
+};
+
+class ShieldTest : public testing::Test {
+ protected:
+  void At(double time_s, int level, PressureReport report = {}) {
+    told_.level = level;
+    report.time_s = time_s;
+    shield_.Observe(report, ladder_);
+  }
+
+  const Ladder ladder_ = Five();
+  Told told_;
+  Shield shield_{&told_, {.lower_dwell_s = 0.25}};
+};
+
+TEST_F(ShieldTest, FollowsUpAtOnceAndDownByARungADwell) {
+  At(1, 4);
+  EXPECT_EQ(shield_.wanted(), 4);
+  EXPECT_EQ(shield_.reason(), "told");
+  At(1.1, 0);
+  EXPECT_EQ(shield_.wanted(), 4);
+  At(1.25, 0);
+  EXPECT_EQ(shield_.wanted(), 3);
+  At(9, 0);
+  EXPECT_EQ(shield_.wanted(), 2);
+  At(9.3, 0);
+  At(9.6, 0);
+  EXPECT_EQ(shield_.wanted(), 0);
+  EXPECT_EQ(shield_.reason(), "none");
+}
+
+TEST_F(ShieldTest, GoesByTheRuleWhereTheReportSaysNothing) {
+  At(1, 3);
+  const int seen = told_.seen;
+  At(2, 3, {.kv_used = std::numeric_limits<double>::quiet_NaN()});
+  EXPECT_EQ(told_.seen, seen);
+  EXPECT_EQ(shield_.wanted(), 2);  // towards the rule's, which is 0
+  At(1.5, 4);                      // older than the last
+  EXPECT_EQ(told_.seen, seen);
+  EXPECT_EQ(shield_.wanted(), 2);
+  At(std::numeric_limits<double>::infinity(), 4);
+  EXPECT_EQ(shield_.wanted(), 2);
+}
+
+TEST_F(ShieldTest, GoesByTheRuleWhereThereIsNoSuchRung) {
+  for (const int level : {-1, kRungs, 1000}) {
+    At(1, level);
+    EXPECT_EQ(shield_.wanted(), 0);
+  }
+}
+
+TEST_F(ShieldTest, MemoryIsNotThePolicysToIgnore) {
+  At(1, 0, {.kv_used = 1.2});
+  EXPECT_EQ(shield_.wanted(), 1);
+  EXPECT_EQ(shield_.reason(), "memory");
+  At(1.01, 0, {.kv_used = 1.2});
+  EXPECT_EQ(shield_.wanted(), 2);
+}
+
+TEST_F(ShieldTest, RefusesOnTheLastRungWhileOthersWait) {
+  At(1, kRungs - 1, {.oldest_wait_s = 0.9});
+  EXPECT_TRUE(shield_.refuses());
+  At(1.1, kRungs - 1, {.oldest_wait_s = 0.1});
+  EXPECT_FALSE(shield_.refuses());
+  At(1.6, kRungs - 2, {.oldest_wait_s = 0.9});
+  EXPECT_FALSE(shield_.refuses());
+}
+
+TEST_F(ShieldTest, GarbageNeverLeavesTheLadderOrTheBounds) {
+  std::mt19937_64 random(7);
+  const double values[] = {0,
+                           0.5,
+                           1,
+                           2,
+                           -1,
+                           1e300,
+                           -1e300,
+                           std::numeric_limits<double>::quiet_NaN(),
+                           std::numeric_limits<double>::infinity()};
+  const auto any = [&] { return values[random() % std::size(values)]; };
+  QNetwork network({.inputs = kLevelInputs, .hidden = 8, .actions = kRungs}, &random);
+  DqnPolicy dqn({}, &network);
+  Shield learned(&dqn, {});
+  for (int i = 0; i < 100'000; ++i) {
+    const PressureReport report{.time_s = random() % 3 == 0 ? any() : i * 0.01,
+                                .kv_used = any(),
+                                .kv_promised = any(),
+                                .queue_length = any(),
+                                .oldest_wait_s = any(),
+                                .step_s = any(),
+                                .running = static_cast<int>(random()),
+                                .waiting = static_cast<int>(random())};
+    told_.level = static_cast<int>(random() % 12) - 3;
+    for (Shield* shield : {&shield_, &learned}) {
+      shield->Observe(report, ladder_);
+      ASSERT_GE(shield->wanted(), 0);
+      ASSERT_LT(shield->wanted(), kRungs);
+      const RequestTraits traits{.allowed = 1 | (random() & 31),
+                                 .priority = static_cast<int>(random())};
+      const int rung = shield->ChooseRung(traits);
+      ASSERT_TRUE(traits.allowed >> rung & 1) << rung;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace espalier
