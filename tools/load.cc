@@ -1,6 +1,7 @@
 // `espalier load`: a server under load, as its callers see it.
 #include <fmt/format.h>
 
+#include <fstream>
 #include <limits>
 #include <memory>
 #include <string>
@@ -24,6 +25,7 @@ namespace {
 struct Options {
   RemoteOptions remote;
   LoadShape shape;
+  std::string traffic_out;
   bool json = false;
 };
 
@@ -105,6 +107,14 @@ absl::Status Run(Options options) {
   }
   options.shape.vocabulary = model.vocabulary_size();
 
+  if (!options.traffic_out.empty()) {
+    std::ofstream file(options.traffic_out);
+    file << TrafficOf(options.shape);
+    file.close();
+    if (!file) {
+      return absl::UnavailableError(fmt::format("{}: cannot be written", options.traffic_out));
+    }
+  }
   const auto stub = v1::EspalierService::NewStub(Connect(options.remote));
   LoadReport report;
   {
@@ -169,6 +179,10 @@ void AddLoad(CLI::App& root, Action* action) {
          "A call is good if its first token comes within this; 0: whenever");
   target("--tpot-target", shape.tpot_target,
          "And if each token after it takes no longer, on average; 0: however long");
+  sub->add_option("--traffic-out", options->traffic_out,
+                  "Also write the calls as traffic for `espalier simulate`; with --rate")
+      ->type_name("PATH")
+      ->needs("--rate");
   sub->add_option("--seed", shape.seed, "Seed of prompts and arrivals; new prompts need a new one")
       ->type_name("NUMBER")
       ->check(Unsigned64())

@@ -1,5 +1,7 @@
 #include "tools/load_run.h"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -13,6 +15,11 @@
 
 namespace espalier {
 namespace {
+
+// Prompts are drawn from the seed itself.
+std::vector<double> ArrivalsOf(const LoadShape& shape) {
+  return PoissonArrivals(shape.rate, shape.duration, shape.requests, shape.seed + 1);
+}
 
 using Clock = std::chrono::steady_clock;
 
@@ -168,10 +175,7 @@ void Generator::CancelAll() {
 }
 
 LoadReport Generator::Run(const std::function<void(int64_t, int64_t)>& progress) {
-  const std::vector<double> arrivals =
-      shape_.rate > 0
-          ? PoissonArrivals(shape_.rate, shape_.duration, shape_.requests, shape_.seed + 1)
-          : std::vector<double>();
+  const std::vector<double> arrivals = shape_.rate > 0 ? ArrivalsOf(shape_) : std::vector<double>();
   const int total = shape_.rate > 0 ? static_cast<int>(arrivals.size()) : shape_.requests;
   const Interrupt interrupt([this] { CancelAll(); });
   const Clock::time_point begin = Clock::now();
@@ -208,6 +212,14 @@ LoadReport Generator::Run(const std::function<void(int64_t, int64_t)>& progress)
 }
 
 }  // namespace
+
+std::string TrafficOf(const LoadShape& shape) {
+  std::string text;
+  for (const double at : ArrivalsOf(shape)) {
+    text += fmt::format("call {:.6f} {} {}\n", at, shape.prompt_tokens, shape.max_tokens);
+  }
+  return text;
+}
 
 std::vector<double> PoissonArrivals(double rate, double duration, int requests, uint64_t seed) {
   std::mt19937_64 random(seed);

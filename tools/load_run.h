@@ -65,6 +65,9 @@ struct LoadReport {
 // rate from `seed`, `requests` at most, all before `duration` unless that is 0.
 std::vector<double> PoissonArrivals(double rate, double duration, int requests, uint64_t seed);
 
+// The same calls for `espalier simulate`, a line each; of an open loop.
+std::string TrafficOf(const LoadShape& shape);
+
 // Calls progress(done, total) now and then, in calls.
 // Ctrl-C cancels all calls; what came so far is reported.
 LoadReport RunLoad(v1::EspalierService::Stub* stub, const RemoteOptions& remote,

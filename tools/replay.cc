@@ -91,7 +91,7 @@ absl::Status Run(const Options& options) {
             OpenPolicy(options.network.empty() ? PolicyPathOf(options.ladder) : options.network,
                        ladder->size());
         if (!file.ok()) return file.status();
-        if (file->version != line.at("network")) {
+        if (file->version != line.at("network").get<std::string>()) {
           return absl::FailedPreconditionError(
               fmt::format("{}: line 1: of network {}, not {}", options.log,
                           line.at("network").get<std::string>(), file->version));

@@ -140,8 +140,7 @@ void AddSimulate(CLI::App& root, Action* action) {
   auto options = std::make_shared<Options>();
   CLI::App* sub = root.add_subcommand(
       "simulate",
-      "Serve traffic in virtual time: the server's scheduler and policy, steps that "
-      "take what `bench --fit` found");
+      "Serve traffic in virtual time: the shipped scheduler and policy, steps as timed before");
   AddSimulatedServerOptions(*sub, &options->server);
   sub->add_option("--policy", options->policy, "off, fixed:RUNG or ladder")
       ->type_name("NAME")

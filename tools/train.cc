@@ -45,9 +45,7 @@ absl::Status Run(Options options) {
 void AddTrain(CLI::App& root, Action* action) {
   auto options = std::make_shared<Options>();
   CLI::App* sub = root.add_subcommand(
-      "train",
-      "Learn which blocks to remove for a memory budget (rap), or when to serve at which "
-      "rung (serve), and compare it with the plain rule");
+      "train", "Learn which blocks to remove for a budget, or when to serve at which rung");
   sub->add_option("--task", options->task, "What to learn")
       ->type_name("NAME")
       ->check(CLI::IsMember(std::vector<std::string>{"rap", "serve"}))

@@ -127,8 +127,8 @@ absl::Status TrainServing(const TrainServingOptions& options) {
   const LadderPolicyOptions rule{.ttft_target_s = options.server.ttft_target,
                                  .tpot_target_s = options.server.tpot_target};
   DoubleDqn dqn({.inputs = kLevelInputs, .hidden = kHidden, .actions = rungs},
-                {.gamma = 0.98F,
-                 .learning_rate = 3e-4F,
+                {.gamma = 0.95F,
+                 .learning_rate = 1e-4F,
                  .replay = 200'000,
                  .target_every = 1000,
                  .seed = options.seed});

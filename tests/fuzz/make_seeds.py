@@ -102,6 +102,13 @@ LADDERS = [
     "rung 2 loss=3e-1 heads=3,0*1,3*2 prefill.channels=128,96*3 decode.channels=96,64*3\n",
 ]
 
+POLICIES = [
+    "bespalier-blocks 1\n# found\nmodel layers=4\norder tokens=512 a3 m0 a1\norder tokens=4096\n",
+    "cespalier-costs 1\nattended 0.5\nrung 0 fixed=4800 decode=635.5 prefill=4e2\n"
+    "rung 1 fixed=1 decode=0 prefill=3\n",
+    "tcall 0.5 10 20 -1\nmemory 1 0.25 # taken\n\ncall 0 1 1\n",
+]
+
 REQUESTS = [
     'model: "tiny" request_id: "a" text: "hello <|im_end|>" parse_special: true priority: -1 '
     'sampling { temperature: 0.5 top_k: 40 top_p: 0.9 min_p: 0.1 repetition_penalty: 1.1 '
@@ -189,6 +196,14 @@ def seeds():
 
     for i, ladder in enumerate(LADDERS):
         yield "ladder", str(i), ladder.encode()
+
+    for i, text in enumerate(POLICIES):
+        yield "policy", str(i), text.encode()
+    network = b"espalier-q-network 1 2 1 2\nsmall\n" + struct.pack("<7f", *range(7))
+    checksum = 0xcbf29ce484222325  # FNV-1a
+    for byte in network:
+        checksum = (checksum ^ byte) * 0x100000001b3 % 2**64
+    yield "policy", "network", b"n" + network + struct.pack("<Q", checksum)
 
     for i, request in enumerate(REQUESTS):
         yield "request", str(i), request.encode()

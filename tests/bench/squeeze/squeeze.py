@@ -24,7 +24,7 @@ PAGE_TOKENS = 16
 
 
 @contextlib.contextmanager
-def server(options, policy, kv_bytes):
+def server(options, policy, kv_bytes, *more):
     """A server's address, and what it logged."""
     with tempfile.TemporaryDirectory() as folder:
         port, log = pathlib.Path(folder, "port"), pathlib.Path(folder, "log")
@@ -35,7 +35,7 @@ def server(options, policy, kv_bytes):
                  options.ladder, "--policy", policy, "--port", "0", "--port-file", port,
                  "--metrics-port", "-1", "--kv-memory", str(kv_bytes), "--max-sequences",
                  str(STREAMS), "--ttft-target", str(options.ttft), "--tpot-target",
-                 str(options.tpot), "--prefix-cache=false"],
+                 str(options.tpot), "--prefix-cache=false", *map(str, more)],
                 stdout=out, stderr=out, env=environment)
         try:
             while not port.exists():
@@ -63,6 +63,42 @@ def load(options, address, *arguments):
     return report
 
 
+def simulated(options, traffic, kv_bytes):
+    """What the simulator says of the policy on the same calls; None without costs."""
+    if not options.costs.exists():
+        return None
+    done = subprocess.run(
+        [f"{options.bin}/espalier", "simulate", "--ladder", options.ladder, "--costs",
+         options.costs, "--policy", "ladder", "--traffic", traffic, "--kv-memory",
+         str(kv_bytes / 2**20), "--max-sequences", str(STREAMS), "--ttft-target",
+         str(options.ttft), "--tpot-target", str(options.tpot), "--json"],
+        check=True, stdout=subprocess.PIPE, text=True)
+    report = json.loads(done.stdout)
+    # As the load generator counts: over the seconds until the last call ended.
+    return report["good"] / report["seconds"]
+
+
+def recovery(options, rate, kv_bytes):
+    """Seconds from the last sign of pressure to rung 0, and the dwells that these take at least."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = pathlib.Path(folder, "decisions")
+        with server(options, "ladder", kv_bytes, "--decision-log", log) as address:
+            load(options, address, "--rate", 3 * rate, "--duration", 5, "--seed", 8)
+            load(options, address, "--rate", 0.3 * rate, "--duration", 8, "--seed", 9)
+            time.sleep(0.5)
+        rule, *decisions = map(json.loads, log.read_text().splitlines())
+    pressed = [each for each in decisions
+               if each["oldest_wait_s"] >= rule["wait"][0] * rule["ttft_target_s"]
+               or each["step_s"] >= rule["step"][0] * rule["tpot_target_s"]
+               or each["kv_used"] > 1]
+    if not pressed:
+        return None
+    last, hardest = pressed[-1]["time_s"], max(each["rung"] for each in decisions)
+    back = next((each["time_s"] - last for each in decisions
+                 if each["time_s"] > last and each["rung"] == 0), None)
+    return None if back is None else (back, hardest * rule["lower_dwell_s"])
+
+
 def ladder_of(path):
     """(kv bytes a token of rung 0, number of the last rung)."""
     rungs = re.findall(r"^rung (\d+) .*?kv_bytes=([\d.]+)", pathlib.Path(path).read_text(), re.M)
@@ -81,11 +117,14 @@ def main():
     parser.add_argument("--loads", default="0.5,1,2", help="shares of the full model's capacity")
     parser.add_argument("--taken", default="0,0.4,0.7", help="shares of the KV memory taken away")
     options = parser.parse_args()
+    options.costs = pathlib.Path(options.ladder).with_suffix(".costs")
     token_bytes, last = ladder_of(options.ladder)
     need = int(token_bytes * STREAMS * (PROMPT + OUTPUT + PAGE_TOKENS))
     mild, hard = max(1, last // 4), max(1, last // 2)
     policies = {"full": "fixed:0", f"fixed {mild}": f"fixed:{mild}", f"fixed {hard}": f"fixed:{hard}",
                 "policy": "ladder"}
+    if pathlib.Path(options.ladder).with_suffix(".dqn").exists():
+        policies["learned"] = "dqn"
     with server(options, "fixed:0", need) as address:
         load(options, address, "--requests", STREAMS, "--concurrency", STREAMS, "--seed", 90)
         closed = load(options, address, "--requests", 4 * STREAMS, "--concurrency", STREAMS,
@@ -95,15 +134,21 @@ def main():
           f"{closed['tokens_per_s']:.0f} tokens/s, {need / 1e6:.0f} MB of KV\n")
     print(f"{'KV taken':>9}{'load':>6}{'':>3}" + "".join(f"{name:>34}" for name in policies))
     print(f"{'':>18}" + "".join(f"{'good/s':>12}{'refused':>10}{'told loss':>12}" for _ in policies))
-    figures, ratios = {"capacity_calls_per_s": capacity}, {}
+    figures, ratios, off = {"capacity_calls_per_s": capacity}, {}, []
     for taken in map(float, options.taken.split(",")):
         for times in map(float, options.loads.split(",")):
             line = f"{taken:9.0%}{times:5.1f}x{'':>3}"
-            cells = {}
+            cells, kv_bytes = {}, int(need * (1 - taken))
             for name, policy in policies.items():
-                with server(options, policy, int(need * (1 - taken))) as address:
+                traffic = pathlib.Path("build/figures/squeeze.traffic")
+                traffic.parent.mkdir(parents=True, exist_ok=True)
+                with server(options, policy, kv_bytes) as address:
                     report = load(options, address, "--rate", capacity * times, "--duration",
-                                  options.seconds, "--seed", 7)
+                                  options.seconds, "--seed", 7, "--traffic-out", traffic)
+                if name == "policy":
+                    predicted = simulated(options, traffic, kv_bytes)
+                    if predicted is not None:
+                        off.append(abs(predicted / max(report["goodput"], 1e-9) - 1))
                 cells[name] = report
                 line += f"{report['goodput']:12.2f}{report['refused']:10}{report['told_loss']:12.3f}"
                 key = f"{name.replace(' ', '_')}_kv{round(100 * (1 - taken))}_load{round(100 * times)}"
@@ -126,11 +171,25 @@ def main():
     if calm is not None:
         figures["cost_without_squeeze"] = 1 - (calm["policy"]["goodput"]
                                                / max(calm["full"]["goodput"], 1e-9))
+    if "learned" in policies:
+        figures["learned_vs_policy_goodput"] = min(
+            cells["learned"]["goodput"] / max(cells["policy"]["goodput"], 1e-9)
+            for cells in ratios.values())
+    if off:
+        figures["simulator_error"] = max(off)
+        figures["simulator_error_median"] = sorted(off)[len(off) // 2]
+    recovered = recovery(options, capacity, need)
+    if recovered is not None:
+        figures["recovery_s"], figures["recovery_dwells_s"] = recovered
+    policy_bench = pathlib.Path(options.bin, "policy_bench")
+    subprocess.run([policy_bench], check=True)
+    figures |= json.loads(pathlib.Path("build/figures/bench-policy.json").read_text())
     out = pathlib.Path("build/figures")
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench-squeeze.json").write_text(json.dumps(figures, indent=2) + "\n")
     for name in ("goodput_vs_dense", "goodput_vs_best_fixed", "loss_vs_best_fixed",
-                 "cost_without_squeeze"):
+                 "cost_without_squeeze", "learned_vs_policy_goodput", "simulator_error",
+                 "simulator_error_median", "recovery_s", "recovery_dwells_s", "policy_p99_us"):
         if name in figures:
             print(f"{name} {figures[name]:.3f}")
     print(f"figures: {out}/bench-squeeze.json")
