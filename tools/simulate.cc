@@ -6,14 +6,18 @@
 #include <fstream>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
+#include "engine/model/policy_file.h"
 #include "engine/sim/simulation.h"
 #include "policy/ladder_file.h"
 #include "policy/ladder_policy.h"
+#include "policy/level_policy.h"
+#include "policy/shield.h"
 #include "tools/command.h"
 #include "tools/simulated_server.h"
 #include "tools/statistics.h"
@@ -25,16 +29,47 @@ namespace {
 struct Options {
   SimulatedServerOptions server;
   std::string policy = "ladder";
+  std::string policy_file;
   std::string traffic;
   TrafficOptions made;
   std::string arrivals = "poisson";
   bool json = false;
 };
 
+// In its shield, as a server has it.
+class ShieldedDqn final : public Policy {
+ public:
+  ShieldedDqn(QNetwork network, const LevelPolicyOptions& level, const LadderPolicyOptions& rule)
+      : network_(std::move(network)), dqn_(level, &network_), shield_(&dqn_, rule) {}
+  void Observe(const PressureReport& report, const Ladder& ladder) override {
+    shield_.Observe(report, ladder);
+  }
+  int ChooseRung(const RequestTraits& traits) const override { return shield_.ChooseRung(traits); }
+  std::string_view name() const override { return shield_.name(); }
+  std::string_view reason() const override { return shield_.reason(); }
+  bool refuses() const override { return shield_.refuses(); }
+
+ private:
+  QNetwork network_;
+  DqnPolicy dqn_;
+  Shield shield_;
+};
+
 absl::StatusOr<std::unique_ptr<Policy>> MakePolicy(const Options& options, const Ladder& ladder) {
+  const LadderPolicyOptions rule{.ttft_target_s = options.server.ttft_target,
+                                 .tpot_target_s = options.server.tpot_target};
+  if (options.policy == "dqn") {
+    absl::StatusOr<PolicyFile> file = OpenPolicy(
+        options.policy_file.empty() ? PolicyPathOf(options.server.ladder) : options.policy_file,
+        ladder.size());
+    if (!file.ok()) return file.status();
+    return std::make_unique<ShieldedDqn>(std::move(file->network),
+                                         LevelPolicyOptions{.ttft_target_s = rule.ttft_target_s,
+                                                            .tpot_target_s = rule.tpot_target_s},
+                                         rule);
+  }
   if (options.policy == "ladder") {
-    return std::make_unique<LadderPolicy>(LadderPolicyOptions{
-        .ttft_target_s = options.server.ttft_target, .tpot_target_s = options.server.tpot_target});
+    return std::make_unique<LadderPolicy>(rule);
   }
   int rung = 0;
   if (options.policy != "off") {
@@ -55,8 +90,9 @@ CLI::Validator IsPolicy() {
             std::string_view(text).substr(std::min<size_t>(6, text.size()));
         const bool fixed = text.starts_with("fixed:") && !number.empty() && number.size() <= 2 &&
                            number.find_first_not_of("0123456789") == number.npos;
-        return fixed || text == "ladder" || text == "off" ? ""
-                                                          : "expected off, fixed:RUNG or ladder";
+        return fixed || text == "ladder" || text == "dqn" || text == "off"
+                   ? ""
+                   : "expected off, fixed:RUNG, ladder or dqn";
       },
       "");
 }
@@ -142,10 +178,13 @@ void AddSimulate(CLI::App& root, Action* action) {
       "simulate",
       "Serve traffic in virtual time: the shipped scheduler and policy, steps as timed before");
   AddSimulatedServerOptions(*sub, &options->server);
-  sub->add_option("--policy", options->policy, "off, fixed:RUNG or ladder")
+  sub->add_option("--policy", options->policy, "off, fixed:RUNG, ladder or dqn")
       ->type_name("NAME")
       ->check(IsPolicy())
       ->capture_default_str();
+  sub->add_option("--policy-file", options->policy_file,
+                  "The dqn policy's network; default: beside the ladder, with .dqn")
+      ->type_name("PATH");
   sub->add_option("--traffic", options->traffic,
                   "Calls and memory from a file: lines call SECONDS PROMPT OUTPUT [PRIORITY] and "
                   "memory SECONDS SHARE; in place of what the options below make up")

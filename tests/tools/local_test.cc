@@ -13,6 +13,9 @@
 
 #include <nlohmann/json.hpp>
 
+#include "engine/sim/cost_model.h"
+#include "policy/blocks/block_orders.h"
+#include "policy/ladder_file.h"
 #include "tools/command.h"
 
 namespace espalier {
@@ -40,6 +43,11 @@ Outcome RunWith(const std::vector<std::string>& arguments) {
   outcome.out = testing::internal::GetCapturedStdout();
   outcome.err = testing::internal::GetCapturedStderr();
   return outcome;
+}
+
+std::string ReadFile(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), {}};
 }
 
 // The golden tokens, and what the golden logits say that each but the first costs, nats.
@@ -156,6 +164,85 @@ TEST(Bench, WritesItsFigures) {
   EXPECT_FALSE(json["machine"].get<std::string>().empty());
   EXPECT_FALSE(json["commit"].get<std::string>().empty());
   std::filesystem::remove_all(std::filesystem::path(figures).parent_path());
+}
+
+TEST(Bench, FitsWhatStepsTake) {
+  const std::string path = testing::TempDir() + "espalier_local_test.costs";
+  const Outcome outcome = RunWith({"bench", "--model", kModel, "--fit", path});
+  ASSERT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, HasSubstr("R^2"));
+  CostModel costs;
+  std::string error;
+  ASSERT_TRUE(ParseCosts(ReadFile(path), &costs, &error)) << error;
+  ASSERT_EQ(costs.rungs.size(), 1u);
+  EXPECT_GT(costs.rungs[0].prefill, 0);
+  std::filesystem::remove(path);
+}
+
+TEST(Train, OrdersBlocksThatCalibrationThenDrops) {
+  const std::string folder = testing::TempDir() + "espalier_train_test/";
+  std::filesystem::create_directories(folder);
+  const auto train = [&](const std::string& out, const std::string& seed) {
+    return RunWith({"train",
+                    "--task",
+                    "rap",
+                    "--model",
+                    kModel,
+                    "--text",
+                    ESPALIER_SOURCE_DIR "/README.md",
+                    "--tokens",
+                    "256",
+                    "--held-out-tokens",
+                    "256",
+                    "--episodes",
+                    "8",
+                    "--tasks",
+                    "4",
+                    "--seed",
+                    seed,
+                    "--out",
+                    out,
+                    "--figures",
+                    folder + "figures.json"});
+  };
+  const Outcome first = train(folder + "a", "1");
+  ASSERT_EQ(first.code, 0) << first.err;
+  for (const char* method : {"greedy sequential (GSI)", "agent (double DQN)", "one-shot",
+                             "ShortGPT", "evenly spaced", "random"}) {
+    EXPECT_THAT(first.out, HasSubstr(method));
+  }
+  BlockOrders orders;
+  std::string error;
+  const std::string text = ReadFile(folder + "a");
+  ASSERT_TRUE(ParseBlockOrders(text, &orders, &error)) << error;
+  EXPECT_EQ(orders.orders.size(), 4u);
+  EXPECT_EQ(train(folder + "b", "1").code, 0);
+  EXPECT_EQ(ReadFile(folder + "b"), text);
+  // From what was measured before, to the same.
+  std::filesystem::remove(folder + "a");
+  EXPECT_EQ(train(folder + "a", "1").code, 0);
+  EXPECT_EQ(ReadFile(folder + "a"), text);
+  const nlohmann::json figures = nlohmann::json::parse(ReadFile(folder + "figures.json"));
+  EXPECT_GT(figures["rap_dqn_vs_greedy"].get<double>(), 0);
+
+  const Outcome calibrated =
+      RunWith({"calibrate", "--model", kModel, "--text", ESPALIER_SOURCE_DIR "/README.md",
+               "--tokens", "1000", "--rungs", "0+1,0+2", "--dense-layers", "0", "--compensate",
+               "none", "--blocks", folder + "a", "--out", folder + "m.ladder"});
+  ASSERT_EQ(calibrated.code, 0) << calibrated.err;
+  EXPECT_THAT(ReadFile(folder + "m.ladder"), HasSubstr("--blocks a --resident-tokens 8192"));
+  Ladder ladder = Ladder::DenseOnly({});
+  ASSERT_TRUE(ParseLadder(ReadFile(folder + "m.ladder"), &ladder, &error)) << error;
+  const int block = orders.For(8192).blocks.front();
+  EXPECT_EQ(ladder.rung(1).decode.kept(LayerOfBlock(block),
+                                       IsAttention(block) ? SiteKind::kHeads : SiteKind::kChannels),
+            0);
+  EXPECT_THAT(RunWith({"calibrate", "--model", kModel, "--text", ESPALIER_SOURCE_DIR "/README.md",
+                       "--dense-layers", "0", "--blocks", kData + "expected.json", "--out",
+                       folder + "n.ladder"})
+                  .err,
+              HasSubstr("expected.json: line 1: expected 'espalier-blocks 1'"));
+  std::filesystem::remove_all(folder);
 }
 
 }  // namespace
