@@ -2,14 +2,15 @@
 // rung of one more request. `make bench-squeeze` keeps the worst p99 as policy_p99_us.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
-#include <fstream>
 #include <random>
 #include <vector>
 
 #include "policy/ladder_policy.h"
 #include "policy/level_policy.h"
 #include "policy/shield.h"
+#include "tools/figures.h"
 #include "tools/statistics.h"
 
 namespace espalier {
@@ -71,11 +72,12 @@ int Main() {
   fmt::print("a decision, microseconds{:>10}{:>10}\n", "p50", "p99");
   fmt::print("{:24}{:10.3f}{:10.3f}\n", "ladder", costs[0].p50_us, costs[0].p99_us);
   fmt::print("{:24}{:10.3f}{:10.3f}\n", "dqn, in the shield", costs[1].p50_us, costs[1].p99_us);
-  std::ofstream(ESPALIER_FIGURES "/bench-policy.json") << fmt::format(
-      "{{\n  \"policy_ladder_p99_us\": {},\n  \"policy_dqn_p99_us\": {},\n  \"policy_p99_us\": "
-      "{}\n}}\n",
-      costs[0].p99_us, costs[1].p99_us, std::max(costs[0].p99_us, costs[1].p99_us));
-  return 0;
+  const absl::Status status =
+      WriteFigures(ESPALIER_FIGURES "/bench-policy.json",
+                   {{"policy_ladder_p99_us", costs[0].p99_us},
+                    {"policy_dqn_p99_us", costs[1].p99_us},
+                    {"policy_p99_us", std::max(costs[0].p99_us, costs[1].p99_us)}});
+  return status.ok() ? 0 : 1;
 }
 
 }  // namespace

@@ -183,7 +183,8 @@ def main():
         figures["recovery_s"], figures["recovery_dwells_s"] = recovered
     policy_bench = pathlib.Path(options.bin, "policy_bench")
     subprocess.run([policy_bench], check=True)
-    figures |= json.loads(pathlib.Path("build/figures/bench-policy.json").read_text())
+    # With the machine and the commit.
+    figures = json.loads(pathlib.Path("build/figures/bench-policy.json").read_text()) | figures
     out = pathlib.Path("build/figures")
     out.mkdir(parents=True, exist_ok=True)
     (out / "bench-squeeze.json").write_text(json.dumps(figures, indent=2) + "\n")
