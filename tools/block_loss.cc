@@ -10,6 +10,7 @@
 #include <sstream>
 #include <utility>
 
+#include "engine/machine_memory.h"
 #include "tools/forced_run.h"
 #include "tools/interrupt.h"
 
@@ -36,8 +37,6 @@ BlockLossTable::BlockLossTable(ModelExecutor* executor, std::vector<std::vector<
       step_rows_(step_rows),
       path_(std::move(path)) {
   const int layers = executor_->config().layers;
-  streams_.resize(layers + 1);
-  for (std::vector<float>& stream : streams_) stream.resize(tokens() * executor_->config().hidden);
   int32_t page = 0;
   const size_t pages = (windows_.front().size() + kPageTokens - 1) / kPageTokens;
   for (size_t i = 0; i < WindowsAStep(); ++i) {
@@ -61,6 +60,16 @@ std::string BlockLossTable::Stamp() const {
 }
 
 absl::Status BlockLossTable::Open() {
+  const ModelConfig& config = executor_->config();
+  const size_t floats = static_cast<size_t>(tokens()) * config.hidden;
+  const uint64_t bytes = sizeof(float) * floats * (config.layers + 1);
+  const uint64_t available = ReadMachineMemory().available;
+  if (bytes > available) {
+    return absl::ResourceExhaustedError(
+        fmt::format("what comes to each layer of {} tokens takes {} MiB, {} are available",
+                    tokens(), bytes >> 20, available >> 20));
+  }
+  streams_.assign(config.layers + 1, std::vector<float>(floats));
   if (path_.empty()) return absl::OkStatus();
   std::ifstream file(path_);
   std::string line;

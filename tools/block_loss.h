@@ -23,7 +23,7 @@ class BlockLossTable {
   BlockLossTable(ModelExecutor* executor, std::vector<std::vector<int32_t>> windows, int step_rows,
                  std::string path);
 
-  // Opens the file; errors name it. Call it first.
+  // Makes room for what comes to each layer, and opens the file; errors name it. Call it first.
   absl::Status Open();
 
   // Nats per token without these blocks, of every second token. None once Interrupt was raised or
