@@ -1,5 +1,6 @@
 // `espalier train`: what the policies learn offline.
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -20,23 +21,25 @@ struct Options {
   int episodes = 0;
   uint64_t seed = 1;
   std::string out;
-  std::string figures;
+  std::optional<std::string> figures;
 };
 
 absl::Status Run(Options options) {
+  const std::string figures =
+      options.figures.value_or("build/figures/train-" + options.task + ".json");
   if (options.task == "rap") {
     TrainBlocksOptions& rap = options.blocks;
     if (options.episodes > 0) rap.episodes = options.episodes;
     rap.seed = options.seed;
     rap.out = options.out;
-    rap.figures = options.figures;
+    rap.figures = figures;
     return TrainBlocks(rap);
   }
   TrainServingOptions& serve = options.serving;
   if (options.episodes > 0) serve.episodes = options.episodes;
   serve.seed = options.seed;
   serve.out = options.out;
-  serve.figures = options.figures;
+  serve.figures = figures;
   return TrainServing(serve);
 }
 
@@ -65,7 +68,9 @@ void AddTrain(CLI::App& root, Action* action) {
                   "network of serve")
       ->type_name("PATH")
       ->required();
-  sub->add_option("--figures", options->figures, "JSON file for the figures")->type_name("FILE");
+  sub->add_option("--figures", options->figures,
+                  "JSON file for the figures; empty: none. Default: build/figures/train-TASK.json")
+      ->type_name("FILE");
 
   const auto rap = [&](const char* name, auto& value, const char* unit, int64_t least, int64_t most,
                        const char* description) {

@@ -313,7 +313,8 @@ class Pruning(unittest.TestCase):
         network = folder / "dqn.dqn"  # beside the ladder: found there
         for path in (network, folder / "again.dqn"):
             subprocess.run([espalier, "train", "--task", "serve", *simulated, "--episodes", "6",
-                            "--traces", "2", "--out", path], check=True, capture_output=True)
+                            "--traces", "2", "--figures", "", "--out", path], check=True,
+                           capture_output=True)
         self.assertEqual(network.read_bytes(), (folder / "again.dqn").read_bytes())
         options = ("--ladder", ladder, "--policy", "dqn", "--ttft-target", "0.02",
                    "--max-sequences", "2", "--decision-log", decisions)

@@ -183,6 +183,10 @@ def main():
         figures["recovery_s"], figures["recovery_dwells_s"] = recovered
     policy_bench = pathlib.Path(options.bin, "policy_bench")
     subprocess.run([policy_bench], check=True)
+    for task, figure in (("serve", "dqn_vs_ladder"), ("rap", "rap_dqn_vs_greedy")):
+        trained = pathlib.Path(f"build/figures/train-{task}.json")
+        if trained.exists():  # by `espalier train`, whenever that was
+            figures[figure] = json.loads(trained.read_text())[figure]
     # With the machine and the commit.
     figures = json.loads(pathlib.Path("build/figures/bench-policy.json").read_text()) | figures
     out = pathlib.Path("build/figures")
