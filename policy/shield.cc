@@ -15,6 +15,8 @@ bool Sane(const PressureReport& report, double last_s) {
          });
 }
 
+constexpr double kCalm = 0.5;  // of a step's target, and of the KV there may be
+
 }  // namespace
 
 void Shield::Observe(const PressureReport& report, const Ladder& ladder) {
@@ -25,7 +27,9 @@ void Shield::Observe(const PressureReport& report, const Ladder& ladder) {
   level_ = std::min(level_, hardest_);
   const int wanted = policy_->wanted();
   const bool followed = sane && wanted >= 0 && wanted <= hardest_;
-  int level = followed ? wanted : rule_.level();
+  const bool calm = sane && report.waiting == 0 && report.oldest_wait_s == 0 &&
+                    report.step_s < kCalm * options_.tpot_target_s && report.kv_used < kCalm;
+  int level = calm ? 0 : followed ? wanted : rule_.level();
   const bool memory = report.kv_used > 1 && rule_.level() > level;
   if (memory) level = rule_.level();
   if (!std::isfinite(report.time_s)) return;

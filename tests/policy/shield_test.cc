@@ -38,7 +38,8 @@ class Told final : public Policy {
 
 class ShieldTest : public testing::Test {
  protected:
-  void At(double time_s, int level, PressureReport report = {}) {
+  // Not calm, where nothing is said of it.
+  void At(double time_s, int level, PressureReport report = {.running = 1, .waiting = 1}) {
     told_.level = level;
     report.time_s = time_s;
     shield_.Observe(report, ladder_);
@@ -91,6 +92,19 @@ TEST_F(ShieldTest, MemoryIsNotThePolicysToIgnore) {
   EXPECT_EQ(shield_.reason(), "memory");
   At(1.01, 0, {.kv_used = 1.2});
   EXPECT_EQ(shield_.wanted(), 2);
+}
+
+TEST_F(ShieldTest, InCalmTheFullModelIsServed) {
+  At(1, 3, {.kv_used = 0.4, .step_s = 0.04, .running = 5});
+  EXPECT_EQ(shield_.wanted(), 0);
+  At(2, 3, {.kv_used = 0.6, .step_s = 0.04, .running = 5});
+  EXPECT_EQ(shield_.wanted(), 3);
+  At(3, 3, {.kv_used = 0.4, .step_s = 0.04, .running = 5});  // and back by a rung a dwell
+  EXPECT_EQ(shield_.wanted(), 2);
+  At(4, 3, {.kv_used = 0.4, .step_s = 0.06, .running = 5});
+  EXPECT_EQ(shield_.wanted(), 3);
+  At(5, 3, {.running = 5, .waiting = 1});
+  EXPECT_EQ(shield_.wanted(), 3);
 }
 
 TEST_F(ShieldTest, RefusesOnTheLastRungWhileOthersWait) {
