@@ -22,7 +22,7 @@ using LevelState = std::array<float, kLevelInputs>;
 struct LevelPolicyOptions {
   double ttft_target_s = 1;
   double tpot_target_s = 0.1;
-  double every_s = 0.2;  // between decisions
+  double every_s = 0.5;  // between decisions
 };
 
 class LevelPolicy : public Policy {

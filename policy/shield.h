@@ -12,7 +12,8 @@ namespace espalier {
 // - at the rule's, where a report is not finite, is older than the last one, or the policy wants a
 //   rung that is not there;
 // - no milder than the rule's while running sequences hold more KV than there may be;
-// - at the full model in calm: nobody waits, and steps and KV are at less than half of what they may
+// - at the full model in calm: nobody waits, and steps and KV are at less than half of what they
+// may
 //   be. What may come later is no reason to serve worse now;
 // - a level falls by one rung a dwell, as the rule's does, however fast pressure goes;
 // - newcomers are refused as by the rule: on the last rung, while the oldest waits for long.

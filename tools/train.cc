@@ -54,7 +54,7 @@ void AddTrain(CLI::App& root, Action* action) {
       ->check(CLI::IsMember(std::vector<std::string>{"rap", "serve"}))
       ->required();
   sub->add_option("--episodes", options->episodes,
-                  "To learn from; 0: 200 tasks of rap, 3000 simulated minutes of serve")
+                  "To learn from; 0: 200 tasks of rap, 1200 simulated minutes of serve")
       ->type_name("COUNT")
       ->check(CLI::Range(0, 10'000'000))
       ->capture_default_str();

@@ -25,7 +25,7 @@ constexpr double kSeconds = 60;  // of arrivals, in a simulation
 constexpr int kHidden = 48;
 constexpr double kLastEpsilon = 0.02, kExploring = 0.7;
 // What is learned late is not always better: the best network of those tried now and then is kept.
-constexpr int kTriedEvery = 100, kValidation = 60;  // episodes, traces of their own
+constexpr int kTriedEvery = 50, kValidation = 100;  // episodes, traces of their own
 
 double Uniform(std::mt19937_64* random, double least, double most) {
   return least + (most - least) * (static_cast<double>((*random)() >> 11) * 0x1p-53);
@@ -127,7 +127,7 @@ absl::Status TrainServing(const TrainServingOptions& options) {
   const LadderPolicyOptions rule{.ttft_target_s = options.server.ttft_target,
                                  .tpot_target_s = options.server.tpot_target};
   DoubleDqn dqn({.inputs = kLevelInputs, .hidden = kHidden, .actions = rungs},
-                {.gamma = 0.95F,
+                {.gamma = 0.97F,
                  .learning_rate = 1e-4F,
                  .replay = 200'000,
                  .target_every = 1000,
@@ -169,7 +169,7 @@ absl::Status TrainServing(const TrainServingOptions& options) {
     }
   }
 
-  Traces held_out(*server, options.seed + 1'000'000);
+  Traces held_out(*server, options.seed + 2'000'000);
   std::vector<Trace> traces;
   for (int i = 0; i < options.traces; ++i) traces.push_back(held_out.Next());
   std::vector<Judged> judged;

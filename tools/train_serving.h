@@ -12,7 +12,7 @@ namespace espalier {
 
 struct TrainServingOptions {
   SimulatedServerOptions server;
-  int episodes = 3000;  // simulations of a minute
+  int episodes = 1200;  // simulations of a minute
   int traces = 100;     // held out, to compare on
   // What a nat per token of told loss is worth, as a share of a good call: at 0.5, a call within
   // its targets at 0.3 nats is worth 0.85.
