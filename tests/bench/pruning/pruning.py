@@ -35,7 +35,7 @@ class Bench:
         self.options = options
         self.folder = pathlib.Path("build/pruning")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.figures = {}
+        self.made = set()  # ladders, in this run
 
     def run(self, *arguments):
         command = [self.options.espalier, *map(str, arguments), "--model", self.options.model]
@@ -45,9 +45,10 @@ class Bench:
     def ladder(self, name, *arguments):
         """Rungs 1 and 2 leave out 20 and 40 %."""
         path = self.folder / f"{name}.ladder"
-        if self.options.fresh or not path.exists():
+        if (self.options.fresh and name not in self.made) or not path.exists():
             ratios = ",".join(str(ratio / 100) for ratio in RATIOS)
             self.run("calibrate", "--rungs", ratios, "--out", path, *arguments)
+        self.made.add(name)
         return path
 
     def prompts_whole(self, ladder):
