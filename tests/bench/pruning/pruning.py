@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import statistics
 import subprocess
@@ -54,7 +55,8 @@ class Bench:
     def prompts_whole(self, ladder):
         """The same, but that its rungs narrow decode alone."""
         path = ladder.with_name(f"{ladder.stem}-prompts-whole.ladder")
-        path.write_text(ladder.read_text().replace(" channels=", " decode.channels="))
+        path.write_text(re.sub(r"^(rung .*) channels=", r"\1 decode.channels=", ladder.read_text(),
+                               flags=re.M))
         shutil.copyfile(f"{ladder}.gguf", f"{path}.gguf")
         return path
 
@@ -154,8 +156,9 @@ def main():
             figures[f"ratio_one_kind_{ratio}"] = (table["ours"][ratio][0]
                                                   / table["probe-pruning"][ratio][0])
         figures["ratio_self_40"] = table["ours-self"][40][0] / table["probe-pruning"][40][0]
+        print("\n".join(lines), flush=True)
     table = mixed(bench, kinds)
-    lines += ["", f"Mixed traffic, {len(kinds)} kinds, prompt {PROMPT}, 128 decode rows; nats/token above dense",
+    lines = ["", f"Mixed traffic, {len(kinds)} kinds, prompt {PROMPT}, 128 decode rows; nats/token above dense",
               f"{'calibration':21}{'batch':>6}" + "".join(f"{f'{ratio} % of channels':>22}{'told':>8}"
                                                           for ratio in RATIOS)]
     for (name, batch), losses in table.items():
