@@ -25,7 +25,7 @@ constexpr double kSeconds = 60;  // of arrivals, in a simulation
 constexpr int kHidden = 48;
 constexpr double kLastEpsilon = 0.02, kExploring = 0.7;
 // What is learned late is not always better: the best network of those tried now and then is kept.
-constexpr int kTriedEvery = 50, kValidation = 100;  // episodes, traces of their own
+constexpr int kTriedEvery = 50;  // episodes, on as many traces as are held out
 
 double Uniform(std::mt19937_64* random, double least, double most) {
   return least + (most - least) * (static_cast<double>((*random)() >> 11) * 0x1p-53);
@@ -134,7 +134,7 @@ absl::Status TrainServing(const TrainServingOptions& options) {
                  .seed = options.seed});
   Traces training(*server, options.seed), validating(*server, options.seed + 500'000);
   std::vector<Trace> validation;
-  for (int i = 0; i < kValidation; ++i) validation.push_back(validating.Next());
+  for (int i = 0; i < options.traces; ++i) validation.push_back(validating.Next());
   std::unique_ptr<DqnPolicy> learned;
   const auto shielded = [&](const QNetwork& network) {
     learned = std::make_unique<DqnPolicy>(level, &network);
@@ -207,7 +207,7 @@ absl::Status TrainServing(const TrainServingOptions& options) {
       "worth: of a call, 1 if within its targets, less {} a nat told, {} if "
       "refused\nthe network of episode {}, the best on {} other traces; dqn less ladder, trace "
       "by trace: {:+.4f} +- {:.4f}\n",
-      options.loss_weight, -options.refusal_cost, best_episode, kValidation, mean, error);
+      options.loss_weight, -options.refusal_cost, best_episode, options.traces, mean, error);
   fmt::print("{}", table);
   figures["dqn_vs_ladder"] = Mean(judged[1].worth) / Mean(judged[0].worth);
 

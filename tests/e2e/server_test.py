@@ -303,10 +303,10 @@ class Pruning(unittest.TestCase):
             "rung 0 ", "rung 0 kv_bytes=64 ") + "rung 2 loss=0.3 channels=32*2\n")
         shutil.copyfile(f"{self.refitted}.gguf", f"{ladder}.gguf")
         costs.write_text("espalier-costs 1\n" + "".join(
-            f"rung {rung} fixed={900 - 300 * rung} decode=90 prefill=40\n" for rung in range(3)))
-        simulated = ("--ladder", ladder, "--costs", costs)
+            f"rung {rung} fixed={18000 - 6000 * rung} decode=1800 prefill=800\n" for rung in range(3)))
+        simulated = ("--ladder", ladder, "--costs", costs, "--kv-memory", "0.1")
         report = json.loads(subprocess.run(
-            [espalier, "simulate", *simulated, "--policy", "fixed:2", "--rate", "20", "--duration",
+            [espalier, "simulate", *simulated, "--policy", "fixed:2", "--rate", "2", "--duration",
              "5", "--json"], check=True, capture_output=True).stdout)
         self.assertEqual(report["rung_tokens"][:2], [0, 0])
         self.assertAlmostEqual(report["told_loss"], 0.3, 5)

@@ -6,7 +6,6 @@
 
 #include "gtest/gtest.h"
 #include "policy/level_policy.h"
-#include "tests/support/allocations.h"
 
 namespace espalier {
 namespace {
@@ -114,22 +113,6 @@ TEST_F(ShieldTest, RefusesOnTheLastRungWhileOthersWait) {
   EXPECT_FALSE(shield_.refuses());
   At(1.6, kRungs - 2, {.oldest_wait_s = 0.9});
   EXPECT_FALSE(shield_.refuses());
-}
-
-TEST_F(ShieldTest, ADecisionAllocatesNothing) {
-  std::mt19937_64 random(3);
-  const QNetwork network({.inputs = kLevelInputs, .hidden = 48, .actions = kRungs}, &random);
-  DqnPolicy learned({}, &network);
-  Shield shield(&learned, {});
-  const int64_t before = Allocations();
-  int64_t sum = 0;
-  for (int i = 0; i < 1000; ++i) {
-    shield.Observe({.time_s = 0.3 * i, .kv_used = i % 7 * 0.2, .oldest_wait_s = i % 5 * 0.3},
-                   ladder_);
-    sum += shield.ChooseRung({.allowed = 31});
-  }
-  EXPECT_EQ(Allocations(), before);
-  EXPECT_GT(sum, 0);
 }
 
 TEST_F(ShieldTest, GarbageNeverLeavesTheLadderOrTheBounds) {
