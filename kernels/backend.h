@@ -56,7 +56,14 @@ struct KvPoolShape {
     return kPageTokens * dim * (type == KvType::kF16 ? 2 : 4);
   }
   size_t page_bytes() const { return 2 * kv_heads * head_bytes(); }
+
+  // Whether spans may keep K and V in int4 pages: int8 pages that hold twice the tokens, each
+  // spread by a Hadamard matrix and rounded to four bits with an fp16 scale for each token and
+  // head.
+  bool may_be_int4() const { return type == KvType::kInt8 && head_dim % 8 == 0 && head_dim <= 256; }
 };
+// Tokens of an int4 page.
+inline constexpr int kInt4PageTokens = 2 * kPageTokens;
 
 // Device memory of the KV pages; made by Backend::CreateKvPool.
 struct KvPool {
@@ -78,7 +85,8 @@ enum class RopePairing : uint8_t {
 struct AttentionSpan {
   int first_row = 0;
   int rows = 0;
-  int start = 0;  // position of first_row; the row sees positions 0 .. its own
+  int start = 0;         // position of first_row; the row sees positions 0 .. its own
+  bool int4_kv = false;  // its pages are int4, of kInt4PageTokens; only where the pool allows it
 };
 
 // out[i] = table[tokens[i]], dequantised. `table` is kOutputRows. tokens are in [0, table.rows).
@@ -172,6 +180,21 @@ struct RopeAndStoreArgs {
   ConstMatrix v;                                          // [rows, kv_heads * head_dim]
   std::span<const float> inverse_frequency;               // [head_dim / 2], radians per position
   RopePairing pairing = RopePairing::kInterleaved;
+  // [kv_heads * head_dim], left out of the rotated keys of int4 pages, or empty. What all keys of a
+  // head share moves all its scores alike, which a softmax does not see, but takes bits.
+  std::span<const float> key_mean = {};
+  KvPool* pool = nullptr;
+};
+
+// Two int8 pages of one layer and sequence, in order, that become one int4 page.
+struct KvPacking {
+  int32_t first = 0;
+  int32_t second = -1;  // -1: there is none
+  int32_t to = 0;       // `first`, `second` or another
+};
+struct PackKvArgs {
+  std::span<const KvPacking> packings;   // done in order
+  std::span<const float> key_mean = {};  // as RopeAndStoreArgs
   KvPool* pool = nullptr;
 };
 
@@ -236,6 +259,7 @@ class Backend {
   virtual void SwiGlu(const SwiGluArgs& args) = 0;
   virtual void GatedMlp(const GatedMlpArgs& args) = 0;
   virtual void RopeAndStore(const RopeAndStoreArgs& args) = 0;
+  virtual void PackKv(const PackKvArgs& args) = 0;
   virtual void Attention(const AttentionArgs& args) = 0;
   virtual void LogitStats(const LogitStatsArgs& args) = 0;
 

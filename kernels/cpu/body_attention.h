@@ -1,12 +1,12 @@
 // Attention of some queries over the pages of their sequence, and the writing of those pages.
-// Included once by each kernels_*.cc, after body_matmul.h and body_exp.h.
+// Included once by each kernels_*.cc, after body_matmul.h, body_exp.h
+// and body_kv4.h.
 //
 // A query meets its pages in blocks of kBlockPages, which lie at multiples of that, and a block
 // does to it what it would do were it alone, so neither the other queries nor the chunk that
 // brought it change a bit. A key behind what a query sees has weight zero in it.
 #pragma once
 
-constexpr int kPage = 16;  // tokens of a page: the lanes of one register of scores
 constexpr int kBlockTokens = kBlockPages * kPage;
 
 // What a query has seen so far, and what it needs of the block at hand.
@@ -74,9 +74,6 @@ struct Block {
 int Visible(const AttentionTask& t, int query, int first_token) {
   return Least(kBlockTokens, t.queries[query].position + 1 - first_token);
 }
-
-// Bytes: where the tokens' scales end and the values begin.
-constexpr int64_t kScalesBytes = kPage * sizeof(float);
 
 template <int kBits>
 F LoadKeys(const uint8_t* page, int d) {
@@ -356,7 +353,7 @@ void WidenBlock(const AttentionTask& t, int tokens, Block* block) {
       if (token % kStepsBetween == 0) block->ahead.Fetch(kLinesAhead);
       for (int d = 0; d < padded; d += 16) {
         Store(to + token * padded + d,
-              LoadSomeValues(t.bits, block->values[p], int64_t{token} * t.head_dim + d,
+              LoadSomeValues(block->value_bits, block->values[p], int64_t{token} * t.head_dim + d,
                              t.head_dim - d));
       }
     }
@@ -380,7 +377,9 @@ const uint8_t* KeysAt(const AttentionTask& t, int page, int kv_head) {
 PagesAhead LinesOf(const AttentionTask& t, BlockPlace place, int pages) {
   PagesAhead ahead;
   ahead.bytes = t.head_bytes;
-  for (int page = place.page; page < Least(pages, place.page + kBlockPages); ++page) {
+  const int halves = t.bits == 4 ? 2 : 1;
+  const int end = (Least(pages, place.page + kBlockPages) + halves - 1) / halves;
+  for (int page = place.page / halves; page < end; ++page) {
     const uint8_t* keys = KeysAt(t, page, place.kv_head);
     ahead.pieces[ahead.count++] = keys;
     ahead.pieces[ahead.count++] = keys + t.kv_heads * t.head_bytes;
@@ -388,20 +387,36 @@ PagesAhead LinesOf(const AttentionTask& t, BlockPlace place, int pages) {
   return ahead;
 }
 
+// Where pages of int4 become pages of bytes: kBlockPages of K and of V.
+uint8_t* OpenedPages(const AttentionTask& t) {
+  return reinterpret_cast<uint8_t*>(t.scratch + 2 * kBlockTokens * PaddedHeadDim(t.head_dim) +
+                                    kMaxQueries * QueryStateFloats(t.head_dim));
+}
+
 // The block of which `tokens` are seen by any query; `next` is what will be seen after it.
 Block OpenBlock(const AttentionTask& t, BlockPlace place, int tokens, BlockPlace next, int pages) {
   Block block;
   block.first_token = place.page * kPage;
   block.pages = (tokens + kPage - 1) / kPage;
-  block.key_bits = block.value_bits = t.bits;
+  block.key_bits = block.value_bits = t.bits == 4 ? 8 : t.bits;
   block.value_stride = t.head_dim;
-  const int64_t scales = t.bits == 8 ? kScalesBytes : 0;
+  const int64_t scales = block.value_bits == 8 ? kScalesBytes : 0;
   for (int p = 0; p < kBlockPages; ++p) {
-    const uint8_t* keys = KeysAt(t, place.page + Least(p, block.pages - 1), place.kv_head);
+    const int seen = Least(p, block.pages - 1), page = place.page + seen;
+    const uint8_t* keys = KeysAt(t, t.bits == 4 ? page / 2 : page, place.kv_head);
     const uint8_t* values = keys + t.kv_heads * t.head_bytes;
+    if (t.bits == 4) {
+      uint8_t* open = OpenedPages(t) + seen * 2 * t.head_bytes;
+      if (p == seen) {
+        OpenHalfPage(keys, page % 2, t.head_dim, /*keys=*/true, open);
+        OpenHalfPage(values, page % 2, t.head_dim, /*keys=*/false, open + t.head_bytes);
+      }
+      keys = open;
+      values = open + t.head_bytes;
+    }
     block.keys[p] = keys;
     block.values[p] = values + scales;
-    block.value_scales[p] = t.bits == 8 ? values : nullptr;
+    block.value_scales[p] = scales > 0 ? values : nullptr;
   }
   block.ahead = LinesOf(t, next, pages);
   return block;
@@ -443,10 +458,15 @@ void Attention(const AttentionTask& t) {
   for (int i = 0; i < t.count; ++i) {
     ahead.Fetch(kLinesAhead);
     const QueryState state = StateOf(t, i);
+    if (t.bits == 8) SplitQuery(t.queries[i].q, t.head_dim, state);
+    if (t.bits == 4) {
+      __builtin_memcpy(state.out, t.queries[i].q, t.head_dim * sizeof(float));
+      Spread(state.out, t.head_dim);
+      SplitQuery(state.out, t.head_dim, state);
+    }
     for (int64_t d = 0; d < padded; d += 16) Store(state.out + d, Set1(0));
     Store(state.sum, Set1(0));
     *state.max = -__FLT_MAX__;
-    if (t.bits == 8) SplitQuery(t.queries[i].q, t.head_dim, state);
   }
   for (int page = 0; page < pages; page += kBlockPages) {
     for (int q = 0; q < t.count;) {
@@ -464,6 +484,7 @@ void Attention(const AttentionTask& t) {
     for (int d = 0; d < t.head_dim; d += 16) {
       StoreFirst(t.queries[q].out + d, Load(state.out + d) / sum, Least(16, t.head_dim - d));
     }
+    if (t.bits == 4) Spread(t.queries[q].out, t.head_dim);
   }
 }
 
@@ -494,6 +515,16 @@ struct Quantizer {
 // a key lie kPage tokens apart, or quads of them.
 void StoreKv(const StoreTask& t) {
   const int64_t row = static_cast<int64_t>(t.slot) * t.head_dim;
+  if (t.bits == 4) {
+    alignas(64) float x[PaddedHeadDim(kMostInt4HeadDim)];
+    for (int d = 0; d < t.head_dim; ++d) {
+      x[d] = t.key[d] - (t.key_mean == nullptr ? 0 : t.key_mean[d]);
+    }
+    StoreInt4(x, t.head_dim, /*key=*/true, t.slot, t.key_page);
+    __builtin_memcpy(x, t.value, t.head_dim * sizeof(float));
+    StoreInt4(x, t.head_dim, /*key=*/false, t.slot, t.value_page);
+    return;
+  }
   if (t.bits == 8) {
     int8_t few[16];
     uint8_t* keys = t.key_page + kScalesBytes + 4 * t.slot;

@@ -12,7 +12,18 @@ static_assert(kPageTokens == kAttentionLanes);
 
 namespace {
 
-int BitsOf(KvType type) { return type == KvType::kF32 ? 32 : type == KvType::kF16 ? 16 : 8; }
+static_assert(kMostInt4HeadDim == 256);  // KvPoolShape::may_be_int4
+
+int BitsOf(const KvPoolShape& shape, const AttentionSpan& span) {
+  if (span.int4_kv) {
+    Require(shape.may_be_int4(), "int4 pages in a pool of {} with heads of {}",
+            KvTypeName(shape.type), shape.head_dim);
+    return 4;
+  }
+  return shape.type == KvType::kF32 ? 32 : shape.type == KvType::kF16 ? 16 : 8;
+}
+
+int TokensOfPage(const AttentionSpan& span) { return span.int4_kv ? kInt4PageTokens : kPageTokens; }
 
 }  // namespace
 
@@ -72,7 +83,8 @@ void CpuBackend::RopeAndStore(const RopeAndStoreArgs& args) {
   Require(args.page_tables.size() == args.spans.size(), "RopeAndStore: {} page tables, {} spans",
           args.page_tables.size(), args.spans.size());
   PrepareAngles(args);
-  const int bits = BitsOf(shape.type);
+  Require(args.key_mean.empty() || args.key_mean.size() == static_cast<size_t>(args.k.cols),
+          "RopeAndStore: {} means for {} of keys", args.key_mean.size(), args.k.cols);
   const auto head_bytes = static_cast<int64_t>(shape.head_bytes());
   const bool interleaved = args.pairing == RopePairing::kInterleaved;
   ForRows(rows, args.q.cols + 8 * args.k.cols, [&](int r) {
@@ -82,21 +94,75 @@ void CpuBackend::RopeAndStore(const RopeAndStoreArgs& args) {
     const float* sines = angles_.sines.data() + static_cast<int64_t>(r) * dim;
     kernels_.rotate(args.q.row(r), args.q.cols / dim, dim, interleaved, cosines, sines);
     kernels_.rotate(args.k.row(r), shape.kv_heads, dim, interleaved, cosines, sines);
+    const AttentionSpan& span = args.spans[angles_.spans[r]];
     const std::span<const int32_t> table = args.page_tables[angles_.spans[r]];
-    const size_t page = position / kPageTokens;
+    const int page_tokens = TokensOfPage(span);
+    const size_t page = position / page_tokens;
     Require(page < table.size() && table[page] >= 0 && table[page] < shape.pages,
             "RopeAndStore: no page for position {}", position);
     uint8_t* keys = reinterpret_cast<uint8_t*>(args.pool->data) + table[page] * shape.page_bytes();
     for (int h = 0; h < shape.kv_heads; ++h) {
-      kernels_.store_kv({.bits = bits,
+      kernels_.store_kv({.bits = BitsOf(shape, span),
                          .key_page = keys + h * head_bytes,
                          .value_page = keys + (shape.kv_heads + h) * head_bytes,
-                         .slot = position % kPageTokens,
+                         .slot = position % page_tokens,
                          .head_dim = dim,
                          .key = args.k.row(r) + h * dim,
-                         .value = args.v.row(r) + h * dim});
+                         .value = args.v.row(r) + h * dim,
+                         .key_mean = args.key_mean.empty() ? nullptr : &args.key_mean[h * dim]});
     }
   });
+}
+
+void CpuBackend::PackKv(const PackKvArgs& args) {
+  const KvPoolShape& shape = args.pool->shape;
+  const int dim = shape.head_dim;
+  Require(shape.may_be_int4(), "PackKv: a pool of {} with heads of {}", KvTypeName(shape.type),
+          dim);
+  Require(
+      args.key_mean.empty() || args.key_mean.size() == static_cast<size_t>(shape.kv_heads) * dim,
+      "PackKv: {} means for {} KV heads of {}", args.key_mean.size(), shape.kv_heads, dim);
+  // Scratch of attention is more than enough.
+  static_assert(kBlockPages * kAttentionLanes >= kInt4PageTokens);
+  if (const int64_t floats = AttentionScratchFloats(dim); floats > attention_scratch_floats_) {
+    GrowScratch(floats * static_cast<int64_t>(sizeof(float)), &attention_scratch_);
+    attention_scratch_floats_ = floats;
+  }
+  const auto head_bytes = static_cast<int64_t>(shape.head_bytes());
+  const auto head_of = [&](int32_t page, int part) {
+    return reinterpret_cast<uint8_t*>(args.pool->data) +
+           page * static_cast<int64_t>(shape.page_bytes()) + part * head_bytes;
+  };
+  for (const KvPacking& packing : args.packings) {
+    Require(packing.first >= 0 && packing.first < shape.pages && packing.second >= -1 &&
+                packing.second < shape.pages && packing.to >= 0 && packing.to < shape.pages,
+            "PackKv: pages {} and {} to {} of {}", packing.first, packing.second, packing.to,
+            shape.pages);
+  }
+  const int parts = 2 * shape.kv_heads;  // heads of K, then of V
+  // Those that stay where they are touch no pages but their own, and are done together.
+  const auto stays = [](const KvPacking& packing) {
+    return packing.to == packing.first || packing.to == packing.second;
+  };
+  for (size_t begin = 0, end; begin < args.packings.size(); begin = end) {
+    end = begin + 1;
+    while (stays(args.packings[begin]) && end < args.packings.size() && stays(args.packings[end])) {
+      ++end;
+    }
+    pool_.Run(static_cast<int>(end - begin) * parts, [&](int worker, int task) {
+      const KvPacking& packing = args.packings[begin + task / parts];
+      const int part = task % parts, kv_head = part % shape.kv_heads;
+      const bool keys = part < shape.kv_heads;
+      kernels_.pack_kv(
+          {.from = {head_of(packing.first, part),
+                    packing.second < 0 ? nullptr : head_of(packing.second, part)},
+           .to = head_of(packing.to, part),
+           .keys = keys,
+           .head_dim = dim,
+           .mean = keys && !args.key_mean.empty() ? &args.key_mean[kv_head * dim] : nullptr,
+           .scratch = static_cast<float*>(attention_scratch_[worker].get())});
+    });
+  }
 }
 
 // Sorts the kept heads by KV head, in groups of at most kMaxQueries.
@@ -157,7 +223,7 @@ void CpuBackend::Attention(const AttentionArgs& args) {
   for (size_t s = 0; s < args.spans.size(); ++s) {
     const AttentionSpan& span = args.spans[s];
     Require(span.first_row >= 0 && span.rows >= 0 && span.first_row + span.rows <= args.q.rows &&
-                args.page_tables[s].size() * kPageTokens >=
+                args.page_tables[s].size() * TokensOfPage(span) >=
                     static_cast<size_t>(span.rows == 0 ? 0 : span.start + span.rows),
             "Attention: span of rows {} + {} at position {} with {} pages", span.first_row,
             span.rows, span.start, args.page_tables[s].size());
@@ -188,7 +254,7 @@ void CpuBackend::Attention(const AttentionArgs& args) {
         }
       }
     }
-    kernels_.attention({.bits = BitsOf(shape.type),
+    kernels_.attention({.bits = BitsOf(shape, span),
                         .pool = reinterpret_cast<const uint8_t*>(args.pool->data),
                         .page_bytes = static_cast<int64_t>(shape.page_bytes()),
                         .head_bytes = static_cast<int64_t>(shape.head_bytes()),

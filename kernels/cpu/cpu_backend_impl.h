@@ -41,6 +41,7 @@ class CpuBackend final : public Backend {
   void SwiGlu(const SwiGluArgs& args) override;
   void GatedMlp(const GatedMlpArgs& args) override;
   void RopeAndStore(const RopeAndStoreArgs& args) override;
+  void PackKv(const PackKvArgs& args) override;
   void Attention(const AttentionArgs& args) override;
   void LogitStats(const LogitStatsArgs& args) override;
   absl::Status Synchronize() override { return absl::OkStatus(); }

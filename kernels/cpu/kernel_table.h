@@ -86,7 +86,7 @@ struct AttentionQuery {
 // Queries that read the same sequence.
 inline constexpr int kMaxQueries = 64;
 struct AttentionTask {
-  int bits = 32;  // of the pages' values: 32, 16 or 8
+  int bits = 32;  // of the pages' values: 32, 16, 8 or 4; of 4 a page holds twice the tokens
   const uint8_t* pool = nullptr;
   int64_t page_bytes = 0;
   int64_t head_bytes = 0;  // K or V of a head in a page
@@ -108,7 +108,20 @@ struct StoreTask {
   int head_dim = 0;
   const float* key = nullptr;
   const float* value = nullptr;
+  const float* key_mean = nullptr;  // 4 bits: [head_dim], left out of the key; null: nothing is
 };
+
+// K or V of a head in two int8 pages, which becomes one of four bits.
+struct PackKvTask {
+  const uint8_t* from[2] = {};  // the second may be null: its tokens are not there
+  uint8_t* to = nullptr;        // may be one of `from`
+  bool keys = false;
+  int head_dim = 0;
+  const float* mean = nullptr;  // [head_dim], left out; null: nothing is
+  float* scratch = nullptr;     // [32, head_dim], 64-aligned
+};
+// Heads of more dimensions, or of other than a multiple of 8, are not kept in four bits.
+inline constexpr int kMostInt4HeadDim = 256;
 
 // Partial result of one row and column block of LogitStats.
 struct LogitPartial {
@@ -137,6 +150,7 @@ struct KernelTable {
   void (*matmul)(const MatMulTask& task, MatMulScratch* scratch);
   void (*attention)(const AttentionTask& task);
   void (*store_kv)(const StoreTask& task);
+  void (*pack_kv)(const PackKvTask& task);
   // x[i] <- x[i] * cosines[i] + partner(x[i]) * sines[i], for each of `heads` heads. Tables are
   // [head_dim], signs included; the partner is the neighbour (interleaved) or half a head away.
   void (*rotate)(float* x, int heads, int head_dim, bool interleaved, const float* cosines,
@@ -159,9 +173,13 @@ constexpr int64_t QueryStateFloats(int head_dim) {
   return PaddedHeadDim(head_dim) + (2 + kBlockPages) * kAttentionLanes +
          PaddedHeadDim(PaddedHeadDim(head_dim) / 2);
 }
+// A block of int4 pages as bytes: K and V, with scales.
+constexpr int64_t OpenedPagesFloats(int head_dim) {
+  return 2 * kBlockPages * kAttentionLanes * (1 + PaddedHeadDim(head_dim) / 4);
+}
 constexpr int64_t AttentionScratchFloats(int head_dim) {
   return 2 * kBlockPages * kAttentionLanes * PaddedHeadDim(head_dim) +
-         kMaxQueries * QueryStateFloats(head_dim);
+         kMaxQueries * QueryStateFloats(head_dim) + OpenedPagesFloats(head_dim);
 }
 
 const KernelTable& PortableKernels();

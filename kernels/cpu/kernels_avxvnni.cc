@@ -13,6 +13,7 @@ namespace {
 #include "kernels/cpu/body_exp.h"
 #include "kernels/cpu/no_tiles.h"
 #include "kernels/cpu/body_matmul.h"
+#include "kernels/cpu/body_kv4.h"
 #include "kernels/cpu/body_attention.h"
 #include "kernels/cpu/body_rows.h"
 #include "kernels/cpu/body_pack.h"
@@ -25,6 +26,7 @@ constexpr KernelTable kTable = {
     .matmul = MatMul,
     .attention = Attention,
     .store_kv = StoreKv,
+    .pack_kv = PackKv,
     .rotate = Rotate,
     .rms_norm_row = RmsNormRow,
     .swiglu = SwiGlu,

@@ -161,11 +161,13 @@ void Products(Backend* backend, WeightType type) {
   fmt::print("\n\n");
 }
 
-void Attention(Backend* backend, KvType type) {
+void Attention(Backend* backend, KvType type, bool int4) {
+  const std::string_view name = int4 ? "int4" : KvTypeName(type);
+  const int page_tokens = int4 ? kInt4PageTokens : kPageTokens;
   constexpr int kWidth = kHeads * kHeadDim;
   for (const auto& [sequences, rows, context] :
        {std::array{1, 1, 192}, {1, 1, 4096}, {32, 1, 192}, {1, 128, 128}, {1, 512, 2048}}) {
-    const int pages = context / kPageTokens;
+    const int pages = context / page_tokens;
     absl::StatusOr<KvPool> pool = backend->CreateKvPool(
         {.type = type, .pages = pages * sequences, .kv_heads = kKvHeads, .head_dim = kHeadDim});
     if (!pool.ok()) continue;
@@ -176,7 +178,8 @@ void Attention(Backend* backend, KvType type) {
     for (int s = 0; s < sequences; ++s) {
       for (int p = 0; p < pages; ++p) tables[s].push_back(s * pages + p);
       views.push_back(tables[s]);
-      spans.push_back({.first_row = s * rows, .rows = rows, .start = context - rows});
+      spans.push_back(
+          {.first_row = s * rows, .rows = rows, .start = context - rows, .int4_kv = int4});
     }
     std::vector<int32_t> heads_kept(kHeads);
     std::iota(heads_kept.begin(), heads_kept.end(), 0);
@@ -198,12 +201,12 @@ void Attention(Backend* backend, KvType type) {
                       }
                     }) /
         5;
-    const std::string key = fmt::format("attention.{}.sequences{}.rows{}.context{}",
-                                        KvTypeName(type), sequences, rows, context);
+    const std::string key =
+        fmt::format("attention.{}.sequences{}.rows{}.context{}", name, sequences, rows, context);
     figures[key + ".us"] = seconds * 1e6;
     fmt::print(
         "attention, {:>4} pages: {:>2} x {:>3} rows, context {:>4}: {:>8.1f} us, {:.1f} GB/s\n",
-        KvTypeName(type), sequences, rows, context, seconds * 1e6,
+        name, sequences, rows, context, seconds * 1e6,
         static_cast<double>(pool->shape.page_bytes()) * pages * sequences / seconds / 1e9);
   }
 }
@@ -250,8 +253,9 @@ int Run(int argc, char** argv) {
   Products(backend->get(), WeightType::kInt8);
   Products(backend->get(), WeightType::kBf16);
   Products(backend->get(), WeightType::kF32);
-  Attention(backend->get(), KvType::kInt8);
-  Attention(backend->get(), KvType::kF16);
+  Attention(backend->get(), KvType::kInt8, /*int4=*/true);
+  Attention(backend->get(), KvType::kInt8, /*int4=*/false);
+  Attention(backend->get(), KvType::kF16, /*int4=*/false);
 
   std::filesystem::create_directories(std::filesystem::path(out).parent_path());
   std::ofstream file(out);
