@@ -143,13 +143,18 @@ void StoreInt4(float* x, int dim, bool key, int slot, uint8_t* page) {
   }
 }
 
-// `count` bytes as what the numbers in their low and high bits stand for.
+// kCount bytes as what the numbers in their low and high bits stand for.
 template <int kCount>
 void OpenInt4(const uint8_t* from, int8_t* low, int8_t* high) {
-  for (int i = 0; i < kCount; ++i) {
-    low[i] = static_cast<int8_t>(2 * (from[i] & 15) - 15);
-    high[i] = static_cast<int8_t>(2 * (from[i] >> 4) - 15);
-  }
+  typedef uint8_t Bytes __attribute__((vector_size(kCount)));
+  Bytes v;
+  __builtin_memcpy(&v, from, kCount);
+  Bytes n = v & 15;
+  n = n + n - 15;  // modulo 256, which is two's complement
+  __builtin_memcpy(low, &n, kCount);
+  n = v >> 4;
+  n = n + n - 15;
+  __builtin_memcpy(high, &n, kCount);
 }
 
 // Half of a head's int4 page as the int8 page that it stands for, of spread values.
