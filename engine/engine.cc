@@ -18,12 +18,14 @@ void Engine::LimitPages(int pages, Instant now) {
   pages_wanted_ = pages;
   const int before = scheduler_.pages_total();
   const auto moves = scheduler_.LimitPages(pages, now);
+  if (!scheduler_.packings().empty()) executor_->PackPages(scheduler_.packings());
   if (scheduler_.pages_total() != before) executor_->FitPages(moves, scheduler_.pages_total());
 }
 
 absl::StatusOr<const StepReport*> Engine::Step(Instant now) {
   scheduler_.Recycle(&report_.outputs);
   const Batch& batch = scheduler_.Schedule(now, &report_.outputs);
+  if (!scheduler_.packings().empty()) executor_->PackPages(scheduler_.packings());
   report_.decode_rows = batch.decode_rows;
   report_.prefill_rows = batch.prefill_rows;
   report_.sequences = static_cast<int>(batch.spans.size());

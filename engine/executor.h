@@ -18,6 +18,9 @@ class Executor {
   // An error means that the device is lost; the engine ends. Knows no queue.
   virtual absl::Status Execute(const Batch& batch, StepResult* result) = 0;
 
+  // Makes pages of four bits, in order, before anything else is computed or moved.
+  virtual void PackPages(std::span<const PagePacking> /*packings*/) {}
+
   // There are `pages` KV pages from now on: copies what lies in each page `from` to its `to`, then
   // gives the memory of all further ones back, until they are written to again. Where there is no
   // memory there is nothing to do.

@@ -23,7 +23,7 @@ Ladder Ladder::DenseOnly(const SiteWidths& widths, const PriceTag& price) {
 
 bool Ladder::Append(Rung rung) {
   if (size() == kMostRungs || !rung.prefill.NestedIn(rungs_.back().prefill) ||
-      !rung.decode.NestedIn(rungs_.back().decode)) {
+      !rung.decode.NestedIn(rungs_.back().decode) || (rungs_.back().int4_kv && !rung.int4_kv)) {
     return false;
   }
   rungs_.push_back(std::move(rung));

@@ -25,6 +25,8 @@ struct Rung {
   KeepProfile prefill;
   KeepProfile decode;
   PriceTag price;
+  // K and V are kept in four bits, at half the bytes of int8, which the model's KV must then be.
+  bool int4_kv = false;
 
   // Whether a sequence at this rung keeps K and V of `layer`: a block whose heads are all dropped
   // in both phases writes none.
@@ -43,8 +45,8 @@ class Ladder {
   int size() const { return static_cast<int>(rungs_.size()); }
   const Rung& rung(int index) const { return rungs_[index]; }
 
-  // Appends a rung. False, and the ladder unchanged, if it is not nested in the last one, or one
-  // too many.
+  // Appends a rung. False, and the ladder unchanged, if it is not nested in the last one (fewer
+  // bits count as keeping less), or one too many.
   bool Append(Rung rung);
 
  private:

@@ -149,6 +149,11 @@ class Parser {
         if (!ReadPrice(key, value, price)) return false;
         continue;
       }
+      if (key == "kv") {
+        if (value != "int4") return Fail("kv: expected int4, got " + Quoted(value));
+        rung.int4_kv = true;
+        continue;
+      }
       const bool prefill = key.starts_with("prefill."), decode = key.starts_with("decode.");
       std::string_view site = key;
       if (prefill || decode) Cut(&site, '.');
@@ -164,14 +169,16 @@ class Parser {
 
   bool Append(Rung rung) {
     if (!ladder_) {
-      if (!rung.prefill.dense() || !rung.decode.dense() || rung.price.quality_loss_nats != 0) {
+      if (!rung.prefill.dense() || !rung.decode.dense() || rung.int4_kv ||
+          rung.price.quality_loss_nats != 0) {
         return Fail("rung 0 keeps everything and loses nothing");
       }
       ladder_ = Ladder::DenseOnly(*widths_, rung.price);
       return true;
     }
     return ladder_->Append(std::move(rung)) || Fail("rung " + std::to_string(ladder_->size()) +
-                                                    " keeps more of a site than the one before");
+                                                    " keeps more of a site, or of K and V, than "
+                                                    "the one before");
   }
 
   int number_ = 0;
@@ -230,7 +237,8 @@ std::string FormatLadder(const Ladder& ladder, std::string_view comment) {
     text += "rung " + std::to_string(i) + " loss=" + Number(rung.price.quality_loss_nats) +
             " prefill_us=" + Number(rung.price.prefill_us_per_token) +
             " decode_us=" + Number(rung.price.decode_us_per_row) +
-            " kv_bytes=" + Number(rung.price.kv_bytes_per_token);
+            " kv_bytes=" + Number(rung.price.kv_bytes_per_token) +
+            (rung.int4_kv ? " kv=int4" : "");
     for (const SiteKind kind : {SiteKind::kHeads, SiteKind::kChannels}) {
       const std::string name = kind == SiteKind::kHeads ? "heads=" : "channels=";
       const std::string whole = RunsOf(ladder.rung(0).prefill, kind);

@@ -5,11 +5,11 @@
 //   model layers=30 heads=9 channels=1536
 //   rung 0 loss=0 prefill_us=480 decode_us=3300 kv_bytes=11520
 //   rung 1 loss=0.05 prefill_us=480 decode_us=2900 kv_bytes=11520 decode.channels=1536*3,1344*27
-//   rung 2 loss=0.3 kv_bytes=10368 heads=9*20,0*3,9*7 decode.channels=1536*3,896*27
+//   rung 2 loss=0.3 kv_bytes=5184 kv=int4 heads=9*20,0*3,9*7 decode.channels=1536*3,896*27
 //
 // Counts are of the kept, layer by layer, runs of equal ones as COUNT*LAYERS. `heads` and
 // `channels` hold for prefill and decode rows, with `prefill.` or `decode.` before them for one of
-// the two; what is not told is kept whole. Rungs are numbered from 0, which keeps everything; each
+// the two; what is not told is kept whole. `kv=int4`: K and V in four bits. Rungs are numbered from 0, which keeps everything; each
 // is nested in the one before.
 #pragma once
 

@@ -6,10 +6,12 @@
 namespace espalier {
 
 bool Allows(const PruneBounds& bounds, const Rung& rung) {
-  if (bounds.never) return rung.prefill.dense() && rung.decode.dense();
+  if (bounds.never) return rung.prefill.dense() && rung.decode.dense() && !rung.int4_kv;
   const double ratio = std::max(rung.prefill.prune_ratio(), rung.decode.prune_ratio());
   // A bound below zero, or NaN, asks for no less than rung 0 gives: zero.
-  return ratio <= std::max(0.0, bounds.max_prune_ratio) &&
+  const double most = std::max(0.0, bounds.max_prune_ratio);
+  if (rung.int4_kv && most == 0) return false;  // who wants nothing left out wants no bits left out
+  return ratio <= most &&
          rung.price.quality_loss_nats <= std::max(0.0, bounds.max_quality_loss);
 }
 

@@ -253,6 +253,8 @@ absl::Status Decoder::MakePanels(const Ladder& ladder, const ChannelSelector& se
     absl::Status status =
         MakeHeadPanels(layer, selector.Ranking(layer, SiteKind::kHeads).first(heads), &made[layer]);
     status.Update(MakeChannelPanels(layer, selector, channels, &made[layer]));
+    const std::span<const float> key_mean = selector.KeyMean(layer);
+    made[layer].key_mean.assign(key_mean.begin(), key_mean.end());
     if (!status.ok()) {
       return absl::Status(status.code(),
                           fmt::format("panels of layer {}: {}", layer, status.ToString()));
@@ -373,6 +375,11 @@ Look Decoder::NextLook(const StepPlan& plan) {
   return prefill + decode + prompts == 0 ? Look::kNone : probe_->Next(prefill, decode, prompts);
 }
 
+void Decoder::PackKv(int layer, std::span<const KvPacking> packings, KvPool* pool) {
+  backend_->PackKv(
+      {.packings = packings, .key_mean = panels_[layer].key_mean, .pool = pool});
+}
+
 int Decoder::FindHeadRuns(int layer, const StepPlan& plan) {
   head_runs_.clear();
   int rows = 0, spans = 0;
@@ -448,7 +455,9 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
          .v = v,
          .inverse_frequency = inverse_frequency_,
          .pairing = config_.rope_interleaved ? RopePairing::kInterleaved : RopePairing::kHalfSplit,
+         .key_mean = panels.key_mean,
          .pool = pool});
+    if (key_observer_) key_observer_(layer, k);
     for (const HeadRun& run : head_runs_) {
       backend_->Attention(
           {.spans = step_spans.subspan(run.first_span, run.spans),

@@ -74,6 +74,9 @@ class Decoder {
   // ResourceExhausted if there is no memory. Then the old panels stay.
   absl::Status MakePanels(const Ladder& ladder, const ChannelSelector& selector);
 
+  // Makes int4 pages of a layer's int8 ones.
+  void PackKv(int layer, std::span<const KvPacking> packings, KvPool* pool);
+
   // Runs all layers over the plan's rows, on rungs of the ladder that panels were made for;
   // afterwards activations->residual holds the last layer's output and the pages hold K and V of
   // every row. Adds its times to `phases`.
@@ -108,6 +111,11 @@ class Decoder {
   using ChannelObserver = std::function<void(int layer, ConstMatrix hidden)>;
   void set_channel_observer(ChannelObserver observer) { channel_observer_ = std::move(observer); }
 
+  // Called with a layer's rotated keys ([rows, kv_heads * head_dim]); for calibration.
+  void set_key_observer(std::function<void(int layer, ConstMatrix keys)> observer) {
+    key_observer_ = std::move(observer);
+  }
+
  private:
   struct Layer {
     std::vector<float> attention_norm;
@@ -134,6 +142,7 @@ class Decoder {
       std::vector<float> bias;
     };
     std::map<int, Refitted> refitted;  // by count of channels
+    std::vector<float> key_mean;       // left out of keys in int4 pages; may be empty
   };
 
   // Consecutive rows that keep as many heads.
@@ -192,6 +201,7 @@ class Decoder {
   std::vector<MlpStep> mlp_steps_;
   std::function<void(int, ConstMatrix)> observer_;
   ChannelObserver channel_observer_;
+  std::function<void(int, ConstMatrix)> key_observer_;
   Probe* probe_ = nullptr;
   Look look_ = Look::kNone;  // of the step in hand
 };

@@ -101,6 +101,7 @@ struct ModelExecutor::Impl {
   std::vector<std::span<const int32_t>> tables;  // [layers * spans]
   std::vector<PlanStep> steps;
   std::vector<int32_t> logit_rows;
+  std::vector<KvPacking> packings;  // of a layer in hand
   const Probe* probe = nullptr;
   ProbeCounts probe_counts;  // as of the last step
 };
@@ -121,8 +122,10 @@ void ModelExecutor::Impl::MakePlan(const Batch& batch) {
   for (const int i : order) {
     const BatchSpan& span = batch.spans[i];
     const Rung& rung = ladder.rung(span.rung);
-    spans.push_back(
-        {.first_row = static_cast<int>(tokens.size()), .rows = span.rows, .start = span.start});
+    spans.push_back({.first_row = static_cast<int>(tokens.size()),
+                     .rows = span.rows,
+                     .start = span.start,
+                     .int4_kv = rung.int4_kv});
     if (steps.empty() || steps.back().rung != &rung || steps.back().decode != span.decode) {
       steps.push_back({.rung = &rung, .decode = span.decode});
     }
@@ -200,6 +203,15 @@ absl::Status ModelExecutor::SetLadder(Ladder ladder, const ChannelSelector& sele
         "{}, {} and {}",
         theirs.layers, theirs.heads, theirs.channels, ours.layers, ours.heads, ours.channels));
   }
+  for (int rung = 0; rung < ladder.size(); ++rung) {
+    const KvPoolShape& pool = impl_->pool.shape;
+    if (ladder.rung(rung).int4_kv && !pool.may_be_int4()) {
+      return absl::InvalidArgumentError(fmt::format(
+          "rung {}: kv=int4 needs KV in int8 and heads of a multiple of 8, at most 256; here are "
+          "{} and {}",
+          rung, KvTypeName(pool.type), pool.head_dim));
+    }
+  }
   if (absl::Status status = impl_->model->MakePanels(ladder, selector); !status.ok()) return status;
   impl_->ladder = std::move(ladder);
   return absl::OkStatus();
@@ -213,6 +225,10 @@ void ModelExecutor::set_probe(Probe* probe) {
 
 void ModelExecutor::set_channel_observer(std::function<void(int, ConstMatrix)> observer) {
   impl_->model->set_channel_observer(std::move(observer));
+}
+
+void ModelExecutor::set_key_observer(std::function<void(int, ConstMatrix)> observer) {
+  impl_->model->set_key_observer(std::move(observer));
 }
 
 absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
@@ -237,6 +253,19 @@ absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
 
   impl.Sample(batch, result);
   return impl.backend->Synchronize();
+}
+
+void ModelExecutor::PackPages(std::span<const PagePacking> packings) {
+  for (size_t begin = 0, end; begin < packings.size(); begin = end) {
+    const int layer = packings[begin].layer;
+    impl_->packings.clear();
+    for (end = begin; end < packings.size() && packings[end].layer == layer; ++end) {
+      const PagePacking& packing = packings[end];
+      impl_->packings.push_back(
+          {.first = packing.first, .second = packing.second, .to = packing.to});
+    }
+    impl_->model->PackKv(layer, impl_->packings, &impl_->pool);
+  }
 }
 
 void ModelExecutor::FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) {

@@ -46,7 +46,8 @@ class ModelExecutor final : public Executor {
 
   // The rungs that sequences may be on, with panels by the selector's rankings as they are now. Not
   // while any sequence lives: whoever schedules takes ladder() when it starts. InvalidArgument for
-  // a ladder of another model or of counts that panels cannot have; ResourceExhausted if panels do
+  // a ladder of another model, of counts that panels cannot have, or of K and V in four bits where
+  // the pool has no int8 or heads are not of 8 to 256 in eights; ResourceExhausted if panels do
   // not fit. Then all is as it was.
   absl::Status SetLadder(Ladder ladder, const ChannelSelector& selector);
 
@@ -56,8 +57,12 @@ class ModelExecutor final : public Executor {
   // As Decoder::set_channel_observer. Rows lie in the order of the batch's rungs.
   void set_channel_observer(std::function<void(int layer, ConstMatrix hidden)> observer);
 
+  // As Decoder::set_key_observer.
+  void set_key_observer(std::function<void(int layer, ConstMatrix keys)> observer);
+
   absl::Status Execute(const Batch& batch, StepResult* result) override;
 
+  void PackPages(std::span<const PagePacking> packings) override;
   void FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) override;
 
   // Runs one layer over the batch's rows: residual [rows, hidden], in the batch's order, is what

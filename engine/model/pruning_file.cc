@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 
 #include "engine/model/files/file_error.h"
 #include "engine/model/files/gguf.h"
@@ -25,6 +26,32 @@ std::string RankingKey(int layer) { return fmt::format("espalier.ranking.{}", la
 std::string RefitName(int layer, int count, const char* part) {
   return fmt::format("blk.{}.ffn_down.{}.{}", layer, count, part);
 }
+
+absl::Status CheckShape(const std::string& path, const StoredTensor& tensor, BlockType type,
+                        int rows, int cols) {
+  if (tensor.type == type && tensor.rows == rows && tensor.cols == cols) return absl::OkStatus();
+  return Mismatch(
+      path, fmt::format("tensor {}", tensor.name),
+      fmt::format("{} [{}, {}]", BlockTypeName(type), rows, cols),
+      fmt::format("{} [{}, {}]", BlockTypeName(tensor.type), tensor.rows, tensor.cols));
+}
+
+// A tensor of so many finite F32 values, where it lies.
+absl::StatusOr<std::span<const float>> FloatsOf(const std::string& path, const StoredTensor& tensor,
+                                                int count) {
+  static_assert(alignof(FourBitGroup) <= 32 && alignof(float) <= 32);  // the format's alignment
+  if (absl::Status status = CheckShape(path, tensor, BlockType::kF32, 1, count); !status.ok()) {
+    return status;
+  }
+  const std::span values(reinterpret_cast<const float*>(tensor.data), static_cast<size_t>(count));
+  if (!std::ranges::all_of(values, [](float value) { return std::isfinite(value); })) {
+    return Mismatch(path, fmt::format("tensor {}", tensor.name), "finite values",
+                    "an infinity or NaN");
+  }
+  return values;
+}
+
+std::string KeyMeanName(int layer) { return fmt::format("blk.{}.attn_k.mean", layer); }
 
 }  // namespace
 
@@ -98,6 +125,14 @@ absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string
   }
   for (const StoredTensor& tensor : gguf->tensors) {
     int layer = -1, count = 0;
+    if (std::sscanf(tensor.name.c_str(), "blk.%d.attn_k.", &layer) == 1 && layer >= 0 &&
+        layer < config.layers && tensor.name == KeyMeanName(layer)) {
+      const absl::StatusOr<std::span<const float>> mean =
+          FloatsOf(path, tensor, config.kv_heads * config.head_dim);
+      if (!mean.ok()) return mean.status();
+      file->key_means_[layer] = *mean;
+      continue;
+    }
     const bool bias = tensor.name.ends_with(kBias);
     if (std::sscanf(tensor.name.c_str(), "blk.%d.ffn_down.%d", &layer, &count) != 2 ||
         tensor.name != RefitName(layer, count, bias ? kBias : kWeight) || layer < 0 ||
@@ -110,30 +145,23 @@ absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string
                       config.layers, config.channels, kQuantGroup),
           "another name");
     }
-    const BlockType type = bias ? BlockType::kF32 : BlockType::kQ4_1;
-    const int rows = bias ? 1 : config.hidden, cols = bias ? config.hidden : count;
-    if (tensor.type != type || tensor.rows != rows || tensor.cols != cols) {
-      return Mismatch(
-          path, fmt::format("tensor {}", tensor.name),
-          fmt::format("{} [{}, {}]", BlockTypeName(type), rows, cols),
-          fmt::format("{} [{}, {}]", BlockTypeName(tensor.type), tensor.rows, tensor.cols));
-    }
     if (!keys.Has(RankingKey(layer))) {
       return Mismatch(path, fmt::format("tensor {}", tensor.name),
                       fmt::format("key {} with it", RankingKey(layer)), "none");
     }
-    static_assert(alignof(FourBitGroup) <= 32 && alignof(float) <= 32);  // the format's alignment
     Refit& refit = file->refits_[{layer, count}];
     if (!bias) {
+      if (absl::Status status = CheckShape(path, tensor, BlockType::kQ4_1, config.hidden, count);
+          !status.ok()) {
+        return status;
+      }
       refit.down = {reinterpret_cast<const FourBitGroup*>(tensor.data),
                     tensor.bytes / sizeof(FourBitGroup)};
       continue;
     }
-    refit.bias = {reinterpret_cast<const float*>(tensor.data), static_cast<size_t>(config.hidden)};
-    if (!std::ranges::all_of(refit.bias, [](float value) { return std::isfinite(value); })) {
-      return Mismatch(path, fmt::format("tensor {}", tensor.name), "finite values",
-                      "an infinity or NaN");
-    }
+    const absl::StatusOr<std::span<const float>> values = FloatsOf(path, tensor, config.hidden);
+    if (!values.ok()) return values.status();
+    refit.bias = *values;
   }
   return file;
 }
@@ -172,8 +200,9 @@ absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const Model
                                 widths.channels),
                     fmt::format("{}, {} and {}", theirs.layers, theirs.heads, theirs.channels));
   }
-  bool narrows = false;
+  bool narrows = false, int4_kv = false;
   for (int i = 0; i < made.ladder.size(); ++i) {
+    int4_kv = int4_kv || made.ladder.rung(i).int4_kv;
     for (const KeepProfile* keep : {&made.ladder.rung(i).prefill, &made.ladder.rung(i).decode}) {
       for (int layer = 0; layer < widths.layers; ++layer) {
         const int kept = keep->kept(layer, SiteKind::kChannels);
@@ -181,7 +210,8 @@ absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const Model
       }
     }
   }
-  if (!narrows) {
+  // Keys in four bits do without their means, too.
+  if (!narrows && !(int4_kv && std::filesystem::exists(ChannelsPathOf(path)))) {
     made.channels = std::make_unique<StaticSelector>(widths);
     return made;
   }
@@ -207,6 +237,11 @@ absl::Status WritePruningFile(const std::string& path, const ModelFile& model,
     const PruningData::Layer& layer = data.layers[i];
     const int index = static_cast<int>(i);
     if (!layer.ranking.empty()) writer.Add(RankingKey(index), layer.ranking);
+    if (!layer.key_mean.empty()) {
+      writer.AddTensor(KeyMeanName(index), BlockType::kF32, 1,
+                       static_cast<int>(layer.key_mean.size()),
+                       std::as_bytes(std::span(layer.key_mean)));
+    }
     const int hidden = model.config().hidden;
     for (const auto& [count, refit] : layer.refits) {
       if (!refit.down.empty()) {

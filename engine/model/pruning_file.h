@@ -5,6 +5,7 @@
 //   espalier.ranking.LAYER           int32 array, the layer's channels, best first
 //   blk.LAYER.ffn_down.COUNT.weight  Q4_1 [hidden, COUNT]: `down` of the ranking's first COUNT
 //   blk.LAYER.ffn_down.COUNT.bias    F32 [hidden]: what is added to what that gives
+//   blk.LAYER.attn_k.mean            F32 [kv_heads * head_dim]: the mean of rotated keys
 //
 //   espalier.unfinished              string, of a calibration that is not done: what it is of
 //
@@ -52,6 +53,10 @@ class PruningFile final : public ChannelSelector {
     return rankings_.Ranking(layer, kind);
   }
   Refit RefitOf(int layer, int count) const override;
+  std::span<const float> KeyMean(int layer) const override {
+    const auto mean = key_means_.find(layer);
+    return mean == key_means_.end() ? std::span<const float>() : mean->second;
+  }
   bool has_refits() const { return !refits_.empty(); }
   const std::string& unfinished() const { return unfinished_; }
 
@@ -63,6 +68,7 @@ class PruningFile final : public ChannelSelector {
   StaticSelector rankings_;
   std::string unfinished_;
   std::map<std::pair<int, int>, Refit> refits_;  // (layer, count)
+  std::map<int, std::span<const float>> key_means_;
 };
 
 // A ladder and the channels that its rungs narrow to.
@@ -80,6 +86,7 @@ struct PruningData {
   struct Layer {
     std::vector<int32_t> ranking;        // empty: never narrowed
     std::map<int, RefittedDown> refits;  // by count
+    std::vector<float> key_mean;         // empty: not known
   };
   std::vector<Layer> layers;
 };
@@ -93,6 +100,10 @@ class PruningDataSelector final : public ChannelSelector {
     return rankings_.Ranking(layer, kind);
   }
   Refit RefitOf(int layer, int count) const override;
+  std::span<const float> KeyMean(int layer) const override {
+    if (layer >= static_cast<int>(data_->layers.size())) return {};
+    return data_->layers[layer].key_mean;
+  }
 
  private:
   StaticSelector rankings_;

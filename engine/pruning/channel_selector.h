@@ -1,5 +1,5 @@
-// Which channels of a site stay, once the keep profile has said how many, and what those that stay
-// are multiplied by.
+// Which channels of a site stay, once the keep profile has said how many, what those that stay are
+// multiplied by, and what of keys need not be kept.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,10 @@ class ChannelSelector {
 
   // For the first `count` channels of a layer's ranking.
   virtual Refit RefitOf(int /*layer*/, int /*count*/) const { return {}; }
+
+  // [kv_heads * head_dim]: what a layer's rotated keys are on the mean, and four bits leave out;
+  // empty: not known.
+  virtual std::span<const float> KeyMean(int /*layer*/) const { return {}; }
 };
 
 // One fixed ranking per site. Natural order until one is set.

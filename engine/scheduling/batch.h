@@ -19,10 +19,19 @@ struct BatchSpan {
   bool decode = false;
   bool admitted = false;  // its first rows since admission: others computed what lies before them
   int rung = 0;           // index into the ladder
-  // Page tables, one per layer: page_tables[layer][i] holds positions [16 i, 16 i + 16). Long
+  // Page tables, one per layer: page_tables[layer][i] holds positions [n i, n i + n) of n a page,
+  // 16, or 32 where the rung keeps K and V in four bits. Long
   // enough for this step's rows; empty where the rung drops the attention block. Valid until
   // Commit.
   std::span<const std::vector<int32_t>> page_tables;
+};
+
+// Two pages of a layer, in order, that become one of four bits.
+struct PagePacking {
+  int layer = 0;
+  int32_t first = 0;
+  int32_t second = -1;  // -1: nothing that was computed lies there
+  int32_t to = 0;       // `first`, `second` or another
 };
 
 // A row whose logits are wanted.

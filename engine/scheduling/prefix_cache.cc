@@ -35,7 +35,7 @@ size_t PrefixCache::Bucket(uint64_t key, int32_t parent, std::span<const int32_t
 int32_t PrefixCache::Find(uint64_t key, int32_t parent, std::span<const int32_t> tokens) const {
   int32_t node = buckets_[Bucket(key, parent, tokens)];
   while (node != kNone && !(nodes_[node].parent == parent && nodes_[node].key == key &&
-                            std::ranges::equal(Row(tokens_, node, page_tokens_), tokens))) {
+                            std::ranges::equal(this->tokens(node), tokens))) {
     node = nodes_[node].in_bucket;
   }
   return node;
@@ -47,7 +47,11 @@ int32_t PrefixCache::Insert(uint64_t key, int32_t parent, std::span<const int32_
   Invariant(node != kNone, "a prefix cache of {} nodes is full", capacity());
   vacant_ = nodes_[node].in_bucket;
   int32_t& bucket = buckets_[Bucket(key, parent, tokens)];
-  nodes_[node] = {.key = key, .parent = parent, .users = 1, .in_bucket = bucket};
+  nodes_[node] = {.key = key,
+                  .parent = parent,
+                  .tokens = static_cast<int32_t>(tokens.size()),
+                  .users = 1,
+                  .in_bucket = bucket};
   bucket = node;
   std::ranges::copy(tokens, Row(tokens_, node, page_tokens_).begin());
   const std::span<int32_t> pages = Row(pages_, node, layers_);
@@ -82,7 +86,7 @@ bool PrefixCache::Evict() {
   if (node == idle()) return false;
   Unlink(node);
   Node& evicted = nodes_[node];
-  int32_t* link = &buckets_[Bucket(evicted.key, evicted.parent, Row(tokens_, node, page_tokens_))];
+  int32_t* link = &buckets_[Bucket(evicted.key, evicted.parent, tokens(node))];
   while (*link != node) link = &nodes_[*link].in_bucket;
   *link = evicted.in_bucket;
   for (int layer = 0; layer < layers_; ++layer) {
@@ -129,7 +133,7 @@ void PrefixCache::CheckInvariants(std::span<const int> users, std::vector<bool>*
               users[node]);
     Invariant((checked.users == 0) == (turn[node] >= 0), "node {} has {} users and turn {}", node,
               checked.users, turn[node]);
-    Invariant(Find(checked.key, checked.parent, Row(tokens_, node, page_tokens_)) == node,
+    Invariant(Find(checked.key, checked.parent, tokens(node)) == node,
               "node {} is not found, or twice there", node);
     if (checked.parent != kNone) {
       const Node& parent = nodes_[checked.parent];

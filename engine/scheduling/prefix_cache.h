@@ -24,11 +24,11 @@ class PrefixCache {
  public:
   static constexpr int32_t kNone = -1;
 
-  // Room for `nodes` nodes of `page_tokens` tokens in at most `layers` layers. `pool` must outlive
+  // Room for `nodes` nodes of at most `page_tokens` tokens, as many in all of a key, in at most `layers` layers. `pool` must outlive
   // the cache.
   PrefixCache(int nodes, int layers, int page_tokens, PagePool* pool);
 
-  // The node of `tokens` [page_tokens] after `parent` (kNone: at the start), or kNone.
+  // The node of `tokens`, a page of them, after `parent` (kNone: at the start), or kNone.
   int32_t Find(uint64_t key, int32_t parent, std::span<const int32_t> tokens) const;
 
   // Adds a node that Find does not find, with one user. Its pages are the ones at `index` of
@@ -63,6 +63,7 @@ class PrefixCache {
   struct Node {
     uint64_t key = 0;
     int32_t parent = kNone;
+    int32_t tokens = 0;         // how many
     int32_t users = -1;         // -1: not in the tree
     int32_t in_bucket = kNone;  // the next one of the bucket, or of the vacant nodes
     int32_t older = kNone;      // of the nodes without a user; in a ring with idle()
@@ -79,6 +80,9 @@ class PrefixCache {
   }
 
   int32_t idle() const { return capacity(); }  // the ring's head: no node, `newer` is the oldest
+  std::span<const int32_t> tokens(int32_t node) const {
+    return Row(tokens_, node, page_tokens_).first(nodes_[node].tokens);
+  }
   size_t Bucket(uint64_t key, int32_t parent, std::span<const int32_t> tokens) const;
   void Unlink(int32_t node);  // from the ring
 

@@ -40,7 +40,8 @@ Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry
       ladder_(ladder),
       policy_(policy),
       pool_(geometry.pages, geometry.layers),
-      cache_(MostNodes(options, geometry, ladder), geometry.layers, geometry.page_tokens, &pool_) {
+      cache_(MostNodes(options, geometry, ladder), geometry.layers,
+             2 * geometry.page_tokens, &pool_) {
   Invariant(
       options.max_batch_tokens >= 1 && options.max_sequences >= 1 && options.max_waiting >= 0 &&
           options.reserve_output >= 0 && options.reserve_output <= 1,
@@ -58,7 +59,8 @@ Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry
     for (int layer = 0; layer < geometry.layers; ++layer) {
       if (ladder.rung(rung).HoldsKv(layer)) layers.push_back(layer);
     }
-    const bool same = rung > 0 && layers.size() == kv_layers_[rung - 1].size();  // they are nested
+    const bool same = rung > 0 && layers.size() == kv_layers_[rung - 1].size() &&  // nested
+                      page_tokens(rung) == page_tokens(rung - 1);
     mildest_.push_back(same ? mildest_.back() : rung);
   }
   batch_.tokens.reserve(options.max_batch_tokens);
@@ -124,6 +126,7 @@ bool Scheduler::Cancel(RequestId id) {
 
 const Batch& Scheduler::Schedule(Instant now, std::vector<SequenceOutput>* expired) {
   Invariant(batch_.empty(), "Schedule while a batch is out");
+  packings_.clear();
   Expire(now, expired);
   if (idle()) return batch_;
   if (last_step_ != kNever) {
@@ -196,7 +199,8 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   *unpromised -= needed;
   if (newcomer) {
     head->first_scheduled = now;
-    const int longest = TableLength(int64_t{head->prompt_tokens()} + head->request.stop.max_tokens);
+    const int longest =
+        TableLength(int64_t{head->prompt_tokens()} + head->request.stop.max_tokens, 0);
     for (std::vector<int32_t>& table : head->page_tables) table.reserve(longest);
     if (options_.prefix_cache) head->nodes.reserve(longest);
   }
@@ -210,7 +214,7 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   } else {
     recomputed_tokens_ += static_cast<uint64_t>(std::max(0, head->lost - head->computed));
   }
-  TakePages(head, TableLength(head->size()));
+  TakePages(head, TableLength(head->size(), head->rung));
   head->state = Sequence::State::kRunning;
   waiting_.erase(waiting_.begin());
   running_.insert(running_.begin() + static_cast<ptrdiff_t>(place), head);
@@ -238,19 +242,56 @@ void Scheduler::MoveRunning() {
 }
 
 void Scheduler::MoveTo(Sequence* sequence, int rung) {
+  const bool packs = page_tokens(rung) != page_tokens(sequence->rung);
+  if (packs && pool_.available() < PagesToPack(*sequence, rung)) return;
   for (const int layer : kv_layers_[sequence->rung]) {
     if (ladder_.rung(rung).HoldsKv(layer)) continue;
     std::vector<int32_t>& table = sequence->page_tables[layer];
     pool_.Return(layer, std::span(table).subspan(sequence->nodes.size()));
     table.clear();
   }
+  if (packs) Pack(sequence, rung);
   sequence->rung = rung;
   sequence->moved = true;
   ++rung_moves_;
 }
 
+int64_t Scheduler::PagesToPack(const Sequence& sequence, int rung) const {
+  const int shared = static_cast<int>(sequence.nodes.size());
+  const int copies = shared == sequence.table_length ? (shared + 1) / 2 : shared / 2;
+  return int64_t{copies} * static_cast<int64_t>(kv_layers_[rung].size());
+}
+
+void Scheduler::Pack(Sequence* sequence, int rung) {
+  const int shared = static_cast<int>(sequence->nodes.size());
+  const int before = sequence->table_length, after = (before + 1) / 2;
+  const int computed = TableLength(sequence->computed, sequence->rung);  // pages with any in them
+  for (const int layer : kv_layers_[rung]) {
+    std::vector<int32_t>& table = sequence->page_tables[layer];
+    for (int i = 0; i < after; ++i) {
+      const int32_t first = table[2 * i], second = 2 * i + 1 < before ? table[2 * i + 1] : -1;
+      const bool own_first = 2 * i >= shared, own_second = second >= 0 && 2 * i + 1 >= shared;
+      const int32_t to = own_first ? first : own_second ? second : TakePage(layer);
+      if (2 * i < computed) {
+        packings_.push_back({.layer = layer,
+                             .first = first,
+                             .second = 2 * i + 1 < computed ? second : -1,
+                             .to = to});
+      }
+      if (own_first && own_second) pool_.Return(layer, std::span(&second, 1));
+      table[i] = to;
+    }
+    table.resize(after);
+  }
+  for (std::vector<int32_t>& nodes = sequence->nodes; !nodes.empty(); nodes.pop_back()) {
+    cache_.Release(nodes.back());
+  }
+  sequence->table_length = after;
+}
+
 std::vector<std::pair<int32_t, int32_t>> Scheduler::LimitPages(int pages, Instant now) {
   Invariant(batch_.empty(), "pages limited while a batch is out");
+  packings_.clear();
   int64_t least = 0;
   for (const Queue* queue : {&running_, &waiting_}) {
     for (const Sequence* sequence : *queue) {
@@ -304,7 +345,7 @@ SequenceOutput Scheduler::Describe(const Sequence& sequence, FinishReason finish
 }
 
 bool Scheduler::Grow(Sequence* sequence) {
-  const int length = TableLength(sequence->size());
+  const int length = TableLength(sequence->size(), sequence->rung);
   const int64_t missing = static_cast<int64_t>(length - sequence->table_length) *
                           static_cast<int64_t>(kv_layers_[sequence->rung].size());
   while (pool_.available() < missing) {
@@ -453,7 +494,7 @@ void Scheduler::FindPrefix(const Sequence& sequence) {
     reusable = sequence.scored;
   }
   int32_t node = PrefixCache::kNone;
-  for (int page = 0; (page + 1) * geometry_.page_tokens <= reusable; ++page) {
+  for (int page = 0; (page + 1) * page_tokens(sequence.rung) <= reusable; ++page) {
     node = cache_.Find(sequence.rung, node, PageTokens(sequence, page));
     if (node == PrefixCache::kNone) return;
     hits_.push_back(node);
@@ -471,7 +512,7 @@ void Scheduler::AdoptPrefix(Sequence* sequence) {
   sequence->node_rung = sequence->rung;
   sequence->moved = false;
   sequence->table_length = static_cast<int>(hits_.size());
-  sequence->computed = sequence->table_length * geometry_.page_tokens;
+  sequence->computed = sequence->table_length * page_tokens(sequence->rung);
 }
 
 void Scheduler::SharePages(Sequence* sequence) {
@@ -481,7 +522,7 @@ void Scheduler::SharePages(Sequence* sequence) {
   const bool alike = ladder_.rung(rung).prefill == ladder_.rung(rung).decode;
   const int shared = alike ? sequence->computed : std::min(sequence->computed, sequence->prefilled);
   std::vector<int32_t>& nodes = sequence->nodes;
-  for (int page = static_cast<int>(nodes.size()); (page + 1) * geometry_.page_tokens <= shared;
+  for (int page = static_cast<int>(nodes.size()); (page + 1) * page_tokens(rung) <= shared;
        ++page) {
     const int32_t parent = nodes.empty() ? PrefixCache::kNone : nodes.back();
     const std::span<const int32_t> tokens = PageTokens(*sequence, page);
@@ -503,12 +544,16 @@ void Scheduler::SharePages(Sequence* sequence) {
 void Scheduler::TakePages(Sequence* sequence, int table_length) {
   for (; sequence->table_length < table_length; ++sequence->table_length) {
     for (const int layer : kv_layers_[sequence->rung]) {
-      int32_t page = pool_.Take(layer);
-      if (page < 0 && cache_.Evict()) page = pool_.Take(layer);
-      Invariant(page >= 0, "no page left for layer {} of request {}", layer, sequence->request.id);
-      sequence->page_tables[layer].push_back(page);
+      sequence->page_tables[layer].push_back(TakePage(layer));
     }
   }
+}
+
+int32_t Scheduler::TakePage(int layer) {
+  int32_t page = pool_.Take(layer);
+  if (page < 0 && cache_.Evict()) page = pool_.Take(layer);
+  Invariant(page >= 0, "no page left for layer {}", layer);
+  return page;
 }
 
 void Scheduler::ReturnPages(Sequence* sequence) {
@@ -537,13 +582,13 @@ void Scheduler::End(Sequence* sequence) {
   sequences_.erase(id);
 }
 
-int Scheduler::TableLength(int64_t tokens) const {
-  return static_cast<int>((tokens + geometry_.page_tokens - 1) / geometry_.page_tokens);
+int Scheduler::TableLength(int64_t tokens, int rung) const {
+  return static_cast<int>((tokens + page_tokens(rung) - 1) / page_tokens(rung));
 }
 
 std::span<const int32_t> Scheduler::PageTokens(const Sequence& sequence, int page) const {
   return std::span(sequence.tokens)
-      .subspan(static_cast<size_t>(page) * geometry_.page_tokens, geometry_.page_tokens);
+      .subspan(static_cast<size_t>(page) * page_tokens(sequence.rung), page_tokens(sequence.rung));
 }
 
 int64_t Scheduler::PagesHeld(const Sequence& sequence) const {
@@ -554,12 +599,12 @@ int64_t Scheduler::PagesHeld(const Sequence& sequence) const {
 int64_t Scheduler::PagesPromised(const Sequence& sequence) const {
   const int to_come = sequence.request.stop.max_tokens - sequence.output_tokens();
   const auto reserved = static_cast<int64_t>(std::ceil(options_.reserve_output * to_come));
-  return static_cast<int64_t>(TableLength(sequence.size() + reserved)) *
+  return static_cast<int64_t>(TableLength(sequence.size() + reserved, sequence.rung)) *
          static_cast<int64_t>(kv_layers_[sequence.rung].size());
 }
 
 int64_t Scheduler::PagesAtMost(size_t prompt, int max_tokens) const {
-  return static_cast<int64_t>(TableLength(static_cast<int64_t>(prompt) + max_tokens)) *
+  return static_cast<int64_t>(TableLength(static_cast<int64_t>(prompt) + max_tokens, 0)) *
          geometry_.layers;
 }
 
@@ -629,11 +674,11 @@ void Scheduler::CheckInvariants() const {
       Invariant(running || (sequence.table_length == 0 && sequence.computed == 0),
                 "request {} waits with {} tokens in pages", id, sequence.computed);
       Invariant(sequence.computed <= sequence.size() &&
-                    sequence.computed <= int64_t{sequence.table_length} * geometry_.page_tokens,
+                    sequence.computed <= int64_t{sequence.table_length} * page_tokens(sequence.rung),
                 "request {}: {} computed of {} tokens in {} pages", id, sequence.computed,
                 sequence.size(), sequence.table_length);
       const int shared = static_cast<int>(sequence.nodes.size());
-      Invariant(shared * geometry_.page_tokens <= sequence.computed,
+      Invariant(shared * page_tokens(sequence.rung) <= sequence.computed,
                 "request {} shares {} pages, {} tokens are computed", id, shared,
                 sequence.computed);
       for (int page = 0; page < shared; ++page) {

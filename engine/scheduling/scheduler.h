@@ -16,7 +16,7 @@
 //   promise(s)  = pages(size + ceil(reserve_output * (max_tokens - output_tokens)))
 //   admitted if   promise(head) - pages it finds in use
 //                   <= free + cached - sum over running of (promise(s) - pages held by s)
-//   pages(n)    = ceil(n / page_tokens) * layers that keep K and V at the rung
+//   pages(n)    = ceil(n / tokens of a page at the rung) * layers that keep K and V at the rung
 // With reserve_output = 1 growth never fails and nothing is preempted. When nothing runs the head
 // is admitted unasked: no page is in use then, and Submit has refused what they cannot hold.
 //
@@ -60,7 +60,7 @@ namespace espalier {
 struct KvGeometry {
   int layers = 0;
   int pages = 0;  // of the whole pool, all layers
-  int page_tokens = 16;
+  int page_tokens = 16;  // twice as many at rungs of four bits
   int context = 0;  // longest sequence, tokens
 };
 
@@ -123,6 +123,10 @@ class Scheduler {
   // ResourceExhausted: the queue is full, or the pages there may be now cannot hold it.
   absl::Status Submit(Request request);
 
+  // What Schedule or LimitPages, whichever was last, made of pages: to be done before the batch, or
+  // before pages move.
+  std::span<const PagePacking> packings() const { return packings_; }
+
   // Ends a sequence in any state; it holds no page when this returns. False if unknown (finished
   // already). Not while a batch is out: the engine calls it between steps.
   bool Cancel(RequestId id);
@@ -171,9 +175,16 @@ class Scheduler {
   void AddPrefills(Instant now);
 
   // Running sequences to the rungs that the policy now wants. What shapes their KV may only shrink:
-  // no rung that keeps K and V of more layers; of fewer, the pages of the others are free at once.
+  // no rung that keeps K and V of more layers, or at more bits; of fewer layers, the pages of the
+  // others are free at once, and so is half of the pages at fewer bits.
   void MoveRunning();
+  // Stays where it is if pages have to be copied, and none are available.
   void MoveTo(Sequence* sequence, int rung);
+  // Two pages of a layer that `rung` keeps become one, at fewer bits. Two shared ones stay what they
+  // are to others, and a page more is taken: PagesToPack must be available.
+  void Pack(Sequence* sequence, int rung);
+  int64_t PagesToPack(const Sequence& sequence, int rung) const;
+  int32_t TakePage(int layer);  // a free page, or one of the prefix cache
 
   // Moves the head of the queue to running_[place]; false if it has to wait. `unpromised` is free
   // and cached pages less what the running were promised beyond what they hold.
@@ -199,7 +210,10 @@ class Scheduler {
   void Remove(Sequence* sequence, Queue* queue);
   void End(Sequence* sequence);  // destroys it
 
-  int TableLength(int64_t tokens) const;
+  int page_tokens(int rung) const {
+    return geometry_.page_tokens * (ladder_.rung(rung).int4_kv ? 2 : 1);
+  }
+  int TableLength(int64_t tokens, int rung) const;
   // Of a whole sequence at rung 0.
   int64_t PagesAtMost(size_t prompt, int max_tokens) const;
   std::span<const int32_t> PageTokens(const Sequence& sequence, int page) const;
@@ -211,7 +225,7 @@ class Scheduler {
   const Ladder ladder_;
   Policy* const policy_;
   std::vector<std::vector<int>> kv_layers_;  // [rungs]: layers that keep K and V
-  std::vector<int> mildest_;                 // [rungs]: the first that keeps K and V of the same
+  std::vector<int> mildest_;                 // [rungs]: the first whose K and V are as large
 
   PagePool pool_;
   PrefixCache cache_;
@@ -231,6 +245,7 @@ class Scheduler {
   uint64_t prefix_hits_ = 0;
   StageRows stages_;
 
+  std::vector<PagePacking> packings_;
   Batch batch_;                                         // empty unless out
   std::vector<Sequence*> scheduled_;                    // [batch_.spans]
   std::vector<std::vector<TokenResult>> spare_tokens_;  // empty, with room

@@ -27,7 +27,7 @@ absl::Status Fault(fmt::format_string<Args...> message, Args&&... args) {
 PuppetExecutor::PuppetExecutor(const KvGeometry& geometry, const Ladder& ladder)
     : geometry_(geometry),
       ladder_(ladder),
-      memory_(static_cast<size_t>(geometry.pages) * geometry.page_tokens),
+      memory_(static_cast<size_t>(geometry.pages) * most_tokens()),
       read_step_(geometry.pages, -1),
       write_step_(geometry.pages, -1) {}
 
@@ -52,9 +52,23 @@ absl::Status PuppetExecutor::Execute(const Batch& batch, StepResult* result) {
   return absl::OkStatus();
 }
 
+void PuppetExecutor::PackPages(std::span<const PagePacking> packings) {
+  const auto at = [&](int64_t page) { return memory_.begin() + page * most_tokens(); };
+  for (const PagePacking& packing : packings) {
+    std::vector<Slot> packed(most_tokens());
+    std::copy_n(at(packing.first), geometry_.page_tokens, packed.begin());
+    if (packing.second >= 0) {
+      std::copy_n(at(packing.second), geometry_.page_tokens,
+                  packed.begin() + geometry_.page_tokens);
+    }
+    std::ranges::copy(packed, at(packing.to));
+  }
+  packings_ += static_cast<int>(packings.size());
+}
+
 void PuppetExecutor::FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) {
-  const auto at = [&](int64_t page) { return memory_.begin() + page * geometry_.page_tokens; };
-  for (const auto& [from, to] : moves) std::copy_n(at(from), geometry_.page_tokens, at(to));
+  const auto at = [&](int64_t page) { return memory_.begin() + page * most_tokens(); };
+  for (const auto& [from, to] : moves) std::copy_n(at(from), most_tokens(), at(to));
   std::fill(at(pages), memory_.end(), Slot{});
 }
 
@@ -96,9 +110,8 @@ int PuppetExecutor::How(const BatchSpan& span) const {
 }
 
 PuppetExecutor::Slot& PuppetExecutor::SlotOf(const BatchSpan& span, int layer, int position) {
-  const int32_t page = span.page_tables[layer][position / geometry_.page_tokens];
-  return memory_[static_cast<size_t>(page) * geometry_.page_tokens +
-                 position % geometry_.page_tokens];
+  const int32_t page = span.page_tables[layer][position / page_tokens(span)];
+  return memory_[static_cast<size_t>(page) * most_tokens() + position % page_tokens(span)];
 }
 
 // Spans lie one after the other over all rows, decode spans first, no sequence twice.
@@ -143,7 +156,7 @@ absl::Status PuppetExecutor::CheckPages(const Batch& batch) {
     for (int layer = 0; layer < geometry_.layers; ++layer) {
       const std::vector<int32_t>& table = span.page_tables[layer];
       const bool holds = ladder_.rung(span.rung).HoldsKv(layer);
-      const int64_t room = static_cast<int64_t>(table.size()) * geometry_.page_tokens;
+      const int64_t room = static_cast<int64_t>(table.size()) * page_tokens(span);
       if (holds ? room < span.start + span.rows : room > 0) {
         return Fault("request {}: room for {} tokens in layer {}, wanted {}", span.id, room, layer,
                      holds ? span.start + span.rows : 0);
@@ -151,7 +164,7 @@ absl::Status PuppetExecutor::CheckPages(const Batch& batch) {
       for (int i = 0; i < static_cast<int>(table.size()); ++i) {
         const int32_t page = table[i];
         if (page < 0 || page >= geometry_.pages) return Fault("page {} does not exist", page);
-        const bool writes = (i + 1) * geometry_.page_tokens > span.start;
+        const bool writes = (i + 1) * page_tokens(span) > span.start;
         if (write_step_[page] == steps_ || (writes && read_step_[page] == steps_)) {
           return Fault("request {}: page {} is written while another has it", span.id, page);
         }

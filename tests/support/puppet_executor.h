@@ -27,6 +27,7 @@ class PuppetExecutor final : public Executor {
   // Internal with the fault of the batch, if it has one; Unavailable when told to fail.
   absl::Status Execute(const Batch& batch, StepResult* result) override;
 
+  void PackPages(std::span<const PagePacking> packings) override;
   void FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) override;
 
   // From now on `outputs` are the first tokens drawn for `id`; after them, as for an id that was
@@ -43,6 +44,7 @@ class PuppetExecutor final : public Executor {
   static float Logprob(RequestId id, int position);
 
   int steps() const { return steps_; }
+  int packings() const { return packings_; }
   uint64_t digest() const { return digest_; }  // of every field of all batches so far
 
  private:
@@ -57,6 +59,11 @@ class PuppetExecutor final : public Executor {
   static uint64_t History(uint64_t before, int32_t token, int how);
   // At which rung, and whether by what decode rows keep and prefill rows do not.
   int How(const BatchSpan& span) const;
+  // At four bits a page holds twice as many.
+  int page_tokens(const BatchSpan& span) const {
+    return geometry_.page_tokens * (ladder_.rung(span.rung).int4_kv ? 2 : 1);
+  }
+  int64_t most_tokens() const { return int64_t{2} * geometry_.page_tokens; }
   Slot& SlotOf(const BatchSpan& span, int layer, int position);
   absl::Status CheckShape(const Batch& batch);
   absl::Status CheckPages(const Batch& batch);
@@ -67,12 +74,13 @@ class PuppetExecutor final : public Executor {
   KvGeometry geometry_;
   Ladder ladder_;
   std::unordered_map<RequestId, std::vector<int32_t>> told_;
-  std::vector<Slot> memory_;     // [pages * page_tokens]
+  std::vector<Slot> memory_;     // [pages * most_tokens()]
   std::vector<int> read_step_;   // [pages]: last step in which a span named the page
   std::vector<int> write_step_;  // [pages]: last step in which rows wrote to it
   std::unordered_map<RequestId, std::vector<int>> how_;  // [positions]
   int fail_from_ = -1;
   int steps_ = 0;
+  int packings_ = 0;
   uint64_t digest_ = 0;
 };
 

@@ -66,6 +66,7 @@ class SchedulerTest : public testing::Test {
       text += span.decode ? fmt::format("{}@{}", span.id, span.start)
                           : fmt::format("{}[{},{})", span.id, span.start, span.start + span.rows);
     }
+    puppet_->PackPages(scheduler_->packings());
     if (!batch.empty()) {
       EXPECT_EQ(puppet_->Execute(batch, &result_), absl::OkStatus());
       scheduler_->Commit(result_, &outputs_);
@@ -414,6 +415,55 @@ TEST_F(SchedulerTest, RunningSequencesMoveAndNeverGetBackWhatTheyShed) {
   EXPECT_EQ(scheduler_->stats().wanted_rung, 0);
 }
 
+TEST_F(SchedulerTest, FourBitsHalveThePagesOfWhoRunsAndNeverGoBack) {
+  Rung packed = ladder_.rung(0);
+  packed.int4_kv = true;
+  ASSERT_TRUE(ladder_.Append(packed));
+  Told told;
+  policy_ = &told;
+  prefix_cache_ = true;
+  Make(40, {.max_batch_tokens = 64});
+  Submit(1, {.prompt = 21, .max_tokens = 20});  // six pages of four in each layer
+  Step();
+  Submit(2, {.prompt = 18, .max_tokens = 20});  // four of them the first one's, and one of its own
+  Step();
+  EXPECT_EQ(scheduler_->stats().pages_used, (6 + 1) * kLayers);
+  told.rung = 1;
+  Submit(3, {.prompt = 21, .max_tokens = 2});
+  EXPECT_EQ(Step(), "1@22 2@18 3[0,21)") << "nothing at fewer bits is there to be shared";
+  // Two pages each are copies of four shared ones, the third is made of a shared and an own one, or
+  // of an own one alone.
+  EXPECT_EQ(scheduler_->stats().pages_used, (3 + 3 + 3) * kLayers);
+  EXPECT_EQ(scheduler_->stats().pages_cached, 5 * kLayers) << "those that were shared";
+  EXPECT_EQ(puppet_->packings(), (3 + 3) * kLayers);
+  told.rung = 0;
+  EXPECT_EQ(Step(), "1@23 2@19 3@21");
+  EXPECT_EQ(scheduler_->stats().pages_used, (3 + 3) * kLayers) << "the third has ended";
+  EXPECT_EQ(outputs_.at(0).rung, 1);
+  Submit(4, {.prompt = 21, .max_tokens = 2});
+  EXPECT_EQ(Step(), "1@24 2@20 4[20,21)") << "who comes now is served in full";
+}
+
+TEST_F(SchedulerTest, WhoHasNoPageForACopyStaysAtItsBits) {
+  Rung packed = ladder_.rung(0);
+  packed.int4_kv = true;
+  ASSERT_TRUE(ladder_.Append(packed));
+  Told told;
+  policy_ = &told;
+  prefix_cache_ = true;
+  Make(6, {.max_batch_tokens = 64, .reserve_output = 0});
+  Submit(1, {.prompt = 16, .max_tokens = 8});
+  Step();
+  Submit(2, {.prompt = 16, .max_tokens = 8});
+  Step();
+  Step();
+  ASSERT_EQ(scheduler_->stats().pages_free, 0) << "four pages are shared, each has one of its own";
+  told.rung = 1;
+  Step();
+  EXPECT_EQ(outputs_.at(0).rung, 0);
+  EXPECT_EQ(puppet_->packings(), 0);
+}
+
 TEST_F(SchedulerTest, LessMemoryDropsBlocksBeforeItPreempts) {
   Rung dropped = ladder_.rung(0);
   for (KeepProfile* profile : {&dropped.prefill, &dropped.decode}) {
@@ -441,6 +491,7 @@ TEST_F(SchedulerTest, LessMemoryDropsBlocksBeforeItPreempts) {
   EXPECT_EQ(scheduler_->stats().pages_used, 3 * 3 * kLayers);
   const auto limit = [&](int pages) {
     const auto moves = scheduler_->LimitPages(pages, Instant{0});
+    puppet_->PackPages(scheduler_->packings());
     puppet_->FitPages(moves, scheduler_->pages_total());
     scheduler_->CheckInvariants();
     return fmt::format("{} {} {}", scheduler_->pages_total(), scheduler_->stats().pages_used,
