@@ -237,8 +237,7 @@ std::string FormatLadder(const Ladder& ladder, std::string_view comment) {
     text += "rung " + std::to_string(i) + " loss=" + Number(rung.price.quality_loss_nats) +
             " prefill_us=" + Number(rung.price.prefill_us_per_token) +
             " decode_us=" + Number(rung.price.decode_us_per_row) +
-            " kv_bytes=" + Number(rung.price.kv_bytes_per_token) +
-            (rung.int4_kv ? " kv=int4" : "");
+            " kv_bytes=" + Number(rung.price.kv_bytes_per_token) + (rung.int4_kv ? " kv=int4" : "");
     for (const SiteKind kind : {SiteKind::kHeads, SiteKind::kChannels}) {
       const std::string name = kind == SiteKind::kHeads ? "heads=" : "channels=";
       const std::string whole = RunsOf(ladder.rung(0).prefill, kind);

@@ -9,8 +9,8 @@
 //
 // Counts are of the kept, layer by layer, runs of equal ones as COUNT*LAYERS. `heads` and
 // `channels` hold for prefill and decode rows, with `prefill.` or `decode.` before them for one of
-// the two; what is not told is kept whole. `kv=int4`: K and V in four bits. Rungs are numbered from 0, which keeps everything; each
-// is nested in the one before.
+// the two; what is not told is kept whole. `kv=int4`: K and V in four bits. Rungs are numbered from
+// 0, which keeps everything; each is nested in the one before.
 #pragma once
 
 #include <string>

@@ -11,8 +11,7 @@ bool Allows(const PruneBounds& bounds, const Rung& rung) {
   // A bound below zero, or NaN, asks for no less than rung 0 gives: zero.
   const double most = std::max(0.0, bounds.max_prune_ratio);
   if (rung.int4_kv && most == 0) return false;  // who wants nothing left out wants no bits left out
-  return ratio <= most &&
-         rung.price.quality_loss_nats <= std::max(0.0, bounds.max_quality_loss);
+  return ratio <= most && rung.price.quality_loss_nats <= std::max(0.0, bounds.max_quality_loss);
 }
 
 RungSet AllowedRungs(const PruneBounds& bounds, const Ladder& ladder) {

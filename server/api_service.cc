@@ -128,6 +128,7 @@ grpc::ServerUnaryReactor* ApiService::GetModel(grpc::CallbackServerContext* cont
           info->set_prefill_us_per_token(static_cast<float>(rung.price.prefill_us_per_token));
           info->set_decode_us_per_row(static_cast<float>(rung.price.decode_us_per_row));
           info->set_kv_bytes_per_token(static_cast<float>(rung.price.kv_bytes_per_token));
+          info->set_int4_kv(rung.int4_kv);
         }
         return std::nullopt;
       });

@@ -44,15 +44,21 @@ constexpr int kChannelMultiple = 64;  // the published code's; also what a task 
 constexpr int kTurns = 5;             // of timings
 constexpr size_t kDropWindows = 8;    // that the order of attention blocks is found on
 
-// A rung as it is asked for: "0.4+3".
+constexpr size_t kKeyWindows = 64;  // that mean keys are of
+constexpr std::string_view kInt4 = "/int4";
+
+// A rung as it is asked for: "0.4+3/int4".
 struct RungPlan {
-  double ratio = 0;  // of the MLPs' channels, left out
-  int blocks = 0;    // dropped
+  double ratio = 0;      // of the MLPs' channels, left out
+  int blocks = 0;        // dropped
+  bool int4_kv = false;  // K and V in four bits
 
   auto operator<=>(const RungPlan&) const = default;
 };
 
-bool ReadRung(const std::string& text, RungPlan* plan) {
+bool ReadRung(std::string_view text, RungPlan* plan) {
+  plan->int4_kv = text.ends_with(kInt4);
+  if (plan->int4_kv) text.remove_suffix(kInt4.size());
   const char* const end = text.data() + text.size();
   auto [stop, error] = std::from_chars(text.data(), end, plan->ratio);
   if (error != std::errc() || !(plan->ratio >= 0 && plan->ratio <= 0.95)) return false;
@@ -61,13 +67,16 @@ bool ReadRung(const std::string& text, RungPlan* plan) {
     const auto blocks = std::from_chars(stop + 1, end, plan->blocks);
     if (blocks.ec != std::errc() || blocks.ptr != end || plan->blocks < 1) return false;
   }
-  return plan->ratio > 0 || plan->blocks > 0;
+  return plan->ratio > 0 || plan->blocks > 0 || plan->int4_kv;
 }
 
 CLI::Validator IsRung() {
   const auto check = [](std::string& text) -> std::string {
     RungPlan plan;
-    return ReadRung(text, &plan) ? "" : fmt::format("expected RATIO or RATIO+BLOCKS, got {}", text);
+    return ReadRung(text, &plan)
+               ? ""
+               : fmt::format("expected RATIO, RATIO+BLOCKS or either with {} behind it, got {}",
+                             kInt4, text);
   };
   return CLI::Validator(check, "");
 }
@@ -217,6 +226,35 @@ absl::StatusOr<std::vector<int>> TrainedOrder(const Options& options, int layers
   return orders.For(options.resident_tokens).blocks;
 }
 
+// What rotated keys of each layer are on the mean.
+absl::Status FindKeyMeans(const Corpus& corpus, ModelExecutor* executor, PruningData* data) {
+  const ModelConfig& config = executor->config();
+  const size_t width = size_t{1} * config.kv_heads * config.head_dim;
+  std::vector<std::vector<double>> sums(config.layers, std::vector<double>(width));
+  std::vector<int64_t> rows(config.layers);
+  executor->set_key_observer([&](int layer, ConstMatrix keys) {
+    rows[layer] += keys.rows;
+    for (int row = 0; row < keys.rows; ++row) {
+      for (size_t i = 0; i < width; ++i) sums[layer][i] += keys.row(row)[i];
+    }
+  });
+  Progress bar("mean keys");
+  absl::Status status;
+  const size_t count = std::min(kKeyWindows, corpus.windows.size());
+  for (size_t i = 0; i < count && status.ok(); ++i) {
+    status = Loss(std::span(corpus.windows).subspan(i, 1), 0, executor).status();
+    if (Interrupt::raised()) status = Cancelled();
+    bar.Update(static_cast<int64_t>(i) + 1, static_cast<int64_t>(count));
+  }
+  executor->set_key_observer({});
+  for (int layer = 0; layer < config.layers; ++layer) {
+    for (const double sum : sums[layer]) {
+      data->layers[layer].key_mean.push_back(static_cast<float>(sum / rows[layer]));
+    }
+  }
+  return status;
+}
+
 // Nats per token of each kind.
 absl::StatusOr<std::vector<double>> Losses(const Corpus& corpus, int rung,
                                            ModelExecutor* executor) {
@@ -293,11 +331,13 @@ absl::StatusOr<Ladder> PlanLadder(const Options& options, const ModelConfig& con
       keep.Keep(LayerOfBlock(block), IsAttention(block) ? SiteKind::kHeads : SiteKind::kChannels,
                 0);
     }
-    if (keep == ladder.rung(ladder.size() - 1).decode) continue;  // nothing left to tell apart
-    if (!ladder.Append({.prefill = keep, .decode = keep})) {
-      return absl::InvalidArgumentError(
-          fmt::format("--rungs: {}+{} drops fewer blocks than a rung of a smaller ratio",
-                      plan.ratio, plan.blocks));
+    const Rung& last = ladder.rung(ladder.size() - 1);
+    if (keep == last.decode && plan.int4_kv == last.int4_kv) continue;  // nothing to tell apart
+    if (!ladder.Append({.prefill = keep, .decode = keep, .price = {}, .int4_kv = plan.int4_kv})) {
+      return absl::InvalidArgumentError(fmt::format(
+          "--rungs: {}+{} drops fewer blocks, or keeps K and V at more bits, than a rung of a "
+          "smaller ratio",
+          plan.ratio, plan.blocks));
     }
   }
   if (ladder.size() == 1) {
@@ -368,6 +408,11 @@ absl::Status Run(const Options& options) {
   absl::StatusOr<Ladder> plan = PlanLadder(options, config, plans, *drop_order);
   if (!plan.ok()) return plan.status();
   ModelExecutor* executor = model->executor.get();
+  const bool int4_kv = plan->rung(plan->size() - 1).int4_kv;
+  if (int4_kv && model->kv != KvType::kInt8) {
+    return absl::InvalidArgumentError(fmt::format(
+        "--rungs: {} is of K and V in int8, not {} (--kv)", kInt4, KvTypeName(model->kv)));
+  }
   const absl::StatusOr<Corpus> corpus = ReadCorpus(options, **tokenizer, executor);
   if (!corpus.ok()) return corpus.status();
   if (plans.back().blocks > 0 && options.blocks.empty()) {
@@ -380,7 +425,7 @@ absl::Status Run(const Options& options) {
 
   const std::string checkpoint = ChannelsPathOf(out) + ".part";
   Progress bar_of_fit("rankings and refits");
-  const absl::StatusOr<PruningData> data = FitLayers(
+  absl::StatusOr<PruningData> data = FitLayers(
       {.rank = options.rank,
        .compensation =
            static_cast<Compensation>(std::ranges::find(kCompensationNames, options.compensate) -
@@ -402,7 +447,10 @@ absl::Status Run(const Options& options) {
                std::string(data.status().message()), checkpoint);
   }
   if (!data.ok()) return data.status();
-  absl::Status status = WritePruningFile(ChannelsPathOf(out), file, *data);
+  absl::Status status;
+  if (int4_kv) status = FindKeyMeans(*corpus, executor, &*data);
+  if (!status.ok()) return status;
+  status = WritePruningFile(ChannelsPathOf(out), file, *data);
   if (!status.ok()) return status;
   const absl::StatusOr<std::unique_ptr<PruningFile>> channels =
       PruningFile::Open(ChannelsPathOf(out), file);
@@ -433,11 +481,11 @@ absl::Status Run(const Options& options) {
     }
     int kv_layers = 0;
     for (int layer = 0; layer < config.layers; ++layer) kv_layers += priced.HoldsKv(layer) ? 1 : 0;
-    priced.price = {
-        .prefill_us_per_token = std::round(10 * prices->prefill_us[rung]) / 10,
-        .decode_us_per_row = std::round(10 * prices->decode_us[rung]) / 10,
-        .kv_bytes_per_token = static_cast<double>(page.page_bytes()) * kv_layers / kPageTokens,
-        .quality_loss_nats = std::max(0.0, std::round(1e4 * loss) / 1e4)};
+    priced.price = {.prefill_us_per_token = std::round(10 * prices->prefill_us[rung]) / 10,
+                    .decode_us_per_row = std::round(10 * prices->decode_us[rung]) / 10,
+                    .kv_bytes_per_token = static_cast<double>(page.page_bytes()) * kv_layers /
+                                          (priced.int4_kv ? kInt4PageTokens : kPageTokens),
+                    .quality_loss_nats = std::max(0.0, std::round(1e4 * loss) / 1e4)};
   }
   Ladder ladder = Ladder::DenseOnly(config.sites(), rungs[0].price);
   std::string lines;
@@ -498,10 +546,12 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("NUMBER")
       ->check(Unsigned64())
       ->capture_default_str();
-  sub->add_option("--rungs", options->rungs,
-                  "A rung for each: the share of the MLPs' channels to leave out, and how many "
-                  "blocks to drop: of attention those that are missed least, or as --blocks says")
-      ->type_name("RATIO[+BLOCKS]")
+  sub->add_option(
+         "--rungs", options->rungs,
+         "A rung for each: the share of the MLPs' channels to leave out, how many blocks to "
+         "drop (of attention those that are missed least, or as --blocks says), and "
+         "whether K and V are kept in four bits")
+      ->type_name("RATIO[+BLOCKS][/int4]")
       ->delimiter(',')
       ->check(IsRung())
       ->default_str(fmt::format("{}", fmt::join(options->rungs, ",")));

@@ -376,8 +376,7 @@ Look Decoder::NextLook(const StepPlan& plan) {
 }
 
 void Decoder::PackKv(int layer, std::span<const KvPacking> packings, KvPool* pool) {
-  backend_->PackKv(
-      {.packings = packings, .key_mean = panels_[layer].key_mean, .pool = pool});
+  backend_->PackKv({.packings = packings, .key_mean = panels_[layer].key_mean, .pool = pool});
 }
 
 int Decoder::FindHeadRuns(int layer, const StepPlan& plan) {

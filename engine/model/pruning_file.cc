@@ -30,10 +30,9 @@ std::string RefitName(int layer, int count, const char* part) {
 absl::Status CheckShape(const std::string& path, const StoredTensor& tensor, BlockType type,
                         int rows, int cols) {
   if (tensor.type == type && tensor.rows == rows && tensor.cols == cols) return absl::OkStatus();
-  return Mismatch(
-      path, fmt::format("tensor {}", tensor.name),
-      fmt::format("{} [{}, {}]", BlockTypeName(type), rows, cols),
-      fmt::format("{} [{}, {}]", BlockTypeName(tensor.type), tensor.rows, tensor.cols));
+  return Mismatch(path, fmt::format("tensor {}", tensor.name),
+                  fmt::format("{} [{}, {}]", BlockTypeName(type), rows, cols),
+                  fmt::format("{} [{}, {}]", BlockTypeName(tensor.type), tensor.rows, tensor.cols));
 }
 
 // A tensor of so many finite F32 values, where it lies.

@@ -24,8 +24,8 @@ class PrefixCache {
  public:
   static constexpr int32_t kNone = -1;
 
-  // Room for `nodes` nodes of at most `page_tokens` tokens, as many in all of a key, in at most `layers` layers. `pool` must outlive
-  // the cache.
+  // Room for `nodes` nodes of at most `page_tokens` tokens, as many in all of a key, in at most
+  // `layers` layers. `pool` must outlive the cache.
   PrefixCache(int nodes, int layers, int page_tokens, PagePool* pool);
 
   // The node of `tokens`, a page of them, after `parent` (kNone: at the start), or kNone.

@@ -40,8 +40,8 @@ Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry
       ladder_(ladder),
       policy_(policy),
       pool_(geometry.pages, geometry.layers),
-      cache_(MostNodes(options, geometry, ladder), geometry.layers,
-             2 * geometry.page_tokens, &pool_) {
+      cache_(MostNodes(options, geometry, ladder), geometry.layers, 2 * geometry.page_tokens,
+             &pool_) {
   Invariant(
       options.max_batch_tokens >= 1 && options.max_sequences >= 1 && options.max_waiting >= 0 &&
           options.reserve_output >= 0 && options.reserve_output <= 1,
@@ -673,10 +673,11 @@ void Scheduler::CheckInvariants() const {
                 "request {} is in a queue of another state", id);
       Invariant(running || (sequence.table_length == 0 && sequence.computed == 0),
                 "request {} waits with {} tokens in pages", id, sequence.computed);
-      Invariant(sequence.computed <= sequence.size() &&
-                    sequence.computed <= int64_t{sequence.table_length} * page_tokens(sequence.rung),
-                "request {}: {} computed of {} tokens in {} pages", id, sequence.computed,
-                sequence.size(), sequence.table_length);
+      Invariant(
+          sequence.computed <= sequence.size() &&
+              sequence.computed <= int64_t{sequence.table_length} * page_tokens(sequence.rung),
+          "request {}: {} computed of {} tokens in {} pages", id, sequence.computed,
+          sequence.size(), sequence.table_length);
       const int shared = static_cast<int>(sequence.nodes.size());
       Invariant(shared * page_tokens(sequence.rung) <= sequence.computed,
                 "request {} shares {} pages, {} tokens are computed", id, shared,

@@ -59,9 +59,9 @@ namespace espalier {
 // What the pool and the model can hold.
 struct KvGeometry {
   int layers = 0;
-  int pages = 0;  // of the whole pool, all layers
+  int pages = 0;         // of the whole pool, all layers
   int page_tokens = 16;  // twice as many at rungs of four bits
-  int context = 0;  // longest sequence, tokens
+  int context = 0;       // longest sequence, tokens
 };
 
 struct SchedulerOptions {
@@ -180,8 +180,8 @@ class Scheduler {
   void MoveRunning();
   // Stays where it is if pages have to be copied, and none are available.
   void MoveTo(Sequence* sequence, int rung);
-  // Two pages of a layer that `rung` keeps become one, at fewer bits. Two shared ones stay what they
-  // are to others, and a page more is taken: PagesToPack must be available.
+  // Two pages of a layer that `rung` keeps become one, at fewer bits. Two shared ones stay what
+  // they are to others, and a page more is taken: PagesToPack must be available.
   void Pack(Sequence* sequence, int rung);
   int64_t PagesToPack(const Sequence& sequence, int rung) const;
   int32_t TakePage(int layer);  // a free page, or one of the prefix cache

@@ -16,7 +16,8 @@ constexpr std::string_view kText =
     "rung 0 loss=0 prefill_us=480.5 decode_us=3300 kv_bytes=11520\n"
     "rung 1 loss=0.05 prefill_us=430 decode_us=2900 kv_bytes=11520 channels=128*1,96*3\n"
     "rung 2 loss=0.3 prefill_us=400 decode_us=2300 kv_bytes=8640 heads=3,0*1,3*2 "
-    "prefill.channels=128,96*3 decode.channels=96,64*3\n";
+    "prefill.channels=128,96*3 decode.channels=96,64*3\n"
+    "rung 3 loss=0.4 kv_bytes=4320 kv=int4 heads=3,0*1,3*2 channels=96,64*3\n";
 
 Ladder Parsed(std::string_view text) {
   Ladder ladder = Ladder::DenseOnly({.layers = 1, .heads = 1, .channels = 1});
@@ -27,7 +28,9 @@ Ladder Parsed(std::string_view text) {
 
 TEST(LadderFile, IsReadAsItSays) {
   const Ladder ladder = Parsed(kText);
-  ASSERT_EQ(ladder.size(), 3);
+  ASSERT_EQ(ladder.size(), 4);
+  EXPECT_FALSE(ladder.rung(2).int4_kv);
+  EXPECT_TRUE(ladder.rung(3).int4_kv);
   EXPECT_EQ(ladder.rung(0).price.prefill_us_per_token, 480.5);
   EXPECT_TRUE(ladder.rung(0).prefill.dense());
   EXPECT_EQ(ladder.rung(1).price.quality_loss_nats, 0.05);
@@ -53,6 +56,7 @@ TEST(LadderFile, IsWrittenAsItIsRead) {
   for (int i = 0; i < ladder.size(); ++i) {
     EXPECT_EQ(again.rung(i).prefill, ladder.rung(i).prefill);
     EXPECT_EQ(again.rung(i).decode, ladder.rung(i).decode);
+    EXPECT_EQ(again.rung(i).int4_kv, ladder.rung(i).int4_kv);
     EXPECT_EQ(again.rung(i).price.quality_loss_nats, ladder.rung(i).price.quality_loss_nats);
   }
   EXPECT_EQ(FormatLadder(again, "one\ntwo"), text);
@@ -81,6 +85,9 @@ TEST(LadderFile, SaysWhichLineIsWrong) {
       {model + "rung\n", "rung: expected a number"},
       {model + "rung 0 loss=0.1\n", "rung 0 keeps everything and loses nothing"},
       {model + "rung 0 heads=3*3,2\n", "rung 0 keeps everything and loses nothing"},
+      {model + "rung 0 kv=int4\n", "rung 0 keeps everything and loses nothing"},
+      {dense + "rung 1 kv=int3\n", "line 4: kv: expected int4, got \"int3\""},
+      {dense + "rung 1 kv=int4\nrung 2 heads=2*4\n", "rung 2 keeps more of a site, or of K and V"},
       {dense + "rung 1 loss=nan\n", "line 4: loss: expected a finite number of at least 0"},
       {dense + "rung 1 loss=-1\n", "loss: expected a finite number"},
       {dense + "rung 1 loss=1e999\n", "loss: expected a finite number"},

@@ -58,6 +58,16 @@ TEST(Allows, CountsTheHarderOfTheTwoPhases) {
   EXPECT_TRUE(Allows({.max_prune_ratio = 0.2}, ladder.rung(4)));
 }
 
+TEST(Allows, FewerBitsAreNotNothing) {
+  Rung rung = TestLadder().rung(0);
+  EXPECT_TRUE(Allows({.max_prune_ratio = 0, .never = true}, rung));
+  rung.int4_kv = true;
+  EXPECT_FALSE(Allows({.never = true}, rung));
+  EXPECT_FALSE(Allows({.max_prune_ratio = 0}, rung));
+  EXPECT_TRUE(Allows({.max_prune_ratio = 0.01}, rung));
+  EXPECT_TRUE(Allows({}, rung));
+}
+
 TEST(Allows, EveryBoundAllowsRungZero) {
   const Ladder ladder = TestLadder();
   EXPECT_TRUE(Allows({.max_prune_ratio = 0, .max_quality_loss = 0, .never = true}, ladder.rung(0)));

@@ -145,8 +145,9 @@ KeepProfile Uniform(const ModelConfig& config, int heads, int channels) {
   return keep;
 }
 
-// A third of the channels left out, then also the attention of a layer and heads of the others.
-Ladder TestLadder(const ModelConfig& config) {
+// A third of the channels left out, then also the attention of a layer and heads of the others, and
+// then, where K and V are int8, half of their bits.
+Ladder TestLadder(const ModelConfig& config, KvType kv) {
   Ladder ladder = Ladder::DenseOnly(config.sites());
   KeepProfile keep = Uniform(config, config.heads, config.channels * 2 / 3 / 32 * 32);
   EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep}));
@@ -154,6 +155,9 @@ Ladder TestLadder(const ModelConfig& config) {
     keep.Keep(layer, SiteKind::kHeads, layer == 1 ? 0 : config.heads - 1);
   }
   EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep}));
+  if (kv != KvType::kInt8) return ladder;
+  keep.Keep(0, SiteKind::kChannels, 32);
+  EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep, .price = {}, .int4_kv = true}));
   return ladder;
 }
 
@@ -161,7 +165,7 @@ Ladder TestLadder(const ModelConfig& config) {
 class Served {
  public:
   explicit Served(const Path& path, int kv_pages_tokens = 0, bool ladder = false)
-      : policy_(ladder ? 2 : 0) {
+      : policy_(ladder ? kMostRungs : 0) {
     backend_ = CreateCpuBackend({.isa = path.isa}).value();
     const auto file = ModelFile::Open(path.file()).value();
     const ModelConfig& config = file->config();
@@ -175,7 +179,7 @@ class Served {
     executor_ = ModelExecutor::Load(*file, backend_.get(), options).value();
     if (ladder) {
       const absl::Status status =
-          executor_->SetLadder(TestLadder(config), StaticSelector(config.sites()));
+          executor_->SetLadder(TestLadder(config, KvOf(path)), StaticSelector(config.sites()));
       EXPECT_TRUE(status.ok()) << status;
     }
     engine_ = std::make_unique<Engine>(
@@ -271,18 +275,19 @@ TEST_P(IndependenceTest, EveryRequestHasTheTokensOfItsRungWhateverTheOthersAre) 
   const std::vector<Served::Answer> dense = Served(GetParam()).Run(everyone);
   const std::vector<Served::Answer> squeezed = Served(GetParam(), 208, true).Run(everyone);
   Served alone(GetParam(), 0, true);
+  const int rungs = KvOf(GetParam()) == KvType::kInt8 ? 4 : 3;
   int changed = 0, preemptions = 0;
   for (size_t i = 0; i < everyone.size(); ++i) {
     const RequestId id = everyone[i];
-    EXPECT_EQ(crowd[i].rung, static_cast<int>(id % 3)) << "request " << id;
+    EXPECT_EQ(crowd[i].rung, static_cast<int>(id % rungs)) << "request " << id;
     EXPECT_EQ(squeezed[i], crowd[i]) << "request " << id;
     preemptions += squeezed[i].preemptions;
-    EXPECT_TRUE(id % 3 != 0 || crowd[i] == dense[i]) << "request " << id;
+    EXPECT_TRUE(id % rungs != 0 || crowd[i] == dense[i]) << "request " << id;
     changed += !(crowd[i] == dense[i]);
     if (i >= 6) continue;
     EXPECT_EQ(alone.Run(std::span(everyone).subspan(i, 1))[0], crowd[i]) << "request " << id;
   }
-  EXPECT_EQ(changed, 16) << "pruning was meant to show";
+  EXPECT_EQ(changed, 24 - 24 / rungs) << "pruning was meant to show";
   EXPECT_GT(preemptions, 0) << "the pool was meant to be too small";
 }
 

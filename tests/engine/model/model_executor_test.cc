@@ -3,11 +3,13 @@
 
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "engine/model/pruning_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -110,6 +112,101 @@ TEST_F(ModelExecutorTest, CountsPagesAndBytes) {
   EXPECT_EQ(ledger.workspace, (128u * 2 * (16 + 24 + 24) + 64u * 260 + 8u * 5 * 260) * 4 +
                                   backend_->workspace_bytes());
   EXPECT_EQ(ledger.foreign, 0u);
+}
+
+// Log-probabilities of a text's tokens: `before` of them computed at rung 0, the rest at `rung`,
+// after `between`.
+std::vector<float> Score(ModelExecutor* executor, std::vector<std::vector<int32_t>> tables,
+                         int before, int rung,
+                         const std::function<void(std::vector<std::vector<int32_t>>*)>& between) {
+  constexpr int kTokens = 60;
+  std::vector<int32_t> tokens(kTokens + 1);
+  for (int i = 0; i <= kTokens; ++i) tokens[i] = 7 * i % 251;
+  const SamplingParams sampling;
+  std::vector<float> scores;
+  StepResult result;
+  const auto run = [&](int start, int rows, int at_rung) {
+    Batch batch;
+    batch.tokens.assign(tokens.begin() + start, tokens.begin() + start + rows);
+    batch.spans.push_back(
+        {.id = 1, .rows = rows, .start = start, .rung = at_rung, .page_tables = tables});
+    batch.prefill_rows = rows;
+    for (int row = 0; row < rows; ++row) {
+      batch.logits.push_back({.row = row,
+                              .use = LogitRow::Use::kScore,
+                              .target = tokens[start + row + 1],
+                              .sampling = &sampling,
+                              .tokens = std::span(tokens).first(start + row + 1),
+                              .prompt_tokens = start + row + 1});
+    }
+    EXPECT_TRUE(executor->Execute(batch, &result).ok());
+    for (const TokenResult& token : result.tokens) scores.push_back(token.logprob);
+  };
+  run(0, before, 0);
+  between(&tables);
+  run(before, kTokens - before, rung);
+  return scores;
+}
+
+// Pages of four bits are not far from what they were made of, wherever they come to lie, and what
+// means are left out of keys is not seen.
+TEST_F(ModelExecutorTest, PacksTheKAndVOfWhoRuns) {
+  const auto file = ModelFile::Open(ESPALIER_GOLDEN_DATA "/tiny-llama.gguf");
+  ASSERT_TRUE(file.ok()) << file.status();
+  auto loaded = ModelExecutor::Load(**file, backend_.get(), {.kv_bytes = 1 << 20});
+  ASSERT_TRUE(loaded.ok()) << loaded.status();
+  ModelExecutor* executor = loaded->get();
+  const ModelConfig& config = executor->config();
+  PruningData means;
+  means.layers.resize(config.layers);
+  for (PruningData::Layer& layer : means.layers) {
+    for (int i = 0; i < config.kv_heads * config.head_dim; ++i) {
+      layer.key_mean.push_back(i % 2 == 0 ? 0.1f : -0.05f);
+    }
+  }
+  Ladder ladder = Ladder::DenseOnly(config.sites());
+  Rung packed = ladder.rung(0);
+  packed.int4_kv = true;
+  ASSERT_TRUE(ladder.Append(packed));
+  ASSERT_TRUE(executor->SetLadder(ladder, PruningDataSelector(config.sites(), &means)).ok());
+
+  std::vector<std::vector<int32_t>> tables(config.layers);
+  for (int layer = 0; layer < config.layers; ++layer) {
+    for (int page = 0; page < 4; ++page) tables[layer].push_back(4 * layer + page);
+  }
+  constexpr int kBefore = 40;  // two pages and a half
+  const std::vector<float> plain = Score(executor, tables, kBefore, 0, [](auto*) {});
+  const std::vector<float> fewer = Score(executor, tables, kBefore, 1, [&](auto* tables) {
+    std::vector<PagePacking> packings;
+    for (int layer = 0; layer < config.layers; ++layer) {
+      std::vector<int32_t>& table = (*tables)[layer];
+      const int32_t other = 4 * config.layers + layer;
+      packings.push_back({.layer = layer, .first = table[0], .second = table[1], .to = other});
+      packings.push_back({.layer = layer, .first = table[2], .second = -1, .to = table[2]});
+      table = {other, table[2]};
+    }
+    executor->PackPages(packings);
+  });
+  ASSERT_EQ(fewer.size(), plain.size());
+  double far = 0, apart = 0;  // mean squares: of a token's two scores, of two tokens' scores
+  for (size_t i = 0; i < plain.size(); ++i) {
+    if (i < kBefore) {
+      EXPECT_EQ(fewer[i], plain[i]) << i;
+      continue;
+    }
+    far += std::pow(fewer[i] - plain[i], 2) / 20;
+    for (size_t j = kBefore; j < plain.size(); ++j) {
+      apart += std::pow(plain[j] - plain[i], 2) / (20 * 19);
+    }
+  }
+  EXPECT_GT(far, 0);
+  EXPECT_LT(far, 0.05 * apart);
+
+  auto half =
+      ModelExecutor::Load(**file, backend_.get(), {.kv = KvType::kF16, .kv_bytes = 1 << 20});
+  ASSERT_TRUE(half.ok()) << half.status();
+  const absl::Status refused = (*half)->SetLadder(ladder, StaticSelector(config.sites()));
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("rung 1: kv=int4 needs KV in int8"));
 }
 
 TEST_F(ModelExecutorTest, TellsEachWeightOnceUntilAllAreLoaded) {

@@ -22,6 +22,8 @@ class SmallModel : public ModelFile {
     config_.layers = 2;
     config_.hidden = 16;
     config_.heads = 2;
+    config_.kv_heads = 1;
+    config_.head_dim = 8;
     config_.channels = 64;
     tensors_.push_back({.name = "t",
                         .cols = static_cast<int>(values_.size() / 4),
@@ -50,6 +52,7 @@ PruningData SomeData() {
     }
   }
   data.layers[1].refits[64].bias.assign(16, 0.5f);
+  data.layers[0].key_mean.assign(8, -0.25f);
   return data;
 }
 
@@ -75,6 +78,8 @@ TEST(PruningFile, IsReadAsItWasWritten) {
       EXPECT_THAT(read[i].u, ElementsAreArray(groups[i].u));
     }
   }
+  EXPECT_THAT((*file)->KeyMean(0), ElementsAreArray(data.layers[0].key_mean));
+  EXPECT_TRUE((*file)->KeyMean(1).empty());
   EXPECT_TRUE((*file)->RefitOf(0, 32).down.empty());
   EXPECT_TRUE((*file)->RefitOf(1, 48).down.empty());
 }
@@ -103,6 +108,8 @@ GgufParts SomeParts() {
                            .dims = {32, 16},
                            .type = 3,
                            .data = std::string(16 * sizeof(FourBitGroup), '\0')});
+  parts.tensors.push_back(
+      {.name = "blk.0.attn_k.mean", .dims = {8}, .type = 0, .data = std::string(32, '\0')});
   return parts;
 }
 
@@ -130,6 +137,19 @@ TEST(PruningFile, SaysWhatIsWrongWithIt) {
         "blk.1.ffn_down.96.weight", "blk.1.ffn_down.32.weight.", "blk.01.ffn_down.32.weight"}) {
     EXPECT_THAT(after([&](GgufParts& p) { p.tensors[0].name = name; }), HasSubstr(name));
   }
+  for (const char* name : {"blk.2.attn_k.mean", "blk.0.attn_k.means", "blk.00.attn_k.mean"}) {
+    EXPECT_THAT(after([&](GgufParts& p) { p.tensors[1].name = name; }), HasSubstr(name));
+  }
+  EXPECT_THAT(after([](GgufParts& p) {
+                p.tensors[1].dims = {4};
+                p.tensors[1].data.resize(16);
+              }),
+              HasSubstr("blk.0.attn_k.mean: expected F32 [1, 8], got F32 [1, 4]"));
+  EXPECT_THAT(after([](GgufParts& p) {
+                const float fault = std::nanf("");
+                std::memcpy(p.tensors[1].data.data() + 4, &fault, sizeof(fault));
+              }),
+              HasSubstr("blk.0.attn_k.mean: expected finite values"));
   EXPECT_THAT(after([](GgufParts& p) {
                 p.tensors[0].dims = {32, 15};
                 p.tensors[0].data.resize(15 * sizeof(FourBitGroup));
