@@ -150,16 +150,20 @@ void Call::Note(const StreamProgress& progress) {
     summary.rung_by = fmt::format("{}: {}", model().policy, progress.reason);
   }
   const Ladder& ladder = model().ladder;
+  const auto loss_at = [&](int rung) {
+    return backstage_->quality != nullptr ? backstage_->quality->told(rung)
+                                          : ladder.rung(rung).price.quality_loss_nats;
+  };
   double tokens = 0, ratio = 0, loss = 0;
   for (int rung = 0; rung < ladder.size(); ++rung) {
     tokens += progress.rung_tokens[rung];
     if (progress.rung_tokens[rung] == 0) continue;
     ratio += progress.rung_tokens[rung] * ladder.rung(rung).decode.prune_ratio();
-    loss += progress.rung_tokens[rung] * ladder.rung(rung).price.quality_loss_nats;
+    loss += progress.rung_tokens[rung] * loss_at(rung);
   }
   const Rung& last = ladder.rung(progress.rung);  // of what is only scored
   summary.mean_prune_ratio = tokens > 0 ? ratio / tokens : last.decode.prune_ratio();
-  summary.estimated_loss = tokens > 0 ? loss / tokens : last.price.quality_loss_nats;
+  summary.estimated_loss = tokens > 0 ? loss / tokens : loss_at(progress.rung);
 }
 
 grpc::Status Call::End(const RpcError& error) {

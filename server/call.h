@@ -59,6 +59,7 @@ struct Backstage {
   const PromptEncoder* encoder = nullptr;
   EngineThread* engine = nullptr;
   MemoryKeeper* memory = nullptr;  // null: nobody keeps it
+  const QualityCheck* quality = nullptr;  // null: nobody checks, and price tags are told
 };
 
 // The state that a Generate and a Score call share. Its reactor guards it with `gate`, except where

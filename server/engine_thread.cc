@@ -65,6 +65,7 @@ void EngineThread::Run() {
   static const StepReport kNothing;
   std::vector<Command> commands;
   Instant wait = Instant::zero();
+  Instant idle_since = kNever;
   for (;;) {
     const bool idle = engine_->idle();
     // Asked before Take: once closed, what Take brings is the last of it.
@@ -73,7 +74,10 @@ void EngineThread::Run() {
       next_load_.stats = engine_->scheduler().stats();
       Publish(SteadyNow());
       if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, {});
-      wait = closed ? Instant::zero() : kNever;
+      if (idle_since == kNever) idle_since = SteadyNow();
+      wait = closed            ? Instant::zero()
+             : hooks_.quality != nullptr ? hooks_.quality->Due(idle_since)
+                                         : kNever;
       last_progress_.store(0, std::memory_order_relaxed);
     }
     inbox_.Take(next_load_.stats.waiting, wait, &commands);
@@ -82,6 +86,12 @@ void EngineThread::Run() {
       engine_->LimitPages(pages, SteadyNow());
     }
     for (Command& command : commands) Obey(command);
+    if (closed) EndCheck(SteadyNow());
+    if (engine_->idle() && !closed) {
+      BeginCheck(SteadyNow(), idle_since);
+    } else if (hooks_.quality == nullptr || !hooks_.quality->running().has_value()) {
+      idle_since = kNever;
+    }
     ready_->Post(&posts_);
     if (abandon_.load(std::memory_order_acquire)) {
       abandoned_ = !readers_.empty();
@@ -132,12 +142,18 @@ void EngineThread::Obey(Command& command) {
   if (const auto* cancellation = std::get_if<Cancellation>(&command)) {
     if (readers_.erase(cancellation->id) == 0) return;  // it has ended by itself
     engine_->Cancel(cancellation->id);
+    if (hooks_.quality != nullptr) hooks_.quality->Forget(cancellation->id);
     ++finishes_to_tell_;
     return;
   }
   auto& submission = std::get<Submission>(command);
   const RequestId id = submission.request.id;
+  if (hooks_.quality != nullptr) {
+    EndCheck(SteadyNow());
+    hooks_.quality->Watch(submission.request);
+  }
   if (absl::Status status = engine_->Submit(std::move(submission.request)); !status.ok()) {
+    if (hooks_.quality != nullptr) hooks_.quality->Forget(id);
     submission.stream->End({.cause = StreamEnd::Cause::kRefused, .error = std::move(status)});
     posts_.push_back(std::move(submission.stream));
     return;
@@ -145,7 +161,29 @@ void EngineThread::Obey(Command& command) {
   readers_.emplace(id, Reader{std::move(submission.stream)});
 }
 
+void EngineThread::BeginCheck(Instant now, Instant idle_since) {
+  if (hooks_.quality == nullptr) return;
+  std::optional<Request> request = hooks_.quality->Next(now, idle_since);
+  if (request.has_value() && !engine_->Submit(*std::move(request)).ok()) {
+    hooks_.quality->Drop();
+  }
+}
+
+void EngineThread::EndCheck(Instant now) {
+  if (hooks_.quality == nullptr || !hooks_.quality->running().has_value()) return;
+  engine_->Cancel(*hooks_.quality->running());
+  hooks_.quality->Abandon(now);
+}
+
 void EngineThread::Deliver(const SequenceOutput& output, Instant now) {
+  if (hooks_.quality != nullptr) {
+    const int64_t checks = hooks_.quality->checks();
+    if (hooks_.quality->Take(output, now)) {
+      if (hooks_.quality->checks() > checks && hooks_.on_check) hooks_.on_check();
+      return;
+    }
+    hooks_.quality->Follow(output);
+  }
   const auto found = readers_.find(output.id);
   if (found == readers_.end()) return;
   auto& [stream, last_token] = found->second;
@@ -158,6 +196,7 @@ void EngineThread::Deliver(const SequenceOutput& output, Instant now) {
   bool ended = finished;
   if (!stream->Push(output, now)) {
     if (!finished) engine_->Cancel(output.id);
+    if (hooks_.quality != nullptr) hooks_.quality->Forget(output.id);
     stream->End({.cause = StreamEnd::Cause::kStalled});
     ended = true;
   } else if (finished) {

@@ -14,6 +14,7 @@
 #include "engine/engine.h"
 #include "server/inbox.h"
 #include "server/load_snapshot.h"
+#include "server/quality_check.h"
 #include "server/rate_meter.h"
 #include "server/ready_queue.h"
 #include "server/step_times.h"
@@ -28,6 +29,10 @@ struct EngineHooks {
   std::function<void(const StepReport&, const LoadSnapshot&, const StepTimes&)> on_step;
   // Once, when the device is lost: nothing will be served any more.
   std::function<void(const absl::Status&)> on_lost;
+  // Driven beside the engine, if there is one; must outlive the thread.
+  QualityCheck* quality = nullptr;
+  // After each of its checks.
+  std::function<void()> on_check;
 };
 
 class EngineThread {
@@ -62,6 +67,9 @@ class EngineThread {
 
  private:
   void Run();
+  // Begins a check of quality if one is due, and ends the one that runs for others.
+  void BeginCheck(Instant now, Instant idle_since);
+  void EndCheck(Instant now);
   void Obey(Command& command);
   void Deliver(const SequenceOutput& output, Instant now);
   void EndAll(const StreamEnd& end);

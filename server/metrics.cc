@@ -157,6 +157,12 @@ struct Metrics::Instruments : prometheus::Collectable {
     return AddHistogram(r, "espalier_batch_rows", "Rows of a step by kind.", kRows,
                         {{"kind", kind}});
   }
+  Gauge& MeasuredLoss(int rung, const char* of) {
+    return AddGauge(r, "espalier_measured_loss_nats",
+                    "What a rung is seen to lose on this server's traffic, nats per token above "
+                    "the full model: of prompts, and of answers that it gave.",
+                    {{"rung", fmt::format("{}", rung)}, {"of", of}});
+  }
   Counter& TokensByRung(int rung) {
     return AddCounter(r, "espalier_tokens_by_rung_total",
                       "Output tokens of finished requests by the rung they were drawn at.",
@@ -212,6 +218,11 @@ struct Metrics::Instruments : prometheus::Collectable {
   Gauge& wanted_rung = AddGauge(
       r, "espalier_policy_rung",
       "The rung that the policy would now serve a request without bounds at; 0: the full model.");
+  Gauge& hardest_rung =
+      AddGauge(r, "espalier_hardest_rung",
+               "The hardest rung that may be served: harder ones were seen to lose too much.");
+  Counter& checks = AddCounter(r, "espalier_quality_checks_total",
+                               "Texts scored at a pruned rung and in full, while nobody waited.");
   Counter& rung_moves =
       AddCounter(r, "espalier_rung_moves_total", "Moves of running requests to another rung.");
   Gauge& ranking_age = AddGauge(r, "espalier_ranking_age_steps",
@@ -334,6 +345,20 @@ void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, const S
   size_t drawn = 0;
   for (const SequenceOutput& output : report.outputs) drawn += output.tokens.size();
   m.generated.Increment(static_cast<double>(drawn));
+}
+
+void Metrics::OnCheck(const QualityCheck& quality, int rungs) {
+  Instruments& m = *instruments_;
+  Advance(&m.checks, static_cast<uint64_t>(quality.checks()));
+  m.hardest_rung.Set(quality.hardest());
+  for (int rung = 1; rung < rungs; ++rung) {
+    if (const QualityCheck::Figure figure = quality.prompts(rung); figure.tokens > 0) {
+      m.MeasuredLoss(rung, "prompts").Set(figure.mean);
+    }
+    if (const QualityCheck::Figure figure = quality.answers(rung); figure.tokens > 0) {
+      m.MeasuredLoss(rung, "answers").Set(figure.mean);
+    }
+  }
 }
 
 void Metrics::OnFinished(const RequestSummary& summary) {

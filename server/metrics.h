@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "engine/engine.h"
 #include "server/load_snapshot.h"
+#include "server/quality_check.h"
 #include "server/request_summary.h"
 #include "server/step_times.h"
 
@@ -44,6 +45,9 @@ class Metrics {
 
   // Once per call of Generate or Score, however it ended; refused ones too. Thread-safe.
   void OnFinished(const RequestSummary& summary);
+
+  // Engine thread: after each of its checks.
+  void OnCheck(const QualityCheck& quality, int rungs);
 
   // When the engine begins and ceases to be stuck (Watchdog). Thread-safe.
   void OnStall(bool stuck);

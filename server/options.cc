@@ -90,6 +90,17 @@ Value Share(double ServerOptions::* field) {
           [field](const ServerOptions& options) { return fmt::format("{}", options.*field); }};
 }
 
+Value Nats(double ServerOptions::* field) {
+  return {"NATS", "a number from 0 to 100",
+          [field](std::string_view text, ServerOptions* options) {
+            const std::optional<double> number = ReadNumber<double>(text);
+            if (!number || !(*number >= 0 && *number <= 100)) return false;
+            options->*field = *number;
+            return true;
+          },
+          [field](const ServerOptions& options) { return fmt::format("{}", options.*field); }};
+}
+
 Value Bytes(uint64_t ServerOptions::* field, uint64_t low, uint64_t high, std::string range,
             bool zero_is_auto) {
   return {
@@ -296,6 +307,13 @@ const std::vector<Setting>& Settings() {
        "Where the policy's decisions go, a line a step with what it saw,\n"
        "for `espalier replay`",
        Text(&O::decision_log, "PATH", "a path; empty: none")},
+      {kPruning, "quality-check",
+       "Share of time, while nobody waits, in which texts just served are scored\n"
+       "at pruned rungs and in full, to see what pruning loses here; 0: none",
+       Share(&O::quality_check)},
+      {kPruning, "quality-bound",
+       "Nats per token beyond its price tag from which a rung is served no more",
+       Nats(&O::quality_bound)},
       {kPruning, "probe",
        "Rank channels anew in each prefill step that prunes, by a probe of its\n"
        "rows, fused with history (Probe Pruning); prompts: by what the prompts last\n"

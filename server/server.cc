@@ -5,6 +5,7 @@
 #include <grpc/support/log.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -27,6 +28,7 @@
 #include "engine/model/pruning_file.h"
 #include "engine/pruning/probe.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "policy/capped_policy.h"
 #include "policy/ladder_policy.h"
 #include "policy/level_policy.h"
 #include "policy/shield.h"
@@ -37,6 +39,7 @@
 #include "server/logging.h"
 #include "server/memory_keeper.h"
 #include "server/metrics.h"
+#include "server/quality_check.h"
 #include "server/ready_queue.h"
 #include "server/steady_clock.h"
 #include "server/stop_signal.h"
@@ -198,6 +201,13 @@ class Server {
       logged_ = std::make_unique<LoggedPolicy>(policy_, decisions_.get());
       policy_ = logged_.get();
     }
+    if (options_.quality_check > 0 && executor_->ladder().size() > 1) {
+      quality_ = std::make_unique<QualityCheck>(
+          QualityCheckOptions{.share = options_.quality_check, .bound = options_.quality_bound},
+          executor_->ladder());
+      capped_ = std::make_unique<CappedPolicy>(policy_);
+      policy_ = capped_.get();
+    }
     if (options_.shadow) {
       shadow_ = std::make_unique<ShadowPolicy>(policy_);
       policy_ = shadow_.get();
@@ -319,6 +329,8 @@ class Server {
     const KvGeometry kv = executor_->kv_geometry();
     const uint64_t kv_bytes = ledger.kv_used + ledger.kv_reusable + ledger.kv_free;
 
+    hardest_ = model_.ladder.size() - 1;
+    if (quality_ != nullptr) metrics_->OnCheck(*quality_, model_.ladder.size());
     ready_ = std::make_unique<ReadyQueue>(kWriters);
     thread_ = std::make_unique<EngineThread>(
         engine_.get(), ready_.get(), options_.max_waiting,
@@ -329,7 +341,9 @@ class Server {
                   metrics_->OnStep(report, load, times);
                   TellPolicy(load);
                 },
-            .on_lost = [this](const absl::Status& lost) { Lose(lost); }});
+            .on_lost = [this](const absl::Status& lost) { Lose(lost); },
+            .quality = quality_.get(),
+            .on_check = [this] { Judge(); }});
 
     memory_ = std::make_unique<MemoryKeeper>(
         MemoryKeeper::Options{.budget = options_.memory_budget,
@@ -341,7 +355,8 @@ class Server {
     backstage_ = {.model = &model_,
                   .encoder = encoder_.get(),
                   .engine = thread_.get(),
-                  .memory = memory_.get()};
+                  .memory = memory_.get(),
+                  .quality = quality_.get()};
     stop_->set_nothing_to_finish(false);
     service_.Open(&backstage_);
     SetHealth(&Health::open, true);
@@ -363,6 +378,24 @@ class Server {
          {"kv", load.kv_utilization()},
          {"running", load.stats.running},
          {"waiting", load.stats.waiting}});
+  }
+
+  // On the engine's thread, between steps, as the policy is asked.
+  void Judge() {
+    metrics_->OnCheck(*quality_, model_.ladder.size());
+    const int hardest = quality_->hardest();
+    if (hardest == hardest_) return;
+    const int bad = std::min(hardest, hardest_) + 1;
+    const QualityCheck::Figure figure = quality_->prompts(bad);
+    Log(hardest < hardest_ ? LogLevel::kWarning : LogLevel::kInfo, "quality",
+        {{"hardest_rung", hardest},
+         {"was", hardest_},
+         {"rung", bad},
+         {"measured_loss", figure.mean},
+         {"standard_error", figure.standard_error},
+         {"price", model_.ladder.rung(bad).price.quality_loss_nats}});
+    hardest_ = hardest;
+    capped_->set_hardest(hardest);
   }
 
   void LimitPages(int pages) {
@@ -444,12 +477,16 @@ class Server {
       .tpot_target_s = std::chrono::duration<double>(options_.tpot_target).count()};
   std::unique_ptr<DecisionLog> decisions_;
   std::unique_ptr<QNetwork> network_;
-  std::unique_ptr<Policy> learned_, chosen_, logged_, shadow_;
+  std::unique_ptr<Policy> learned_, chosen_, logged_;
+  std::unique_ptr<CappedPolicy> capped_;
+  std::unique_ptr<QualityCheck> quality_;
+  std::unique_ptr<Policy> shadow_;
   Policy* policy_ = nullptr;  // the outermost of these
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Probe> probe_;
   std::string fingerprint_;  // of the model, if there is a probe
   int told_rung_ = 0;        // engine thread
+  int hardest_ = 0;          // engine thread; that may be served
   std::unique_ptr<ModelExecutor> executor_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<ReadyQueue> ready_;

@@ -94,6 +94,7 @@ struct Options {
   std::string compensate = "refit";
   std::string blocks;  // removal orders; empty: attention alone, by what is missed least
   int64_t resident_tokens = 8192;
+  std::string reprice;  // a ladder to time again, in place of all else
   std::string out;
 };
 
@@ -373,6 +374,47 @@ absl::Status CheckWritable(const std::string& out) {
                 : absl::UnavailableError(fmt::format("--out: {}: cannot be written", out));
 }
 
+double Tenths(double us) { return std::round(10 * us) / 10; }
+
+// A ladder's times anew, as of this machine; losses are the model's and stay.
+absl::Status Reprice(const Options& options) {
+  const Interrupt interrupt([] {});
+  absl::StatusOr<LocalModel> model =
+      LoadLocalModel(options.model, int64_t{8} * PagedTokens(options.window + 1), kStepRows);
+  if (!model.ok()) return model.status();
+  absl::StatusOr<CalibratedLadder> made = OpenLadder(options.reprice, *model->file);
+  if (!made.ok()) return made.status();
+  ModelExecutor* executor = model->executor.get();
+  absl::Status status = executor->SetLadder(made->ladder, *made->channels);
+  if (!status.ok()) return status;
+  const absl::StatusOr<Prices> prices = Time(executor, made->ladder.size());
+  if (!prices.ok()) return prices.status();
+  Ladder ladder = made->ladder;
+  for (int rung = 0; rung < made->ladder.size(); ++rung) {
+    Rung priced = made->ladder.rung(rung);
+    priced.price.prefill_us_per_token = Tenths(prices->prefill_us[rung]);
+    priced.price.decode_us_per_row = Tenths(prices->decode_us[rung]);
+    if (rung == 0) {
+      ladder = Ladder::DenseOnly(executor->config().sites(), priced.price);
+    } else {
+      ladder.Append(std::move(priced));
+    }
+  }
+  constexpr std::string_view kTimed = "times: ";
+  std::string comment;
+  std::ifstream before(options.reprice);
+  for (std::string line; std::getline(before, line);) {
+    if (!line.starts_with("# ") || line.substr(2).starts_with(kTimed)) continue;
+    comment += line.substr(2) + "\n";
+  }
+  comment += fmt::format("{}{}, {} threads, batch 8\n", kTimed, MachineName(), model->threads);
+  const std::string text = FormatLadder(ladder, comment);
+  status = WriteText(options.reprice, text);
+  if (!status.ok()) return status;
+  fmt::print("{}", text);
+  return absl::OkStatus();
+}
+
 absl::Status Run(const Options& options) {
   const Interrupt interrupt([] {});
   const std::string out = options.out.empty() ? LadderPathOf(options.model.model) : options.out;
@@ -481,8 +523,8 @@ absl::Status Run(const Options& options) {
     }
     int kv_layers = 0;
     for (int layer = 0; layer < config.layers; ++layer) kv_layers += priced.HoldsKv(layer) ? 1 : 0;
-    priced.price = {.prefill_us_per_token = std::round(10 * prices->prefill_us[rung]) / 10,
-                    .decode_us_per_row = std::round(10 * prices->decode_us[rung]) / 10,
+    priced.price = {.prefill_us_per_token = Tenths(prices->prefill_us[rung]),
+                    .decode_us_per_row = Tenths(prices->decode_us[rung]),
                     .kv_bytes_per_token = static_cast<double>(page.page_bytes()) * kv_layers /
                                           (priced.int4_kv ? kInt4PageTokens : kPageTokens),
                     .quality_loss_nats = std::max(0.0, std::round(1e4 * loss) / 1e4)};
@@ -536,8 +578,11 @@ void AddCalibrate(CLI::App& root, Action* action) {
                   "Text like the traffic to come: files or folders, each of which is a kind of "
                   "text, and kinds count alike; self: what the model makes up. Where they differ "
                   "from traffic, pruned rungs lose more than is told")
-      ->type_name("PATH")
-      ->required();
+      ->type_name("PATH");
+  sub->add_option("--reprice", options->reprice,
+                  "Time the rungs of this ladder again and write it anew, with its losses: for a "
+                  "ladder of another machine")
+      ->type_name("PATH");
   sub->add_option("--tokens", options->tokens, "Tokens to calibrate with, of all kinds")
       ->type_name("TOKENS")
       ->check(CLI::Range(1000, 100'000'000))
@@ -600,7 +645,8 @@ void AddCalibrate(CLI::App& root, Action* action) {
   sub->get_option("--model")->required();
   sub->final_callback([=] {
     std::ranges::sort(options->widths);
-    *action = [options] { return Run(*options); };
+    if (options->texts.empty() && options->reprice.empty()) throw CLI::RequiredError("--text");
+    *action = [options] { return options->reprice.empty() ? Run(*options) : Reprice(*options); };
   });
 }
 

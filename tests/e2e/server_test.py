@@ -340,6 +340,32 @@ class Pruning(unittest.TestCase):
         self.assertEqual(refused.returncode, 1)
         self.assertIn("dqn.dqn: its checksum is of other bytes", refused.stderr + refused.stdout)
 
+    def test_a_rung_that_loses_more_than_told_is_served_no_more(self):
+        ladder = pathlib.Path(self.folder.name) / "lies.ladder"
+        ladder.write_text("espalier-ladder 1\nmodel layers=2 heads=4 channels=96\n"
+                          "rung 0 loss=0\nrung 1 loss=0 channels=32*2\n")
+        shutil.copyfile(f"{self.plain}.gguf", f"{ladder}.gguf")
+        with Server(BINARY, MODEL, "--ladder", ladder, "--policy", "fixed:1", "--metrics-port", "0",
+                    "--quality-check", "1", "--quality-bound", "0") as server:
+            self.assertEqual(self.metric(server, "espalier_hardest_rung"), 1)
+            # What the full model writes, it finds likelier than the pruned one does.
+            request = text_request("x", 250)
+            request.prune.never = True
+            written = pb.GenerateRequest()
+            for part in server.stub.Generate(request, timeout=30):
+                written.token_ids.ids.extend(part.token_ids)
+            written.stop.max_tokens = 4
+            deadline = time.monotonic() + 60
+            while self.metric(server, "espalier_hardest_rung") == 1:
+                self.assertLess(time.monotonic(), deadline, server.metrics())
+                list(server.stub.Generate(written, timeout=30))
+                time.sleep(0.5)  # two passes, each after a fifth of a second in which nothing is done
+            self.assertGreater(self.metric(
+                server, 'espalier_measured_loss_nats{of="prompts",rung="1"}'), 0)
+            finished = list(server.stub.Generate(text_request("x", 4), timeout=30))[-1].finished
+            self.assertEqual(finished.served.rungs[0].rung, 0)
+            self.assertIn("quality", finished.served.reason)
+
     def test_shadow_policy_serves_the_full_model(self):
         options = ("--ladder", self.refitted, "--policy", "ladder", "--policy-mode", "shadow",
                    "--ttft-target", "0.001", "--max-sequences", "1")

@@ -71,7 +71,8 @@ class Reader final : public StreamReader {
 class EngineThreadTest : public testing::Test {
  protected:
   void Start(int max_waiting = 256, SchedulerOptions options = {.max_waiting = 1 << 20},
-             KvGeometry geometry = {.layers = 2, .pages = 4096, .context = 4096}) {
+             KvGeometry geometry = {.layers = 2, .pages = 4096, .context = 4096},
+             QualityCheck* quality = nullptr) {
     paced_ = std::make_unique<PacedEngine>(options, geometry);
     thread_ = std::make_unique<EngineThread>(
         &paced_->engine, &ready_, max_waiting,
@@ -82,7 +83,9 @@ class EngineThreadTest : public testing::Test {
                   std::lock_guard lock(mutex_);
                   steps_.push_back({load.steps, load.stats, times.token_gaps.size()});
                 },
-            .on_lost = [this](const absl::Status&) { lost_ = true; }});
+            .on_lost = [this](const absl::Status&) { lost_ = true; },
+            .quality = quality,
+            .on_check = [this] { ++checks_; }});
   }
 
   std::shared_ptr<Reader> Offer(Request request, size_t capacity = TokenStream::kUnbounded,
@@ -121,6 +124,7 @@ class EngineThreadTest : public testing::Test {
   std::unique_ptr<PacedEngine> paced_;
   ReadyQueue ready_{2};
   std::atomic<int> reports_ = 0;
+  std::atomic<int> checks_ = 0;
   struct Step {
     uint64_t number;  // steps since start
     SchedulerStats stats;
@@ -131,6 +135,25 @@ class EngineThreadTest : public testing::Test {
   std::atomic<bool> lost_ = false;
   std::unique_ptr<EngineThread> thread_;  // last: its hooks use the others until it ends
 };
+
+// A check runs only while nobody else does, and whoever comes then gets what he would without it.
+TEST_F(EngineThreadTest, ChecksQualityWhileNobodyWaitsAndGivesWay) {
+  QualityCheck quality({.share = 1, .idle_s = 0.001}, PacedEngine::Rungs());
+  Start(256, {.max_batch_tokens = 8, .max_waiting = 1 << 20},
+        {.layers = 2, .pages = 4096, .context = 4096}, &quality);
+  paced_->executor.set_step_time(milliseconds(1));
+  std::mt19937 random(1);
+  RequestId id = 0;
+  for (const Instant until = SteadyNow() + seconds(20); checks_ < 20 && SteadyNow() < until;) {
+    const auto reader = Offer(Prompt(++id, 5, 40));
+    ASSERT_EQ(reader->WaitForEnd()->cause, StreamEnd::Cause::kFinished);
+    EXPECT_EQ(reader->tokens(), Expected(id, 5));
+    // Long enough for none, one or both of a check's passes.
+    std::this_thread::sleep_for(milliseconds(random() % 25));
+  }
+  EXPECT_GE(checks_, 20);
+  EXPECT_TRUE(thread_->Drain(seconds(10)));
+}
 
 TEST_F(EngineThreadTest, StreamsEveryTokenInOrder) {
   Start();

@@ -1,0 +1,36 @@
+// A policy that may serve no harder than a cap which others move: the seat of a circuit breaker.
+#pragma once
+
+#include <algorithm>
+#include <string_view>
+
+#include "policy/policy.h"
+
+namespace espalier {
+
+class CappedPolicy final : public Policy {
+ public:
+  // `policy` must outlive it. No cap at first.
+  explicit CappedPolicy(Policy* policy) : policy_(policy) {}
+
+  // From now on rungs beyond `hardest` >= 0 are served to those alone who ask for them by number.
+  void set_hardest(int hardest) { hardest_ = hardest; }
+
+  void Observe(const PressureReport& report, const Ladder& ladder) override {
+    policy_->Observe(report, ladder);
+  }
+  int ChooseRung(const RequestTraits& traits) const override {
+    return HardestIn(traits.allowed, std::min(hardest_, policy_->ChooseRung(traits)));
+  }
+  std::string_view name() const override { return policy_->name(); }
+  std::string_view reason() const override {
+    return policy_->wanted() > hardest_ ? "quality" : policy_->reason();
+  }
+  bool refuses() const override { return policy_->refuses(); }
+
+ private:
+  Policy* const policy_;
+  int hardest_ = kMostRungs;
+};
+
+}  // namespace espalier
