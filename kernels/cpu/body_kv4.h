@@ -71,14 +71,10 @@ void Spread(float* x, int dim) {
   }
 }
 
-// Scales to try, as shares of the one that reaches the largest value: a few large values cut off
-// cost less than all others rounded coarsely.
-constexpr int kTries = 4;
-constexpr float kTry[kTries] = {1.0f, 0.92f, 0.84f, 0.76f};
-
-// Rounds x, which has been spread, to n[0 .. dim) of the scale among kTry that leaves the least
-// square error; dim is a multiple of 8, and n has room for a multiple of 16. The scale, in fp16, is
-// not finite if a value is not.
+// Rounds x, which has been spread, to n[0 .. dim) of the scale that reaches the largest value: of 64
+// normal ones it lies near where cutting off would begin to pay, and a search for a better scale
+// gained nothing. dim is a multiple of 8, and n has room for a multiple of 16. The scale, in fp16,
+// is not finite if a value is not.
 uint16_t RoundToInt4(const float* x, int dim, int8_t* n) {
   F most = Set1(0), fault = Set1(0);
   for (int d = 0; d < dim; d += 16) {
@@ -87,35 +83,28 @@ uint16_t RoundToInt4(const float* x, int dim, int8_t* n) {
     fault = fault + (v - v);
   }
   const float max = ReduceMax(most), bad = ReduceAdd(fault);
-  float tries[16] = {};
   constexpr float kMost = 15 * 65504.0f;  // of which the scale still is a number in fp16
-  for (int t = 0; t < kTries; ++t) tries[t] = (max < kMost ? max : kMost) / 15 * kTry[t] + bad;
   uint16_t halves[16];
-  StoreHalf(halves, Load(tries));
-  Store(tries, LoadHalf(halves));
-  int best = 0;
-  float least = __FLT_MAX__;
-  for (int t = 0; t < kTries && bad == 0 && tries[t] > 0; ++t) {
-    const F scale = Set1(tries[t]), half_inverse = Set1(0.5f / tries[t]);
-    F error = Set1(0);
-    for (int d = 0; d < dim; d += 16) {
-      const F v = LoadUpTo(x + d, dim - d);
-      const F level = Max(Set1(0), Min(Set1(15), Round(Fma(v, half_inverse, Set1(7.5f)))));
-      const F off = KeepFirst(v - Fma(level, Set1(2), Set1(-15)) * scale, dim - d, Set1(0));
-      error = Fma(off, off, error);
-    }
-    const float sum = ReduceAdd(error);
-    if (sum < least) {
-      least = sum;
-      best = t;
-    }
-  }
-  const float inverse = bad == 0 && tries[best] > 0 ? 0.5f / tries[best] : 0;
+  StoreHalf(halves, Set1((max < kMost ? max : kMost) / 15 + bad));
+  float scales[16];
+  Store(scales, LoadHalf(halves));
+  const float inverse = bad == 0 && scales[0] > 0 ? 0.5f / scales[0] : 0;
   for (int d = 0; d < dim; d += 16) {
     const F v = inverse == 0 ? Set1(0) : LoadUpTo(x + d, dim - d);
     StoreInt8(n + d, ToInt(Max(Set1(0), Min(Set1(15), Fma(v, Set1(inverse), Set1(7.5f))))));
   }
-  return halves[best];
+  return halves[0];
+}
+
+// n[0 .. count) in low bits, as many behind them in high bits; a multiple of four.
+void PackInt4(const int8_t* n, int count, uint8_t* to) {
+  for (int i = 0; i < count; i += 4) {
+    uint32_t low, high;
+    __builtin_memcpy(&low, n + i, sizeof low);
+    __builtin_memcpy(&high, n + count + i, sizeof high);
+    low |= high << 4;  // none is above 15
+    __builtin_memcpy(to + i, &low, sizeof low);
+  }
 }
 
 // Puts a token's K (less what all keys share, which no softmax sees) or V into its slot,
@@ -127,20 +116,11 @@ void StoreInt4(float* x, int dim, bool key, int slot, uint8_t* page) {
   uint8_t* half = page + kScalesBytes + int64_t{slot / kPage} * (kPage * dim / 2);
   slot %= kPage;
   if (key) {
-    for (int d = 0; d < dim; d += 8) {
-      uint8_t bytes[4];
-      for (int j = 0; j < 4; ++j) bytes[j] = static_cast<uint8_t>(n[d + j] | n[d + 4 + j] << 4);
-      __builtin_memcpy(half + (d / 8 * kPage + slot) * 4, bytes, 4);
-    }
+    for (int d = 0; d < dim; d += 8) PackInt4(n + d, 4, half + (d / 8 * kPage + slot) * 4);
     return;
   }
   uint8_t* to = half + int64_t{slot} * dim / 2;
-  for (int d = 0; d < dim; d += 32) {
-    const int low = Least(32, dim - d) / 2;
-    for (int j = 0; j < low; ++j) {
-      to[d / 2 + j] = static_cast<uint8_t>(n[d + j] | n[d + low + j] << 4);
-    }
-  }
+  for (int d = 0; d < dim; d += 32) PackInt4(n + d, Least(32, dim - d) / 2, to + d / 2);
 }
 
 // kCount bytes as what the numbers in their low and high bits stand for.

@@ -455,8 +455,8 @@ double Int4Error(const Sequences& sequences, int sequence, int tokens) {
   return error / energy;
 }
 
-// Sixteen levels leave 1.2 % of the energy of what is normally distributed, at the best scale; the
-// scale that reaches the largest of 64 values leaves 1.6 %. (Keys have their mean's energy, too.)
+// Sixteen levels leave 1.2 % of the energy of what is normally distributed, at the best scale of
+// all. (Keys have their mean's energy, too.)
 TEST_P(AttentionTest, Int4PagesHoldWhatTheyWereGiven) {
   if (!GetParam().int4) GTEST_SKIP();
   for (const Sequences::Heads& heads :
