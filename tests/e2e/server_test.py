@@ -408,8 +408,11 @@ class Pruning(unittest.TestCase):
         board = (harness.ROOT / "deploy/grafana/espalier.json").read_text()
         named = set(re.findall(r"\b(?:espalier|vllm:)[a-z_:]*[a-z]\b(?=\{|, job)", board))
         self.assertGreater(len(named), 25)
-        with Server(BINARY, MODEL, "--ladder", self.plain, "--metrics-port", "0") as server:
+        with Server(BINARY, MODEL, "--ladder", self.plain, "--metrics-port", "0",
+                    "--quality-check", "1") as server:
             self.served(server, 1)
+            while not self.metric(server, "espalier_quality_checks_total"):
+                time.sleep(0.1)
             there = set(re.findall(r"^([\w:]+)(?:\{| )", server.metrics(), re.M))
         self.assertEqual(named - there, set())
 

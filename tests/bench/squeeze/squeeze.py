@@ -25,7 +25,7 @@ PAGE_TOKENS = 16
 
 @contextlib.contextmanager
 def server(options, policy, kv_bytes, *more):
-    """A server's address, and what it logged."""
+    """A server's address; its process is `server.process` while it runs."""
     with tempfile.TemporaryDirectory() as folder:
         port, log = pathlib.Path(folder, "port"), pathlib.Path(folder, "log")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ESPALIER_")}
@@ -37,6 +37,7 @@ def server(options, policy, kv_bytes, *more):
                  str(STREAMS), "--ttft-target", str(options.ttft), "--tpot-target",
                  str(options.tpot), "--prefix-cache=false", *map(str, more)],
                 stdout=out, stderr=out, env=environment)
+        server.process = process
         try:
             while not port.exists():
                 if process.poll() is not None:
@@ -97,6 +98,30 @@ def recovery(options, rate, kv_bytes):
     back = next((each["time_s"] - last for each in decisions
                  if each["time_s"] > last and each["rung"] == 0), None)
     return None if back is None else (back, hardest * rule["lower_dwell_s"])
+
+
+def resident(process):
+    status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", status)[1])
+
+
+def freed_over_planned(options, kv_bytes):
+    """Of the bytes that a budget takes away while all streams run, the share by which resident
+    memory is less two seconds later."""
+    with server(options, "ladder", kv_bytes, "--admin") as address:
+        streams = subprocess.Popen(
+            [f"{options.bin}/espalier", "load", "--address", address, "--prompt-tokens", str(PROMPT),
+             "--max-tokens", str(OUTPUT), "--requests", str(6 * STREAMS), "--concurrency",
+             str(STREAMS), "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(6)
+        before, planned = resident(server.process), kv_bytes // 3
+        subprocess.run([f"{options.bin}/espalier", "budget", str(before - planned), "--address",
+                        address], check=True, stdout=subprocess.DEVNULL)
+        time.sleep(2)
+        freed = before - resident(server.process)
+        streams.kill()
+        streams.wait()
+    return freed / planned
 
 
 def ladder_of(path):
@@ -181,6 +206,7 @@ def main():
     recovered = recovery(options, capacity, need)
     if recovered is not None:
         figures["recovery_s"], figures["recovery_dwells_s"] = recovered
+    figures["rss_freed_over_planned"] = freed_over_planned(options, need)
     policy_bench = pathlib.Path(options.bin, "policy_bench")
     subprocess.run([policy_bench], check=True)
     for task, figure in (("serve", "dqn_vs_ladder"), ("rap", "rap_dqn_vs_greedy")):
@@ -194,7 +220,8 @@ def main():
     (out / "bench-squeeze.json").write_text(json.dumps(figures, indent=2) + "\n")
     for name in ("goodput_vs_dense", "goodput_vs_best_fixed", "loss_vs_best_fixed",
                  "cost_without_squeeze", "learned_vs_policy_goodput", "simulator_error",
-                 "simulator_error_median", "recovery_s", "recovery_dwells_s", "policy_p99_us"):
+                 "simulator_error_median", "recovery_s", "recovery_dwells_s", "rss_freed_over_planned",
+                 "policy_p99_us"):
         if name in figures:
             print(f"{name} {figures[name]:.3f}")
     print(f"figures: {out}/bench-squeeze.json")
