@@ -47,7 +47,7 @@ fi
 shown=($((rungs > 4 ? 2 : rungs > 0)) $((rungs > 4 ? 4 : rungs)))
 say "Serving $(basename "$model")"
 began=$SECONDS
-$bin/espalier-server --model "$model" ${ladder:+--ladder "$ladder" --policy ladder} --admin --host 127.0.0.1 \
+$bin/espalier-server --model "$model" ${ladder:+--ladder "$ladder" --policy ladder --ttft-target 4} --admin --host 127.0.0.1 \
   --port 0 --port-file $work/port --metrics-port -1 >$work/server.log 2>&1 &
 server=$!
 while [ ! -s $work/port ]; do
