@@ -58,7 +58,7 @@ struct Backstage {
   const ServedModel* model = nullptr;
   const PromptEncoder* encoder = nullptr;
   EngineThread* engine = nullptr;
-  MemoryKeeper* memory = nullptr;  // null: nobody keeps it
+  MemoryKeeper* memory = nullptr;         // null: nobody keeps it
   const QualityCheck* quality = nullptr;  // null: nobody checks, and price tags are told
 };
 

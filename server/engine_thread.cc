@@ -75,7 +75,7 @@ void EngineThread::Run() {
       Publish(SteadyNow());
       if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, {});
       if (idle_since == kNever) idle_since = SteadyNow();
-      wait = closed            ? Instant::zero()
+      wait = closed                      ? Instant::zero()
              : hooks_.quality != nullptr ? hooks_.quality->Due(idle_since)
                                          : kNever;
       last_progress_.store(0, std::memory_order_relaxed);

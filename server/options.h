@@ -54,8 +54,8 @@ struct ServerOptions {
   std::chrono::milliseconds tpot_target{100};
   // Where the policy's decisions go, with what it saw; empty: nowhere.
   std::string decision_log;
-  // Of the engine's time, in which nobody waits, for scoring a sample of its traffic at pruned rungs
-  // and at the full model, 0 to 1; 0: never.
+  // Of the engine's time, in which nobody waits, for scoring a sample of its traffic at pruned
+  // rungs and at the full model, 0 to 1; 0: never.
   double quality_check = 0.02;
   // How much more than its price tag a rung may be seen to lose before it is no longer served, nats
   // per token, 0 to 100.

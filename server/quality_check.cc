@@ -18,9 +18,7 @@ constexpr double kPriceTokens = 4096;
 }  // namespace
 
 QualityCheck::QualityCheck(const QualityCheckOptions& options, const Ladder& ladder)
-    : options_(options),
-      rungs_(ladder.size()),
-      next_id_(std::numeric_limits<RequestId>::max()) {
+    : options_(options), rungs_(ladder.size()), next_id_(std::numeric_limits<RequestId>::max()) {
   for (int rung = 0; rung < rungs_; ++rung) {
     price_[rung] = ladder.rung(rung).price.quality_loss_nats;
     told_[rung].store(price_[rung], std::memory_order_relaxed);
@@ -30,10 +28,10 @@ QualityCheck::QualityCheck(const QualityCheckOptions& options, const Ladder& lad
 void QualityCheck::Watch(const Request& request) {
   if (watched_.has_value() || text_.has_value() || rungs_ == 1) return;
   const size_t count = std::min<size_t>(request.prompt.size(), options_.longest);
-  watched_ = Text{.id = request.id,
-                  .tokens = {request.prompt.begin(),
-                             request.prompt.begin() + static_cast<ptrdiff_t>(count)},
-                  .prompt_tokens = static_cast<int>(count)};
+  watched_ = Text{
+      .id = request.id,
+      .tokens = {request.prompt.begin(), request.prompt.begin() + static_cast<ptrdiff_t>(count)},
+      .prompt_tokens = static_cast<int>(count)};
 }
 
 void QualityCheck::Follow(const SequenceOutput& output) {
@@ -57,8 +55,8 @@ void QualityCheck::Forget(RequestId id) {
 
 Instant QualityCheck::Due(Instant idle_since) const {
   if (!text_.has_value() || running_.has_value()) return kNever;
-  const auto idle = std::chrono::duration_cast<Instant>(
-      std::chrono::duration<double>(options_.idle_s));
+  const auto idle =
+      std::chrono::duration_cast<Instant>(std::chrono::duration<double>(options_.idle_s));
   return std::max(rest_until_, idle_since + idle);
 }
 
@@ -139,8 +137,7 @@ void QualityCheck::Count() {
   }
   ++checks_;
   const Sums& sums = of_prompts_[rung_];
-  const double told =
-      (sums.sum + kPriceTokens * price_[rung_]) / (sums.tokens + kPriceTokens);
+  const double told = (sums.sum + kPriceTokens * price_[rung_]) / (sums.tokens + kPriceTokens);
   told_[rung_].store(std::max(0.0, told), std::memory_order_relaxed);
 }
 

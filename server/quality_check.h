@@ -21,12 +21,12 @@
 namespace espalier {
 
 struct QualityCheckOptions {
-  double share = 0.02;        // of the engine's time that checks take at most; above 0
-  double bound = 0.5;         // nats beyond the price tag from which a rung is not served
-  double idle_s = 0.2;        // that the engine does nothing before a check begins
-  int longest = 256;          // tokens of a text that are looked at
-  int64_t enough = 4096;      // prompt tokens of a rung before it is judged
-  int64_t window = 1 << 16;   // tokens after which what was counted before counts half
+  double share = 0.02;       // of the engine's time that checks take at most; above 0
+  double bound = 0.5;        // nats beyond the price tag from which a rung is not served
+  double idle_s = 0.2;       // that the engine does nothing before a check begins
+  int longest = 256;         // tokens of a text that are looked at
+  int64_t enough = 4096;     // prompt tokens of a rung before it is judged
+  int64_t window = 1 << 16;  // tokens after which what was counted before counts half
 };
 
 class QualityCheck {
@@ -91,10 +91,10 @@ class QualityCheck {
   std::array<Sums, kMostRungs> of_prompts_, of_answers_;
   std::array<std::atomic<double>, kMostRungs> told_ = {};
 
-  std::optional<Text> watched_;  // of a request that runs
-  std::optional<Text> text_;     // to be looked at
-  int turn_ = 0;                 // the rung for texts that were served in full
-  int rung_ = 0;                 // that the text in hand is scored at, before rung 0
+  std::optional<Text> watched_;   // of a request that runs
+  std::optional<Text> text_;      // to be looked at
+  int turn_ = 0;                  // the rung for texts that were served in full
+  int rung_ = 0;                  // that the text in hand is scored at, before rung 0
   std::vector<float> scores_[2];  // log-probabilities of its tokens but the first: at rung_, at 0
   bool at_full_ = false;          // the second of the two
   std::optional<RequestId> running_;

@@ -71,8 +71,8 @@ void Spread(float* x, int dim) {
   }
 }
 
-// Rounds x, which has been spread, to n[0 .. dim) of the scale that reaches the largest value: of 64
-// normal ones it lies near where cutting off would begin to pay, and a search for a better scale
+// Rounds x, which has been spread, to n[0 .. dim) of the scale that reaches the largest value: of
+// 64 normal ones it lies near where cutting off would begin to pay, and a search for a better scale
 // gained nothing. dim is a multiple of 8, and n has room for a multiple of 16. The scale, in fp16,
 // is not finite if a value is not.
 uint16_t RoundToInt4(const float* x, int dim, int8_t* n) {
