@@ -303,13 +303,7 @@ void AddBlock(const AttentionTask& t, int first, Block* block) {
 
 // A query's 15 bits for int8 keys: 128 * high + low = round(16256 * q / max|q|).
 void SplitQuery(const float* q, int dim, const QueryState& state) {
-  F most = Set1(0), fault = Set1(0);
-  for (int d = 0; d < dim; d += 16) {
-    const F v = LoadUpTo(q + d, dim - d);
-    most = Max(most, Abs(v));
-    fault = fault + (v - v);
-  }
-  const float max = ReduceMax(most), bad = ReduceAdd(fault);
+  const auto [max, bad] = ExtentOf(q, dim);
   const F inverse = Set1(max > kTinyGroup ? 16256.0f / max : 0.0f);
   I highs = ToInt(Set1(0)), lows = highs;
   for (int d = 0; d < dim; d += 16) {
@@ -495,13 +489,7 @@ struct Quantizer {
   float inverse;  // 0: no integer stands for the values
 
   Quantizer(const float* x, int dim) {
-    F most = Set1(0), fault = Set1(0);
-    for (int d = 0; d < dim; d += 16) {
-      const F v = LoadUpTo(x + d, dim - d);
-      most = Max(most, Abs(v));
-      fault = fault + (v - v);
-    }
-    const float max = ReduceMax(most), bad = ReduceAdd(fault);
+    const auto [max, bad] = ExtentOf(x, dim);
     scale = max / 127.0f + bad;
     inverse = bad == 0 && max > kTinyGroup ? 127.0f / max : 0.0f;
   }

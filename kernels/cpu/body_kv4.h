@@ -13,6 +13,21 @@ constexpr int kPage = 16;  // tokens of an int8 page: the lanes of one register 
 // Bytes: where the tokens' scales end and the values begin, of int8 and int4 alike.
 constexpr int64_t kScalesBytes = kPage * sizeof(float);
 
+struct Extent {
+  float max;    // of |x|
+  float fault;  // 0; not finite if an x is not
+};
+
+Extent ExtentOf(const float* x, int dim) {
+  F most = Set1(0), fault = Set1(0);
+  for (int d = 0; d < dim; d += 16) {
+    const F v = LoadUpTo(x + d, dim - d);
+    most = Max(most, Abs(v));
+    fault = fault + (v - v);
+  }
+  return {ReduceMax(most), ReduceAdd(fault)};
+}
+
 typedef float Vector16 __attribute__((vector_size(64)));
 
 // One step of the transform inside a register: lanes kStep apart become their sum and difference.
@@ -76,13 +91,7 @@ void Spread(float* x, int dim) {
 // gained nothing. dim is a multiple of 8, and n has room for a multiple of 16. The scale, in fp16,
 // is not finite if a value is not.
 uint16_t RoundToInt4(const float* x, int dim, int8_t* n) {
-  F most = Set1(0), fault = Set1(0);
-  for (int d = 0; d < dim; d += 16) {
-    const F v = LoadUpTo(x + d, dim - d);
-    most = Max(most, Abs(v));
-    fault = fault + (v - v);
-  }
-  const float max = ReduceMax(most), bad = ReduceAdd(fault);
+  const auto [max, bad] = ExtentOf(x, dim);
   constexpr float kMost = 15 * 65504.0f;  // of which the scale still is a number in fp16
   uint16_t halves[16];
   StoreHalf(halves, Set1((max < kMost ? max : kMost) / 15 + bad));

@@ -24,7 +24,8 @@ LADDER = """espalier-ladder 1
 model layers=2 heads=4 channels=96
 rung 0 loss=0 kv_bytes=2
 rung 1 loss=0.1 kv_bytes=2 channels=96,0
-rung 2 loss=0.5 kv_bytes=1 heads=4,0 channels=96,0
+rung 2 loss=0.2 kv_bytes=1 kv=int4 channels=96,0
+rung 3 loss=0.5 kv_bytes=0.5 kv=int4 heads=4,0 channels=96,0
 """
 
 

@@ -45,6 +45,14 @@ class SchedulerTest : public testing::Test {
     puppet_.emplace(geometry, ladder_);
   }
 
+  // A rung at four bits, and prefixes are shared.
+  void AddPackedRung() {
+    Rung packed = ladder_.rung(ladder_.size() - 1);
+    packed.int4_kv = true;
+    ASSERT_TRUE(ladder_.Append(packed));
+    prefix_cache_ = true;
+  }
+
   static Request MakeRequest(RequestId id, const Asked& asked) {
     Request request{.id = id, .priority = asked.priority, .deadline = asked.deadline};
     for (int i = 0; i < asked.prompt; ++i) request.prompt.push_back(asked.first + i);
@@ -416,12 +424,9 @@ TEST_F(SchedulerTest, RunningSequencesMoveAndNeverGetBackWhatTheyShed) {
 }
 
 TEST_F(SchedulerTest, FourBitsHalveThePagesOfWhoRunsAndNeverGoBack) {
-  Rung packed = ladder_.rung(0);
-  packed.int4_kv = true;
-  ASSERT_TRUE(ladder_.Append(packed));
   Told told;
   policy_ = &told;
-  prefix_cache_ = true;
+  AddPackedRung();
   Make(40, {.max_batch_tokens = 64});
   Submit(1, {.prompt = 21, .max_tokens = 20});  // six pages of four in each layer
   Step();
@@ -445,12 +450,9 @@ TEST_F(SchedulerTest, FourBitsHalveThePagesOfWhoRunsAndNeverGoBack) {
 }
 
 TEST_F(SchedulerTest, WhoHasNoPageForACopyStaysAtItsBits) {
-  Rung packed = ladder_.rung(0);
-  packed.int4_kv = true;
-  ASSERT_TRUE(ladder_.Append(packed));
   Told told;
   policy_ = &told;
-  prefix_cache_ = true;
+  AddPackedRung();
   Make(6, {.max_batch_tokens = 64, .reserve_output = 0});
   Submit(1, {.prompt = 16, .max_tokens = 8});
   Step();
