@@ -1,0 +1,78 @@
+#include "engine/pruning/weights/block_obs.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "engine/pruning/weights/factor.h"
+#include "engine/pruning/weights/loops.h"
+#include "engine/pruning/weights/mask.h"
+
+namespace espalier {
+namespace {
+
+constexpr double kDamping = 0.01;  // of the mean of the whole diagonal, as SparseGPT's
+constexpr int kTaskRows = 16;
+constexpr int64_t kFactor = int64_t{kMomentBlock} * kObsWidth;
+
+}  // namespace
+
+absl::StatusOr<BlockObs> BlockObs::Create(const ColumnMoments& moments, Backend* backend) {
+  BlockObs obs(moments.columns());
+  obs.factors_.resize(moments.block_count() * kFactor);
+  obs.column_weights_.resize(moments.columns());
+  const std::vector<float> squares = moments.Squares();
+  const double damping =
+      kDamping * std::accumulate(squares.begin(), squares.end(), 0.0) /
+      (static_cast<double>(std::max<int64_t>(moments.tokens(), 1)) * moments.columns());
+  std::vector<uint8_t> failed(moments.block_count());
+  backend->ParallelFor(moments.block_count(), [&](int b) {
+    const int width = moments.block_width(b);
+    float* const factor = obs.factors_.data() + b * kFactor;
+    failed[b] =
+        !ToSmallInverseFactor(width, damping, moments.Block(b).data(), kObsWidth, factor) ? 1 : 0;
+    for (int j = 0; j < width; ++j) {
+      const float diagonal = factor[j * kObsWidth + j];
+      obs.column_weights_[b * kMomentBlock + j] = 1 / (diagonal * diagonal);
+    }
+  });
+  const auto bad = std::ranges::find(failed, 1);
+  if (bad == failed.end()) return obs;
+  const auto first = (bad - failed.begin()) * kMomentBlock;
+  return absl::InvalidArgumentError(
+      fmt::format("second moments of columns {} to {}: expected a positive definite matrix", first,
+                  std::min<int64_t>(first + kMomentBlock, moments.columns()) - 1));
+}
+
+void BlockObs::Prune(const Pattern& pattern, Matrix weights, Backend* backend) const {
+  const WeightLoops& loops = BestWeightLoops();
+  // Groups that blocks would cut are masked beforehand, as is what has no groups.
+  const bool beforehand = !pattern.grouped() || kMomentBlock % pattern.group != 0;
+  const int tasks = (weights.rows + kTaskRows - 1) / kTaskRows;
+  backend->ParallelFor(tasks, [&](int task) {
+    std::vector<float> masked(columns_);
+    std::vector<uint8_t> pruned(columns_);
+    float errors[kMomentBlock];
+    float threshold = 0;
+    for (int r = task * kTaskRows; r < std::min((task + 1) * kTaskRows, weights.rows); ++r) {
+      float* const row = weights.row(r);
+      if (beforehand) {
+        std::copy_n(row, columns_, masked.data());
+        MaskRow(pattern, masked.data(), column_weights_.data(), columns_, &threshold);
+        for (int j = 0; j < columns_; ++j) pruned[j] = masked[j] == 0 ? 1 : 0;
+      }
+      for (int begin = 0; begin < columns_; begin += kMomentBlock) {
+        loops.obs_row({.weights = row + begin,
+                       .width = std::min(kMomentBlock, columns_ - begin),
+                       .factor = factors_.data() + begin / kMomentBlock * kFactor,
+                       .pruned = beforehand ? pruned.data() + begin : nullptr,
+                       .keep = pattern.keep,
+                       .group = pattern.group,
+                       .errors = errors});
+      }
+    }
+  });
+}
+
+}  // namespace espalier
