@@ -52,6 +52,9 @@ struct StepPlan {
   std::span<const PlanStep> steps;
 };
 
+// What rows are when they meet q, k and v; o; gate and up.
+enum class LayerInput : uint8_t { kQkv, kO, kGateUp };
+
 class Decoder {
  public:
   // Uploads every weight of `file`, calling progress(done, total) after each. Errors name file and
@@ -107,6 +110,11 @@ class Decoder {
   // For calibration.
   using ChannelObserver = std::function<void(int layer, ConstMatrix hidden)>;
   void set_channel_observer(ChannelObserver observer) { channel_observer_ = std::move(observer); }
+
+  // Called with what else meets weights of a layer, [rows, columns of the weight], of rows that
+  // keep all. For calibration.
+  using InputObserver = std::function<void(int layer, LayerInput input, ConstMatrix rows)>;
+  void set_input_observer(InputObserver observer) { input_observer_ = std::move(observer); }
 
  private:
   struct Layer {
@@ -192,6 +200,7 @@ class Decoder {
   std::vector<MlpStep> mlp_steps_;
   std::function<void(int, ConstMatrix)> observer_;
   ChannelObserver channel_observer_;
+  InputObserver input_observer_;
   Probe* probe_ = nullptr;
   Look look_ = Look::kNone;  // of the step in hand
 };

@@ -13,7 +13,6 @@ namespace espalier {
 namespace {
 
 constexpr double kDamping = 0.01;  // of the mean of the whole diagonal, as SparseGPT's
-constexpr int kTaskRows = 16;
 constexpr int64_t kFactor = int64_t{kMomentBlock} * kObsWidth;
 
 }  // namespace
@@ -49,28 +48,27 @@ void BlockObs::Prune(const Pattern& pattern, Matrix weights, Backend* backend) c
   const WeightLoops& loops = BestWeightLoops();
   // Groups that blocks would cut are masked beforehand, as is what has no groups.
   const bool beforehand = !pattern.grouped() || kMomentBlock % pattern.group != 0;
-  const int tasks = (weights.rows + kTaskRows - 1) / kTaskRows;
+  const int tasks = (weights.rows + kObsRows - 1) / kObsRows;
   backend->ParallelFor(tasks, [&](int task) {
+    const int first = task * kObsRows, rows = std::min(kObsRows, weights.rows - first);
     std::vector<float> masked(columns_);
-    std::vector<uint8_t> pruned(columns_);
-    float errors[kMomentBlock];
+    std::vector<uint8_t> pruned(beforehand ? int64_t{rows} * columns_ : 0);
     float threshold = 0;
-    for (int r = task * kTaskRows; r < std::min((task + 1) * kTaskRows, weights.rows); ++r) {
-      float* const row = weights.row(r);
-      if (beforehand) {
-        std::copy_n(row, columns_, masked.data());
-        MaskRow(pattern, masked.data(), column_weights_.data(), columns_, &threshold);
-        for (int j = 0; j < columns_; ++j) pruned[j] = masked[j] == 0 ? 1 : 0;
-      }
-      for (int begin = 0; begin < columns_; begin += kMomentBlock) {
-        loops.obs_row({.weights = row + begin,
-                       .width = std::min(kMomentBlock, columns_ - begin),
-                       .factor = factors_.data() + begin / kMomentBlock * kFactor,
-                       .pruned = beforehand ? pruned.data() + begin : nullptr,
-                       .keep = pattern.keep,
-                       .group = pattern.group,
-                       .errors = errors});
-      }
+    for (int r = 0; beforehand && r < rows; ++r) {
+      std::copy_n(weights.row(first + r), columns_, masked.data());
+      MaskRow(pattern, masked.data(), column_weights_.data(), columns_, &threshold);
+      for (int j = 0; j < columns_; ++j) pruned[int64_t{r} * columns_ + j] = masked[j] == 0 ? 1 : 0;
+    }
+    for (int begin = 0; begin < columns_; begin += kMomentBlock) {
+      loops.obs_rows({.weights = weights.row(first) + begin,
+                      .stride = weights.stride,
+                      .rows = rows,
+                      .width = std::min(kMomentBlock, columns_ - begin),
+                      .factor = factors_.data() + begin / kMomentBlock * kFactor,
+                      .pruned = beforehand ? pruned.data() + begin : nullptr,
+                      .pruned_stride = columns_,
+                      .keep = pattern.keep,
+                      .group = pattern.group});
     }
   });
 }

@@ -24,7 +24,7 @@ void ColumnMoments::Add(ConstMatrix x, Backend* backend) {
   backend->ParallelFor(block_count(), [&](int b) {
     const int begin = b * kMomentBlock, width = block_width(b);
     float sums[kMomentBlock] = {}, squares[kMomentBlock] = {};
-    for (int r = 0; r < x.rows; ++r) loops.add_moments(x.row(r) + begin, width, sums, squares);
+    loops.add_moments(x.data + begin, x.stride, x.rows, width, sums, squares);
     for (int j = 0; j < width; ++j) {
       sums_[begin + j] += sums[j];
       squares_[begin + j] += squares[j];

@@ -15,8 +15,9 @@ namespace espalier {
 // Columns of a block of second moments, and the most that ObsArgs may have.
 inline constexpr int kMomentBlock = 64;
 inline constexpr int kObsWidth = 128;
-// Rows that an EWMA pass takes at once, one a lane.
+// Rows that a pass of EWMA or of Optimal Brain Surgeon takes at once, one a lane.
 inline constexpr int kEwmaRows = 16;
+inline constexpr int kObsRows = 16;
 
 // Sums of scores.
 struct Saliency {
@@ -46,16 +47,21 @@ struct EwmaArgs {
   float* standing = nullptr;
 };
 
-// One row of at most kObsWidth columns through Optimal Brain Surgeon: columns are pruned from left
-// to right, and each one's error goes to those right of it.
+// Rows of at most kObsWidth columns through Optimal Brain Surgeon: columns are pruned from left to
+// right, and each one's error goes to those right of it.
 struct ObsArgs {
-  float* weights = nullptr;  // [width]
+  float* weights = nullptr;  // [rows <= kObsRows, width], `stride` apart
+  int64_t stride = 0;
+  int rows = 0;
   int width = 0;
-  const float* factor = nullptr;    // [width, kObsWidth]: U, upper triangular, U^T U = H^-1
-  const uint8_t* pruned = nullptr;  // [width], or null: `keep` of each `group`, by w^2 / U_jj^2
+  const float* factor = nullptr;  // [width, kObsWidth]: U, upper triangular, U^T U = H^-1
+  // [rows, width], `pruned_stride` apart, or null: all but `keep` of each `group`, by w^2 / U_jj^2.
+  const uint8_t* pruned = nullptr;
+  int64_t pruned_stride = 0;
   int keep = 0;
   int group = 0;
-  float* errors = nullptr;  // [width]: w_j / U_jj of what was pruned, 0 of what was kept
+  // [rows, width]: w_j / U_jj of what was pruned, 0 of what was kept; or null.
+  float* errors = nullptr;
 };
 
 struct WeightLoops {
@@ -64,16 +70,15 @@ struct WeightLoops {
   // Prunes two of every 4 (four of every 8) weights in place, by those scores; n is whole groups.
   Saliency (*mask_2_4)(float* w, const float* c, int n);
   Saliency (*mask_4_8)(float* w, const float* c, int n);
-  // How many scores are below a threshold.
-  int64_t (*count_below)(const float* scores, int64_t n, float threshold);
-  // w[j] = 0 where the score is below.
-  Saliency (*zero_below)(float* w, const float* scores, int64_t n, float threshold);
+  // w[j] = 0 for the `count` least scores of n < 2^31. `threshold`: where to begin looking, or 0;
+  // then what was found.
+  Saliency (*zero_least)(float* w, const float* scores, int64_t n, int64_t count, float* threshold);
   Saliency (*ewma)(const EwmaArgs& args);
-  // sums[j] += x[j]; squares[j] += x[j]^2
-  void (*add_moments)(const float* x, int n, float* sums, float* squares);
+  // sums[j] += x[r, j] and squares[j] += x[r, j]^2 over rows, `stride` apart, of n columns.
+  void (*add_moments)(const float* x, int64_t stride, int rows, int n, float* sums, float* squares);
   // sums [kMomentBlock, kMomentBlock] += X^T X of x [rows, kMomentBlock], `stride` apart.
   void (*add_block)(const float* x, int64_t stride, int rows, float* sums);
-  void (*obs_row)(const ObsArgs& args);
+  void (*obs_rows)(const ObsArgs& args);
   double (*dot)(const float* a, const float* b, int n);
   // The sum of a[j] where w[j] is not 0; w[j] += scale * a[j] there.
   double (*sum_kept)(const float* w, const float* a, int n);

@@ -1,11 +1,9 @@
 #include "engine/pruning/weights/mask.h"
 
 #include <algorithm>
-#include <bit>
-#include <cmath>
 #include <limits>
 #include <numeric>
-#include <utility>
+#include <span>
 #include <vector>
 
 namespace espalier {
@@ -15,46 +13,6 @@ namespace {
 constexpr int kTaskRows = 2 * kEwmaRows;
 // Rows that k is calibrated on; a sample of 64 is within 0.3 % of the share.
 constexpr int kSampleRows = 64;
-
-uint32_t BitsOf(float value) { return std::bit_cast<uint32_t>(value); }
-float FloatOf(uint32_t bits) { return std::bit_cast<float>(bits); }
-
-// Scores in [low, high), of which there are `below(low)` and `below(high)` below each end.
-struct Bracket {
-  float low = 0, high = 0;
-  int64_t below_low = 0, below_high = 0;
-};
-
-// The `count` least of [low, high) by comparing each with each; there are few.
-void ZeroFew(float* weights, const float* scores, int64_t n, const Bracket& in, int64_t count,
-             Saliency* saliency) {
-  std::vector<int64_t> found;
-  found.reserve(in.below_high - in.below_low);
-  for (int64_t j = 0; j < n; ++j) {
-    if (scores[j] >= in.low && scores[j] < in.high) found.push_back(j);
-  }
-  for (size_t i = 0; i < found.size(); ++i) {
-    int64_t before = 0;
-    for (size_t o = 0; o < found.size(); ++o) {
-      const float mine = scores[found[i]], other = scores[found[o]];
-      before += (other < mine || (other == mine && o < i)) ? 1 : 0;
-    }
-    if (before >= count) continue;
-    weights[found[i]] = 0;
-    saliency->kept -= scores[found[i]];
-  }
-}
-
-// The first `count` whose score is exactly `value`.
-void ZeroEqual(float* weights, const float* scores, int64_t n, float value, int64_t count,
-               Saliency* saliency) {
-  for (int64_t j = 0; j < n && count > 0; ++j) {
-    if (scores[j] != value) continue;
-    weights[j] = 0;
-    saliency->kept -= value;
-    --count;
-  }
-}
 
 // One group of any size, the last of a row perhaps: `count` of the n go.
 void MaskGroup(float* w, const float* c, int n, int count, Saliency* saliency) {
@@ -119,100 +77,49 @@ float CalibratedK(const MaskOptions& options, const ColumnWeights& columns, Matr
                 .beta = options.beta,
                 .standing = standing.data() + pass * pass_values});
   });
+  // Shifted to where scores lie, so that the same search finds the quantile.
+  constexpr float kShift = 64;
   std::vector<float> sample;
   sample.reserve(static_cast<size_t>(rows) * weights.cols);
   for (int pass = 0; pass < passes; ++pass) {
     const int count = std::min(step, rows - pass * step);
     for (int j = 0; j < weights.cols; ++j) {
       const float* const column = standing.data() + pass * pass_values + int64_t{j} * kEwmaRows;
-      sample.insert(sample.end(), column, column + count);
+      for (int r = 0; r < count; ++r) {
+        sample.push_back(std::clamp(column[r], -kShift, kShift) + kShift);
+      }
     }
   }
-  const int64_t at = options.pattern.PrunedOf(static_cast<int64_t>(sample.size()));
-  std::ranges::nth_element(sample, sample.begin() + std::min<int64_t>(at, sample.size() - 1));
-  return sample[std::min<int64_t>(at, sample.size() - 1)];
+  const auto n = static_cast<int64_t>(sample.size());
+  float threshold = kShift;
+  loops.zero_least(standing.data(), sample.data(), n, options.pattern.PrunedOf(n), &threshold);
+  return threshold - kShift;
 }
 
 // Of a row that EWMA pruned: `original` is the row as it was, `scores` its own.
 void Repair(float* weights, std::span<const float> original, std::span<float> scores, int64_t count,
             float* threshold) {
+  const WeightLoops& loops = BestWeightLoops();
   const auto n = static_cast<int64_t>(original.size());
   // Weights of 0 are pruned either way.
-  const int64_t pruned = BestWeightLoops().zeros(weights, n);
+  const int64_t pruned = loops.zeros(weights, n);
   const bool too_many = pruned > count;
   for (int64_t j = 0; j < n; ++j) {  // those that are not in question are out of reach
     if ((weights[j] == 0) != too_many) scores[j] = std::numeric_limits<float>::infinity();
     if (too_many) weights[j] = original[j];
   }
-  ZeroLeast(weights, scores.data(), n, too_many ? count : count - pruned, threshold);
+  loops.zero_least(weights, scores.data(), n, too_many ? count : count - pruned, threshold);
 }
 
 }  // namespace
-
-Saliency ZeroLeast(float* weights, const float* scores, int64_t n, int64_t count,
-                   float* threshold) {
-  const WeightLoops& loops = BestWeightLoops();
-  constexpr int64_t kFew = 32;
-  const float infinity = std::numeric_limits<float>::infinity();
-  Bracket in{.low = 0, .high = infinity, .below_low = 0, .below_high = n};
-  if (count >= n) {
-    Saliency saliency = loops.zero_below(weights, scores, n, 0);
-    std::fill_n(weights, n, 0.0f);
-    saliency.kept = 0;
-    return saliency;
-  }
-  float next = *threshold > 0 && *threshold < infinity ? *threshold : 0;
-  if (next == 0) {
-    double sum = 0;
-    for (int64_t j = 0; j < std::min<int64_t>(n, 64); ++j) sum += scores[j];
-    next = static_cast<float>(sum / static_cast<double>(std::min<int64_t>(n, 64)));
-  }
-  for (int turn = 0; in.below_low != count && in.below_high != count; ++turn) {
-    if (in.high < infinity && in.below_high - in.below_low <= kFew) break;
-    const uint32_t low = BitsOf(in.low), high = BitsOf(in.high);
-    if (high - low <= 1) break;  // all that is left are equal
-    if (!(next > in.low && next < in.high) || turn % 4 == 3) next = FloatOf(low + (high - low) / 2);
-    const int64_t below = loops.count_below(scores, n, next);
-    (below <= count ? in.low : in.high) = next;
-    (below <= count ? in.below_low : in.below_high) = below;
-    // Near its median |w| is spread evenly, so counts go with roots of scores. A few more or less,
-    // so that the other end comes near too.
-    const double margin = (below <= count ? 0.4 : -0.4) * kFew;
-    const double aim = static_cast<double>(count) + margin;
-    if (in.high < infinity && in.low > 0) {
-      const double share = (aim - static_cast<double>(in.below_low)) /
-                           static_cast<double>(in.below_high - in.below_low);
-      const double a = std::sqrt(in.low), b = std::sqrt(in.high);
-      const double root = a + std::clamp(share, 0.02, 0.98) * (b - a);
-      next = static_cast<float>(root * root);
-    } else if (below > 0) {
-      const double ratio = std::clamp(aim / static_cast<double>(below), 0.25, 4.0);
-      next = static_cast<float>(next * ratio * ratio);
-    } else {
-      next = 0;  // bisect
-    }
-  }
-  if (in.below_high == count) {
-    in.low = in.high;
-    in.below_low = count;
-  }
-  *threshold = in.low;
-  Saliency saliency = loops.zero_below(weights, scores, n, in.low);
-  if (in.below_low == count) return saliency;
-  if (in.high < infinity && in.below_high - in.below_low <= kFew) {
-    ZeroFew(weights, scores, n, in, count - in.below_low, &saliency);
-  } else {
-    ZeroEqual(weights, scores, n, in.low, count - in.below_low, &saliency);
-  }
-  return saliency;
-}
 
 Saliency MaskRow(const Pattern& pattern, float* weights, const float* column_weights, int columns,
                  float* threshold) {
   if (pattern.grouped()) return MaskGroupedRow(pattern, weights, column_weights, columns);
   std::vector<float> scores(columns);
-  BestWeightLoops().score(weights, column_weights, columns, scores.data());
-  return ZeroLeast(weights, scores.data(), columns, pattern.PrunedOf(columns), threshold);
+  const WeightLoops& loops = BestWeightLoops();
+  loops.score(weights, column_weights, columns, scores.data());
+  return loops.zero_least(weights, scores.data(), columns, pattern.PrunedOf(columns), threshold);
 }
 
 Saliency MaskWeights(const MaskOptions& options, const ColumnWeights& columns, Matrix weights,
@@ -230,7 +137,7 @@ Saliency MaskWeights(const MaskOptions& options, const ColumnWeights& columns, M
     }
     float threshold = 0;
     const Saliency saliency =
-        ZeroLeast(flat.data(), scores.data(), n, options.pattern.PrunedOf(n), &threshold);
+        loops.zero_least(flat.data(), scores.data(), n, options.pattern.PrunedOf(n), &threshold);
     for (int r = 0; r < weights.rows; ++r) {
       std::copy_n(flat.data() + int64_t{r} * weights.cols, weights.cols, weights.row(r));
     }
@@ -252,7 +159,7 @@ Saliency MaskWeights(const MaskOptions& options, const ColumnWeights& columns, M
           saliency[task] += MaskGroupedRow(options.pattern, w, c, weights.cols);
         } else {
           loops.score(w, c, weights.cols, scores.data());
-          saliency[task] += ZeroLeast(w, scores.data(), weights.cols, count, &threshold);
+          saliency[task] += loops.zero_least(w, scores.data(), weights.cols, count, &threshold);
         }
       }
       return;

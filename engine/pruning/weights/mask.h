@@ -43,12 +43,8 @@ struct MaskOptions {
 Saliency MaskWeights(const MaskOptions& options, const ColumnWeights& columns, Matrix weights,
                      Backend* backend);
 
-// One row, by scores w^2 * c, exactly; `threshold` as ZeroLeast's.
+// One row, by scores w^2 * c, exactly; `threshold` as WeightLoops::zero_least.
 Saliency MaskRow(const Pattern& pattern, float* weights, const float* column_weights, int columns,
                  float* threshold);
-
-// Zeroes the `count` weights of least score among n, of equal scores the first; `scores` are not
-// negative and not NaN. `threshold`: where to begin, and then what was found, as rows are alike.
-Saliency ZeroLeast(float* weights, const float* scores, int64_t n, int64_t count, float* threshold);
 
 }  // namespace espalier

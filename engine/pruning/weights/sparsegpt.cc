@@ -8,7 +8,7 @@
 namespace espalier {
 namespace {
 
-constexpr int kTaskRows = 16;
+constexpr int kTaskRows = kObsRows;
 
 }  // namespace
 
@@ -44,23 +44,25 @@ absl::Status SparseGpt(const Pattern& pattern, std::span<const float> factor, Ma
       });
       std::fill(masked.begin(), masked.end(), 1.0f);
       float threshold = 0;
-      ZeroLeast(masked.data(), scores.data(), values, pattern.PrunedOf(values), &threshold);
+      loops.zero_least(masked.data(), scores.data(), values, pattern.PrunedOf(values), &threshold);
     }
     errors.resize(values);
     backend->ParallelFor(tasks, [&](int task) {
-      uint8_t pruned[kObsWidth];
-      for (int r = task * kTaskRows; r < std::min((task + 1) * kTaskRows, rows); ++r) {
-        if (!pattern.grouped()) {
-          for (int j = 0; j < width; ++j) pruned[j] = masked[int64_t{r} * width + j] == 0 ? 1 : 0;
-        }
-        loops.obs_row({.weights = weights.row(r) + begin,
-                       .width = width,
-                       .factor = own.data(),
-                       .pruned = pattern.grouped() ? nullptr : pruned,
-                       .keep = pattern.keep,
-                       .group = pattern.group,
-                       .errors = errors.data() + int64_t{r} * width});
+      const int first = task * kTaskRows, count = std::min(kTaskRows, rows - first);
+      std::vector<uint8_t> pruned(pattern.grouped() ? 0 : int64_t{count} * width);
+      for (size_t i = 0; i < pruned.size(); ++i) {
+        pruned[i] = masked[int64_t{first} * width + i] == 0 ? 1 : 0;
       }
+      loops.obs_rows({.weights = weights.row(first) + begin,
+                      .stride = weights.stride,
+                      .rows = count,
+                      .width = width,
+                      .factor = own.data(),
+                      .pruned = pattern.grouped() ? nullptr : pruned.data(),
+                      .pruned_stride = width,
+                      .keep = pattern.keep,
+                      .group = pattern.group,
+                      .errors = errors.data() + int64_t{first} * width});
     });
     if (end == columns) break;
     // Columns right of the block: W -= errors * U[block, right].
