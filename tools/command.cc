@@ -173,6 +173,7 @@ int RunCommand(int argc, const char* const* argv) {
   AddBudget(root, &action);
   AddBench(root, &action);
   AddCalibrate(root, &action);
+  AddPrune(root, &action);
   AddSimulate(root, &action);
   AddTrain(root, &action);
   AddEval(root, &action);

@@ -25,6 +25,7 @@ void AddHealth(CLI::App& root, Action* action);
 void AddBudget(CLI::App& root, Action* action);
 void AddBench(CLI::App& root, Action* action);
 void AddCalibrate(CLI::App& root, Action* action);
+void AddPrune(CLI::App& root, Action* action);
 void AddSimulate(CLI::App& root, Action* action);
 void AddTrain(CLI::App& root, Action* action);
 void AddEval(CLI::App& root, Action* action);

@@ -439,6 +439,7 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
     projections_.push_back({.weight = &weights.v, .out = v, .bias = weights.v_bias});
     backend_->MatMul({.x = normed, .targets = projections_});
   }
+  if (input_observer_) input_observer_(layer, LayerInput::kQkv, normed);
   {
     PhaseTimer timer(&phases->norm);
     for (const HeadRun& run : head_runs_) NormHeads(weights.q_norm, part(q, run));
@@ -469,6 +470,7 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
            .out = Matrix(attended.data, rows, run.heads * dim, attended.stride)});
     }
   }
+  if (input_observer_) input_observer_(layer, LayerInput::kO, attended);
   PhaseTimer timer(&phases->attention_projections);
   for (const HeadRun& run : head_runs_) {
     if (run.heads == 0) continue;
@@ -543,6 +545,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
       backend_->RmsNorm(
           {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
     }
+    if (input_observer_) input_observer_(layer, LayerInput::kGateUp, normed);
     PhaseTimer timer(&phases->mlp);
     backend_->GatedMlp({.x = normed,
                         .gate = by == By::kWeights ? weights.gate : panels.gate,

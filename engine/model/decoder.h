@@ -52,6 +52,9 @@ struct StepPlan {
   std::span<const PlanStep> steps;
 };
 
+// What rows are when they meet q, k and v; o; gate and up.
+enum class LayerInput : uint8_t { kQkv, kO, kGateUp };
+
 class Decoder {
  public:
   // Uploads every weight of `file`, calling progress(done, total) after each. Errors name file and
@@ -115,6 +118,11 @@ class Decoder {
   void set_key_observer(std::function<void(int layer, ConstMatrix keys)> observer) {
     key_observer_ = std::move(observer);
   }
+
+  // Called with what else meets weights of a layer, [rows, columns of the weight], of rows that
+  // keep all. For calibration.
+  using InputObserver = std::function<void(int layer, LayerInput input, ConstMatrix rows)>;
+  void set_input_observer(InputObserver observer) { input_observer_ = std::move(observer); }
 
  private:
   struct Layer {
@@ -202,6 +210,7 @@ class Decoder {
   std::function<void(int, ConstMatrix)> observer_;
   ChannelObserver channel_observer_;
   std::function<void(int, ConstMatrix)> key_observer_;
+  InputObserver input_observer_;
   Probe* probe_ = nullptr;
   Look look_ = Look::kNone;  // of the step in hand
 };

@@ -231,6 +231,10 @@ void ModelExecutor::set_key_observer(std::function<void(int, ConstMatrix)> obser
   impl_->model->set_key_observer(std::move(observer));
 }
 
+void ModelExecutor::set_input_observer(std::function<void(int, LayerInput, ConstMatrix)> observer) {
+  impl_->model->set_input_observer(std::move(observer));
+}
+
 absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
   Impl& impl = *impl_;
   result->tokens.resize(batch.logits.size());
@@ -272,7 +276,8 @@ void ModelExecutor::FitPages(std::span<const std::pair<int32_t, int32_t>> moves,
   impl_->backend->FitKvPool(moves, pages, &impl_->pool);
 }
 
-absl::Status ModelExecutor::ExecuteLayer(const Batch& batch, int layer, Matrix residual) {
+absl::Status ModelExecutor::ExecuteLayer(const Batch& batch, int layer, Matrix residual,
+                                         bool embedded) {
   Impl& impl = *impl_;
   impl.MakePlan(batch);
   const StepPlan plan{
@@ -282,8 +287,9 @@ absl::Status ModelExecutor::ExecuteLayer(const Batch& batch, int layer, Matrix r
     return impl.activations.residual.data() + int64_t{impl.row_of[row]} * hidden;
   };
   PhaseTimes phases;
-  if (layer == 0) impl.model->Embed(plan, &impl.activations, &phases);
-  for (int row = 0; layer > 0 && row < batch.rows(); ++row) {
+  const bool embeds = layer == 0 && !embedded;
+  if (embeds) impl.model->Embed(plan, &impl.activations, &phases);
+  for (int row = 0; !embeds && row < batch.rows(); ++row) {
     std::copy_n(residual.row(row), hidden, row_in_plan(row));
   }
   impl.model->ForwardLayer(layer, plan, &impl.pool, &impl.activations, &phases);

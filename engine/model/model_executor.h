@@ -31,6 +31,8 @@ struct ModelOptions {
   int max_logit_rows = 64;     // rows of logits computed at once; more are done in turns
 };
 
+enum class LayerInput : uint8_t;  // decoder.h
+
 class ModelExecutor final : public Executor {
  public:
   // Called with done in [0, total] weights loaded.
@@ -60,6 +62,9 @@ class ModelExecutor final : public Executor {
   // As Decoder::set_key_observer.
   void set_key_observer(std::function<void(int layer, ConstMatrix keys)> observer);
 
+  // As Decoder::set_input_observer. Rows lie as above.
+  void set_input_observer(std::function<void(int layer, LayerInput, ConstMatrix rows)> observer);
+
   absl::Status Execute(const Batch& batch, StepResult* result) override;
 
   void PackPages(std::span<const PagePacking> packings) override;
@@ -67,8 +72,9 @@ class ModelExecutor final : public Executor {
 
   // Runs one layer over the batch's rows: residual [rows, hidden], in the batch's order, is what
   // the layer before left and becomes what this one leaves; what it comes to layer 0 with does not
-  // matter. Its pages keep K and V as in Execute. For calibration, layer by layer.
-  absl::Status ExecuteLayer(const Batch& batch, int layer, Matrix residual);
+  // matter, unless `embedded` says that it is what tokens embed to. Its pages keep K and V as in
+  // Execute. For calibration, layer by layer.
+  absl::Status ExecuteLayer(const Batch& batch, int layer, Matrix residual, bool embedded = false);
   // What Execute does after the last layer, which left `residual`.
   absl::Status ExecuteHead(const Batch& batch, ConstMatrix residual, StepResult* result);
 

@@ -67,8 +67,8 @@ TEST(Command, HelpListsSubcommandsAndExitCodes) {
   EXPECT_EQ(help.code, 0);
   EXPECT_EQ(help.err, "");
   for (const char* text :
-       {"chat", "generate", "score", "tokenize", "load", "health", "bench", "calibrate", "eval",
-        "simulate", "train", "ESPALIER_TOP_K", "--config", "130"}) {
+       {"chat", "generate", "score", "tokenize", "load", "health", "bench", "calibrate", "prune",
+        "eval", "simulate", "train", "ESPALIER_TOP_K", "--config", "130"}) {
     EXPECT_THAT(help.out, HasSubstr(text));
   }
 }
@@ -96,7 +96,8 @@ TEST_P(HelpOf, TellsUnitsRangesAndDefaults) {
 
 INSTANTIATE_TEST_SUITE_P(EverySubcommand, HelpOf,
                          testing::Values("chat", "generate", "score", "tokenize", "load", "health",
-                                         "bench", "calibrate", "eval", "simulate", "train"));
+                                         "bench", "calibrate", "prune", "eval", "simulate",
+                                         "train"));
 
 TEST(Command, UnknownOptionIsNamedInOneLine) {
   const Outcome outcome = RunWith({"generate", "hello", "--no-such-option"});

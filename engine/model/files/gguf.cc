@@ -319,6 +319,10 @@ absl::StatusOr<Gguf> ParseGguf(const std::string& path, std::string_view bytes) 
   return gguf;
 }
 
+uint32_t GgufNumberOf(BlockType type) {
+  return std::ranges::find(kTensorTypes, type, &TensorType::type)->id;
+}
+
 void GgufKeys::Expected(std::string_view key, std::string_view expected, std::string_view got) {
   Fail(Mismatch(path_, fmt::format("key {}", Quoted(key)), expected, got));
 }

@@ -44,6 +44,9 @@ struct Gguf {
   std::vector<StoredTensor> tensors;  // sorted by name
 };
 
+// The format's number of a block type.
+uint32_t GgufNumberOf(BlockType type);
+
 // Version 2 or 3, little endian. `path` is for messages.
 absl::StatusOr<Gguf> ParseGguf(const std::string& path, std::string_view bytes);
 

@@ -219,6 +219,21 @@ class HfModel final : public ModelFile {
 
 }  // namespace
 
+std::string HfTensorName(std::string_view name) {
+  const auto lookup = [](std::span<const NamePair> names, std::string_view key) {
+    const auto found = std::ranges::find(names, key, &NamePair::second);
+    return found == names.end() ? std::string_view() : found->first;
+  };
+  constexpr std::string_view kLayers = "blk.";
+  if (!name.starts_with(kLayers)) return std::string(lookup(kModelNames, name));
+  const size_t dot = name.find('.', kLayers.size());
+  if (dot == std::string_view::npos) return "";
+  const std::string_view known = lookup(kLayerNames, name.substr(dot + 1));
+  if (known.empty()) return "";
+  return fmt::format("model.layers.{}.{}", name.substr(kLayers.size(), dot - kLayers.size()),
+                     known);
+}
+
 absl::StatusOr<std::unique_ptr<ModelFile>> OpenHfFolder(const std::string& folder) {
   auto model = std::make_unique<HfModel>();
   if (absl::Status status = model->Read(folder); !status.ok()) return status;

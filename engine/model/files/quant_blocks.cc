@@ -172,6 +172,28 @@ void EachBlock(const Format& format, const uint8_t* src, int64_t count, float* d
   }
 }
 
+// Without branches, for vectors.
+uint16_t RoundToHalf(float value) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7FFFFFFF;
+  // Exponent bias 127 becomes 15; a carry out of the mantissa is the next exponent, or infinity.
+  const uint32_t normal = (magnitude - (112u << 23) + 0x0FFF + (magnitude >> 13 & 1)) >> 13;
+  // Below 2^-14 a half is a whole number of 2^-24, which is the last place of what 0.5 is added to.
+  const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) -
+                             std::bit_cast<uint32_t>(0.5f);
+  const uint32_t odd = magnitude > 0x7F800000 ? 0x7E00 : 0x7C00;  // NaN or infinity
+  const uint32_t rounded = magnitude < (113u << 23)   ? subnormal
+                           : magnitude >= 0x47800000u ? odd
+                                                      : normal;
+  return static_cast<uint16_t>((bits >> 16 & 0x8000) | rounded);
+}
+
+uint16_t RoundToBrainFloat(float value) {
+  const auto bits = std::bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFF) > 0x7F800000 ? bits >> 16 | 0x40 : rounded);
+}
+
 }  // namespace
 
 std::string_view BlockTypeName(BlockType type) { return FormatOf(type).name; }
@@ -222,6 +244,18 @@ float HalfToFloat(uint16_t half) {
     bits = (magnitude << 13) | 0x7F800000;
   }
   return std::bit_cast<float>(sign | bits);
+}
+
+void RoundTo(BlockType type, const float* src, int64_t count, std::byte* dst) {
+  if (type == BlockType::kF32) {
+    std::memcpy(dst, src, count * sizeof(float));
+    return;
+  }
+  const bool half = type == BlockType::kF16;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t bits = half ? RoundToHalf(src[i]) : RoundToBrainFloat(src[i]);
+    std::memcpy(dst + i * sizeof(bits), &bits, sizeof(bits));
+  }
 }
 
 }  // namespace espalier

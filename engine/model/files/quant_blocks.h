@@ -32,4 +32,8 @@ void Dequantize(BlockType type, const std::byte* src, int64_t count, float* dst)
 
 float HalfToFloat(uint16_t half);
 
+// Rounds `count` values to kF32, kF16 or kBF16, to the nearest, ties to even. Beyond what a half
+// holds: infinity.
+void RoundTo(BlockType type, const float* src, int64_t count, std::byte* dst);
+
 }  // namespace espalier

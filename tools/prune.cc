@@ -1,0 +1,361 @@
+// `espalier prune`: weights of a model to zero, offline, by SwiftPrune and by what it is compared
+// with; the result is a model as any other.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+
+#include "engine/model/files/model_rewriter.h"
+#include "engine/model/text/tokenizer.h"
+#include "tools/command.h"
+#include "tools/corpus.h"
+#include "tools/interrupt.h"
+#include "tools/local_model.h"
+#include "tools/machine.h"
+#include "tools/progress.h"
+#include "tools/self_text.h"
+#include "tools/value_checks.h"
+#include "tools/weight_pruning.h"
+
+namespace espalier {
+namespace {
+
+constexpr std::string_view kSelf = "self";
+constexpr int kSelfBatch = 16;
+
+struct Options {
+  LocalModelOptions model;
+  std::string method = "swift";
+  std::string pattern = "2:4";
+  std::vector<std::string> texts;
+  int64_t tokens = 0;  // 0: the method's
+  int window = 512;
+  uint64_t seed = 1;
+  std::string out;
+  std::string store = "auto";
+  std::string metric = "auto";
+  std::string select = "auto";
+  double alpha = 0.125;
+  bool loose = false;
+  std::string compensate = "auto";
+  bool quality = false;
+  std::string activations = "auto";
+  bool skip_first = false;
+  std::string json;
+};
+
+template <size_t kCount>
+int IndexOf(const std::string_view (&names)[kCount], std::string_view name) {
+  return static_cast<int>(std::ranges::find(names, name) - std::begin(names));
+}
+
+absl::Status Contradiction(std::string_view option, std::string_view why) {
+  return absl::InvalidArgumentError(fmt::format("{}: {}", option, why));
+}
+
+// What a method stands for, and what of it the other options change.
+absl::StatusOr<WeightPruningOptions> Plan(const Options& options) {
+  WeightPruningOptions plan;
+  plan.mask.pattern = *ParsePattern(options.pattern);
+  plan.weights = static_cast<WeightPlan>(IndexOf(kWeightPlanNames, options.model.weights));
+  plan.skip_first = options.skip_first;
+  const bool swift = options.method == "swift";
+  if (options.metric != "auto" && !swift) {
+    return Contradiction("--metric", "of --method swift alone; others are metrics themselves");
+  }
+  if (options.method == "sparsegpt") {
+    plan.method = WeightMethod::kSparseGpt;
+    if (options.quality) return Contradiction("--quality", "SparseGPT has a whole Hessian already");
+  } else if (options.quality) {
+    if (!swift) return Contradiction("--quality", "of --method swift alone");
+    if (options.metric != "auto") return Contradiction("--quality", "scores by its own metric");
+    plan.method = WeightMethod::kBlockObs;
+  } else {
+    const std::string metric =
+        swift ? (options.metric == "auto" ? "wanda" : options.metric) : options.method;
+    plan.metric = static_cast<Metric>(IndexOf(kMetricNames, metric));
+  }
+  plan.mask.whole_matrix = options.method == "magnitude";
+  if (options.select != "auto") {
+    if (plan.method != WeightMethod::kScores || plan.mask.whole_matrix ||
+        plan.mask.pattern.grouped()) {
+      return Contradiction("--select", "of scores compared within a row, without groups, alone");
+    }
+    plan.mask.selection = static_cast<Selection>(IndexOf(kSelectionNames, options.select));
+  }
+  plan.mask.alpha = plan.mask.beta = static_cast<float>(options.alpha);
+  plan.mask.strict = !options.loose;
+  plan.compensate_mean = options.compensate == "auto" ? swift : options.compensate == "mean";
+  plan.pruned_activations = options.activations != "dense";
+  return plan;
+}
+
+int64_t TokensOf(const Options& options) {
+  if (options.tokens > 0) return options.tokens;
+  return options.method == "swift" ? 2048 : options.method == "sparsegpt" ? 4096 : 8192;
+}
+
+// Windows to calibrate with, kinds in turns.
+absl::StatusOr<std::vector<std::vector<int32_t>>> ReadWindows(const Options& options,
+                                                              const ModelFile& file) {
+  const auto tokenizer = Tokenizer::Create(file.vocabulary());
+  if (!tokenizer.ok()) return tokenizer.status();
+  const int64_t windows = std::max<int64_t>(1, TokensOf(options) / options.window);
+  const auto kinds = static_cast<int64_t>(options.texts.size());
+  std::vector<std::string> paths;
+  std::ranges::copy_if(options.texts, std::back_inserter(paths),
+                       [](const std::string& path) { return path != kSelf; });
+  const int64_t each = (windows + kinds - 1) / kinds;
+  absl::StatusOr<std::vector<TextKind>> read =
+      ReadKinds(paths, **tokenizer, options.window, static_cast<int>(each));
+  if (!read.ok()) return read.status();
+  if (paths.size() < options.texts.size()) {
+    // The whole model in memory, for as long as it writes.
+    const absl::StatusOr<LocalModel> model =
+        LoadLocalModel(options.model, kSelfBatch * PagedTokens(options.window + 1), 512);
+    if (!model.ok()) return model.status();
+    Progress bar("making up text");
+    absl::StatusOr<std::vector<std::vector<int32_t>>> texts =
+        MakeUpTexts(model->executor.get(), **tokenizer, static_cast<int>(each), options.window,
+                    kSelfBatch, options.seed, [&](int64_t done, int64_t total) {
+                      bar.Update(done, total);
+                      return !Interrupt::raised();
+                    });
+    if (!texts.ok()) return texts.status();
+    read->push_back({std::string(kSelf), *std::move(texts)});
+  }
+  std::vector<std::vector<int32_t>> all;
+  for (size_t i = 0; all.size() < static_cast<size_t>(windows); ++i) {
+    const size_t before = all.size();
+    for (TextKind& kind : *read) {
+      if (i < kind.windows.size() && all.size() < static_cast<size_t>(windows)) {
+        all.push_back(std::move(kind.windows[i]));
+      }
+    }
+    if (all.size() == before) break;  // the texts are shorter
+  }
+  return all;
+}
+
+BlockType TypeToStore(const Options& options, const ModelFile& file) {
+  if (options.store == "f32") return BlockType::kF32;
+  if (options.store == "bf16") return BlockType::kBF16;
+  if (options.store == "f16") return BlockType::kF16;
+  const auto pruned = std::ranges::find_if(file.tensors(), IsPruned);
+  const bool is_float = pruned != file.tensors().end() && BlockValues(pruned->type) == 1;
+  return is_float ? pruned->type : BlockType::kF16;
+}
+
+void PrintTable(const WeightPruningReport& report, double finish_s) {
+  fmt::print("{:14}{:>14}{:>10}{:>16}\n", "matrix", "weights", "zeros", "saliency kept");
+  WeightPruningReport::Kind all;
+  const auto row = [](std::string_view name, const WeightPruningReport::Kind& kind, bool saliency) {
+    fmt::print("{:14}{:14}{:9.2f}%{:>16}\n", name, kind.weights,
+               100.0 * static_cast<double>(kind.zeros) / static_cast<double>(kind.weights),
+               saliency ? fmt::format("{:.2f}%", 100 * kind.kept / kind.saliency) : "");
+  };
+  for (size_t kind = 0; kind < kPrunedKinds.size(); ++kind) {
+    row(kPrunedKinds[kind], report.kinds[kind], true);
+    all.weights += report.kinds[kind].weights;
+    all.zeros += report.kinds[kind].zeros;
+  }
+  row("all", all, false);
+  const auto& s = report.seconds;
+  fmt::print(
+      "\nseconds: load {:.2f}, forward {:.2f}, statistics {:.2f}, read {:.2f}, score and select "
+      "{:.3f}, update {:.3f}, write {:.2f}; all {:.2f}\n",
+      s.load, s.forward, s.statistics, s.read, s.select, s.update, s.write + finish_s,
+      report.total_s + finish_s);
+}
+
+nlohmann::ordered_json ToJson(const Options& options, const WeightPruningReport& report,
+                              double finish_s) {
+  using Json = nlohmann::ordered_json;
+  const auto& s = report.seconds;
+  Json json = {{"method", options.method},
+               {"pattern", options.pattern},
+               {"tokens", report.tokens},
+               {"machine", MachineName()},
+               {"seconds",
+                {{"load", s.load},
+                 {"forward", s.forward},
+                 {"statistics", s.statistics},
+                 {"read", s.read},
+                 {"select", s.select},
+                 {"update", s.update},
+                 {"write", s.write + finish_s},
+                 {"all", report.total_s + finish_s}}}};
+  int64_t weights = 0, zeros = 0;
+  for (size_t kind = 0; kind < kPrunedKinds.size(); ++kind) {
+    const WeightPruningReport::Kind& of = report.kinds[kind];
+    json["kinds"][std::string(kPrunedKinds[kind])] = {
+        {"weights", of.weights},
+        {"zeros", of.zeros},
+        {"saliency_kept", of.saliency > 0 ? of.kept / of.saliency : 0}};
+    weights += of.weights;
+    zeros += of.zeros;
+  }
+  json["sparsity"] = static_cast<double>(zeros) / static_cast<double>(weights);
+  return json;
+}
+
+absl::Status Run(const Options& options) {
+  const Interrupt interrupt([] {});
+  const absl::StatusOr<WeightPruningOptions> plan = Plan(options);
+  if (!plan.ok()) return plan.status();
+  const bool looks = plan->method != WeightMethod::kScores || plan->compensate_mean ||
+                     plan->metric != Metric::kMagnitude;
+  if (looks && options.texts.empty()) {
+    return Contradiction("--text", "this method looks at inputs: name a text, or self");
+  }
+  const absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options.model.model);
+  if (!file.ok()) return file.status();
+  // Before minutes are spent on what cannot be written.
+  const absl::StatusOr<std::unique_ptr<ModelRewriter>> rewriter =
+      ModelRewriter::Create(**file, options.out, TypeToStore(options, **file), IsPruned);
+  if (!rewriter.ok()) return rewriter.status();
+  std::vector<std::vector<int32_t>> windows;
+  if (looks) {
+    absl::StatusOr<std::vector<std::vector<int32_t>>> read = ReadWindows(options, **file);
+    if (!read.ok()) return read.status();
+    windows = *std::move(read);
+  }
+  Isa isa = SupportedIsas().back();
+  if (options.model.isa != "auto") {
+    const absl::StatusOr<Isa> asked = ParseIsa(options.model.isa);
+    if (!asked.ok()) return asked.status();
+    isa = *asked;
+  }
+  const absl::StatusOr<std::unique_ptr<Backend>> backend =
+      CreateCpuBackend({.isa = isa, .threads = options.model.threads});
+  if (!backend.ok()) return backend.status();
+  Progress bar("pruning " + (*file)->config().name);
+  absl::StatusOr<WeightPruningReport> report = PruneWeights(
+      *plan, **file, windows, rewriter->get(), backend->get(), [&](int done, int total) {
+        bar.Update(done, total);
+        return !Interrupt::raised();
+      });
+  if (!report.ok()) return report.status();
+  const auto begin = std::chrono::steady_clock::now();
+  if (absl::Status status = (*rewriter)->Finish(); !status.ok()) return status;
+  const double finish_s =
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  PrintTable(*report, finish_s);
+  fmt::print("{}: {} by {}, {} tokens of calibration\n", options.out, options.pattern,
+             options.method, report->tokens);
+  if (options.json.empty()) return absl::OkStatus();
+  std::ofstream json(options.json);
+  json << ToJson(options, *report, finish_s).dump(2) << "\n";
+  json.close();
+  return json ? absl::OkStatus()
+              : absl::UnavailableError(fmt::format("{}: cannot be written", options.json));
+}
+
+CLI::Validator IsPattern() {
+  const auto check = [](std::string& text) -> std::string {
+    return ParsePattern(text).has_value()
+               ? ""
+               : fmt::format("expected a share in (0, 1), or N:M with N < M <= {}, got {}",
+                             kMaxGroup, text);
+  };
+  return CLI::Validator(check, "");
+}
+
+}  // namespace
+
+void AddPrune(CLI::App& root, Action* action) {
+  auto options = std::make_shared<Options>();
+  CLI::App* sub = root.add_subcommand(
+      "prune", "Set weights of a model to zero, in seconds; write it as a model of its own");
+  const auto choice = [&](const char* name, std::string& value, const char* description,
+                          std::vector<std::string> values) {
+    return sub->add_option(name, value, description)
+        ->type_name("NAME")
+        ->check(CLI::IsMember(std::move(values)))
+        ->capture_default_str();
+  };
+  choice(
+      "--method", options->method,
+      "swift: one pass of scores over each row, no Hessian, no sort; the others to compare with, "
+      "as published",
+      {"swift", "wanda", "sparsegpt", "magnitude", "ria"});
+  sub->add_option("--pattern", options->pattern,
+                  "Which weights may go: a share of each row, or all but N of every M along it")
+      ->type_name("SHARE|N:M")
+      ->check(IsPattern())
+      ->capture_default_str();
+  sub->add_option("--text", options->texts,
+                  "Text to calibrate with: files or folders, which count alike; self: what the "
+                  "model makes up")
+      ->type_name("PATH");
+  sub->add_option("--tokens", options->tokens,
+                  "Tokens to calibrate with, of all texts; 0: 2048 for swift, 4096 for sparsegpt, "
+                  "8192 for the others")
+      ->type_name("TOKENS")
+      ->check(CLI::Range(int64_t{0}, int64_t{100'000'000}))
+      ->capture_default_str();
+  sub->add_option("--window", options->window, "Tokens of a window, which starts a text of its own")
+      ->type_name("TOKENS")
+      ->check(CLI::Range(2, 1 << 20))
+      ->capture_default_str();
+  sub->add_option("--seed", options->seed, "Of the text that the model makes up")
+      ->type_name("NUMBER")
+      ->check(Unsigned64())
+      ->capture_default_str();
+  sub->add_option("--out", options->out,
+                  "What to write: a .gguf of a .gguf; of a folder a folder, or "
+                  "FOLDER/model.safetensors. It is there once it is whole")
+      ->type_name("PATH")
+      ->required();
+  choice("--store", options->store,
+         "Type of the pruned matrices; auto: the model's own if that is a float type, else f16",
+         {"auto", "f16", "bf16", "f32"});
+  std::vector<std::string> metrics = {"auto"};
+  metrics.insert(metrics.end(), std::begin(kMetricNames), std::end(kMetricNames));
+  choice("--metric", options->metric,
+         "What swift scores by; lscore as published; auto: wanda, which measured best", metrics);
+  std::vector<std::string> selections = {"auto"};
+  selections.insert(selections.end(), std::begin(kSelectionNames), std::end(kSelectionNames));
+  choice("--select", options->select,
+         "What a share of a row is found by; ewma: the published streaming threshold; exact: "
+         "bisection, as fast here and better; auto: exact",
+         selections);
+  sub->add_option(
+         "--alpha", options->alpha,
+         "Weight of each score in ewma's mean and deviation, as published; 0.02 loses less")
+      ->type_name("SHARE")
+      ->check(CLI::Range(0.001, 1.0))
+      ->capture_default_str();
+  sub->add_flag("--loose", options->loose,
+                "Leave ewma's rows as the threshold has them, within half a percent of the share");
+  choice("--compensate", options->compensate,
+         "mean: what pruned weights added on average goes to those that stay, which needs no bias "
+         "in the file; auto: mean for swift, none for the others",
+         {"auto", "mean", "none"});
+  sub->add_flag("--quality", options->quality,
+                "Update the weights that stay by a Hessian of blocks of 64 columns: slower than "
+                "scores, faster than sparsegpt");
+  choice("--activations", options->activations,
+         "What a layer is calibrated on: what pruned layers before it leave, at a second pass "
+         "through each, or what dense ones would; auto: pruned",
+         {"auto", "pruned", "dense"});
+  sub->add_flag("--skip-first", options->skip_first,
+                "Leave position 0 of each window out of the statistics");
+  sub->add_option("--json", options->json, "Also write the report as JSON")->type_name("PATH");
+  AddLocalModelOptions(*sub, &options->model);
+  sub->get_option("--model")->required();
+  sub->final_callback([=] { *action = [options] { return Run(*options); }; });
+}
+
+}  // namespace espalier

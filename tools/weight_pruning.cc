@@ -1,0 +1,402 @@
+#include "tools/weight_pruning.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "engine/machine_memory.h"
+#include "engine/model/decoder.h"
+#include "engine/model/model_executor.h"
+#include "engine/pruning/second_moments.h"
+#include "engine/pruning/weights/block_obs.h"
+#include "engine/pruning/weights/column_moments.h"
+#include "engine/pruning/weights/factor.h"
+#include "engine/pruning/weights/loops.h"
+#include "engine/pruning/weights/mean_compensation.h"
+#include "engine/pruning/weights/sparsegpt.h"
+
+namespace espalier {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using Phases = WeightPruningReport::Phases;
+
+constexpr size_t kKinds = kPrunedKinds.size();
+
+// Adds the time of its scope.
+class Timed {
+ public:
+  explicit Timed(double* seconds) : seconds_(seconds) {}
+  ~Timed() { *seconds_ += std::chrono::duration<double>(Clock::now() - begin_).count(); }
+  Timed(const Timed&) = delete;
+  Timed& operator=(const Timed&) = delete;
+
+ private:
+  double* seconds_;
+  Clock::time_point begin_ = Clock::now();
+};
+
+// Where a matrix's inputs are seen: q, k and v share theirs, so do gate and up.
+enum Input : uint8_t { kQkv, kO, kGateUp, kDown, kInputs };
+constexpr std::array<Input, kKinds> kInputOf = {kQkv, kQkv, kQkv, kO, kGateUp, kGateUp, kDown};
+
+std::string NameOf(int layer, size_t kind) {
+  return fmt::format("blk.{}.{}.weight", layer, kPrunedKinds[kind]);
+}
+
+// One layer of a model as a model of its own, with an embedding that nobody asks: matrices as the
+// file has them, or of the values given.
+class LayerFile final : public ModelFile {
+ public:
+  LayerFile(const ModelFile& file, int layer, std::span<const std::vector<float>> values)
+      : nothing_(file.config().hidden) {
+    path_ = file.path();
+    config_ = file.config();
+    config_.layers = 1;
+    config_.vocabulary = 1;
+    config_.tied_embeddings = true;
+    const std::string prefix = fmt::format("blk.{}.", layer);
+    for (StoredTensor tensor : file.tensors()) {
+      if (!tensor.name.starts_with(prefix)) continue;
+      tensor.name = "blk.0." + tensor.name.substr(prefix.size());
+      for (size_t kind = 0; kind < kKinds && !values.empty(); ++kind) {
+        if (tensor.name != NameOf(0, kind)) continue;
+        tensor.type = BlockType::kF32;
+        tensor.data = reinterpret_cast<const std::byte*>(values[kind].data());
+        tensor.bytes = values[kind].size() * sizeof(float);
+      }
+      tensors_.push_back(std::move(tensor));
+    }
+    for (const char* name : {"token_embd.weight", "output_norm.weight"}) {
+      tensors_.push_back({.name = name,
+                          .rows = 1,
+                          .cols = config_.hidden,
+                          .data = reinterpret_cast<const std::byte*>(nothing_.data()),
+                          .bytes = nothing_.size() * sizeof(float)});
+    }
+    std::ranges::sort(tensors_, {}, &StoredTensor::name);
+  }
+
+ private:
+  std::vector<float> nothing_;
+};
+
+class WeightPruning {
+ public:
+  WeightPruning(const WeightPruningOptions& options, const ModelFile& file,
+                std::span<const std::vector<int32_t>> windows, ModelRewriter* rewriter,
+                Backend* backend)
+      : options_(options),
+        file_(file),
+        config_(file.config()),
+        windows_(windows),
+        rewriter_(rewriter),
+        backend_(backend),
+        looks_at_inputs_(options.method != WeightMethod::kScores || options.compensate_mean ||
+                         options.metric != Metric::kMagnitude),
+        values_(kKinds) {
+    if (windows.empty()) return;
+    const size_t pages = (windows.front().size() + kPageTokens - 1) / kPageTokens;
+    table_.resize(1);
+    for (size_t i = 0; i < pages; ++i) table_.front().push_back(static_cast<int32_t>(i));
+  }
+
+  absl::StatusOr<WeightPruningReport> Run(const std::function<bool(int, int)>& progress) {
+    const Timed timed(&report_.total_s);
+    absl::Status status = looks_at_inputs_ ? Embed() : absl::OkStatus();
+    for (int layer = 0; layer < config_.layers && status.ok(); ++layer) {
+      status = Layer(layer);
+      if (status.ok() && !progress(layer + 1, config_.layers)) {
+        status = absl::CancelledError("interrupted; no model was written");
+      }
+    }
+    if (!status.ok()) return status;
+    return report_;
+  }
+
+  WeightPruningReport& report() { return report_; }
+
+ private:
+  absl::Status Embed() {
+    if (windows_.empty()) return absl::InvalidArgumentError("no text to calibrate with");
+    const int64_t tokens = static_cast<int64_t>(windows_.size() * windows_.front().size());
+    const uint64_t bytes = sizeof(float) * tokens * config_.hidden;
+    if (const uint64_t available = ReadMachineMemory().available; bytes > available) {
+      return absl::ResourceExhaustedError(
+          fmt::format("a residual stream of {} tokens takes {} MiB, {} are available: --tokens",
+                      tokens, bytes >> 20, available >> 20));
+    }
+    const absl::StatusOr<const StoredTensor*> table =
+        file_.Find("token_embd.weight", config_.vocabulary, config_.hidden);
+    if (!table.ok()) return table.status();
+    stream_.resize(tokens * config_.hidden);
+    float* to = stream_.data();
+    for (const std::vector<int32_t>& window : windows_) {
+      for (const int32_t token : window) {
+        (*table)->ReadRow(token, to);
+        to += config_.hidden;
+      }
+    }
+    report_.tokens = tokens;
+    return absl::OkStatus();
+  }
+
+  int ColumnsOf(Input input) const {
+    return input == kO ? config_.heads * config_.head_dim
+                       : (input == kDown ? config_.channels : config_.hidden);
+  }
+
+  absl::Status Layer(int layer) {
+    moments_.clear();
+    hessians_.clear();
+    if (looks_at_inputs_) {
+      for (int input = 0; input < kInputs; ++input) {
+        const int columns = ColumnsOf(static_cast<Input>(input));
+        moments_.emplace_back(columns, options_.method == WeightMethod::kBlockObs);
+        if (options_.method == WeightMethod::kSparseGpt) {
+          hessians_.emplace_back(columns, 0, backend_);
+        }
+      }
+      const bool onward = !options_.pruned_activations;
+      if (absl::Status status = Sweep(layer, {}, /*watched=*/true, onward); !status.ok()) {
+        return status;
+      }
+    }
+    absl::Status status = Read(layer);
+    if (status.ok()) status = Prune();
+    if (status.ok()) status = WriteOut();
+    const bool last = layer + 1 == config_.layers;
+    if (status.ok() && looks_at_inputs_ && options_.pruned_activations && !last) {
+      status = Sweep(layer, values_, /*watched=*/false, /*onward=*/true);
+    }
+    return status;
+  }
+
+  // Runs the layer over the stream, which becomes what it leaves if that goes `onward`.
+  absl::Status Sweep(int layer, std::span<const std::vector<float>> values, bool watched,
+                     bool onward) {
+    const KvType kv = DefaultKvType(options_.weights, config_.qkv_bias);
+    const KvPoolShape page = {
+        .type = kv, .pages = 1, .kv_heads = config_.kv_heads, .head_dim = config_.head_dim};
+    std::unique_ptr<ModelExecutor> executor;
+    {
+      const Timed timed(&report_.seconds.load);
+      const LayerFile one(file_, layer, values);
+      absl::StatusOr<std::unique_ptr<ModelExecutor>> loaded =
+          ModelExecutor::Load(one, backend_,
+                              {.weights = options_.weights,
+                               .kv = kv,
+                               .kv_bytes = page.page_bytes() * table_.front().size(),
+                               .max_batch_tokens = options_.step_rows});
+      if (!loaded.ok()) return loaded.status();
+      executor = *std::move(loaded);
+    }
+    absl::Status seen;
+    double watching = 0;
+    int start = 0;
+    if (watched) {
+      const auto watch = [&](Input input, ConstMatrix rows) {
+        const Timed timed(&watching);
+        const int skipped = options_.skip_first && start == 0 ? 1 : 0;
+        const ConstMatrix counted(rows.data + skipped * rows.stride, rows.rows - skipped, rows.cols,
+                                  rows.stride);
+        moments_[input].Add(counted, backend_);
+        if (!hessians_.empty()) seen.Update(hessians_[input].Add(counted, {}));
+      };
+      executor->set_input_observer([watch](int, LayerInput input, ConstMatrix rows) {
+        watch(input == LayerInput::kQkv ? kQkv : input == LayerInput::kO ? kO : kGateUp, rows);
+      });
+      executor->set_channel_observer([watch](int, ConstMatrix rows) { watch(kDown, rows); });
+    }
+    const Clock::time_point begin = Clock::now();
+    const int hidden = config_.hidden;
+    Batch batch;
+    absl::Status status;
+    int64_t row = 0;
+    for (const std::vector<int32_t>& window : windows_) {
+      const int length = static_cast<int>(window.size());
+      for (int rows; start < length && status.ok(); start += rows) {
+        rows = std::min(options_.step_rows, length - start);
+        batch.Clear();
+        batch.tokens.assign(rows, 0);
+        batch.spans.push_back({.id = 1, .rows = rows, .start = start, .page_tables = table_});
+        batch.prefill_rows = rows;
+        float* to = stream_.data() + row * hidden;
+        if (!onward) {
+          left_.assign(to, to + int64_t{rows} * hidden);
+          to = left_.data();
+        }
+        status = executor->ExecuteLayer(batch, 0, Matrix(to, rows, hidden), /*embedded=*/true);
+        row += rows;
+      }
+      start = 0;
+    }
+    report_.seconds.forward +=
+        std::chrono::duration<double>(Clock::now() - begin).count() - watching;
+    report_.seconds.statistics += watching;
+    status.Update(seen);
+    return status;
+  }
+
+  absl::Status Read(int layer) {
+    const Timed timed(&report_.seconds.read);
+    const WeightLoops& loops = BestWeightLoops();
+    for (size_t kind = 0; kind < kKinds; ++kind) {
+      const std::string name = NameOf(layer, kind);
+      const auto tensor = std::ranges::lower_bound(file_.tensors(), name, {}, &StoredTensor::name);
+      if (tensor == file_.tensors().end() || tensor->name != name) {
+        return absl::NotFoundError(fmt::format("{}: tensor {} is missing", file_.path(), name));
+      }
+      tensors_[kind] = &*tensor;
+      std::vector<float>& values = values_[kind];
+      values.resize(static_cast<size_t>(tensor->rows) * tensor->cols);
+      constexpr int kRows = 32;
+      const int tasks = (tensor->rows + kRows - 1) / kRows;
+      std::vector<int64_t> odd(tasks, -1);  // the first of each task that is not finite
+      backend_->ParallelFor(tasks, [&](int task) {
+        for (int r = task * kRows; r < std::min((task + 1) * kRows, tensor->rows); ++r) {
+          float* const row = values.data() + int64_t{r} * tensor->cols;
+          tensor->ReadRow(r, row);
+          const int64_t at = loops.first_not_finite(row, tensor->cols);
+          if (at < tensor->cols && odd[task] < 0) odd[task] = int64_t{r} * tensor->cols + at;
+        }
+      });
+      const auto bad = std::ranges::find_if(odd, [](int64_t at) { return at >= 0; });
+      if (bad == odd.end()) continue;
+      return absl::InvalidArgumentError(
+          fmt::format("{}: tensor {}, row {}, column {}: expected a finite weight, got {}",
+                      file_.path(), name, *bad / tensor->cols, *bad % tensor->cols, values[*bad]));
+    }
+    return absl::OkStatus();
+  }
+
+  Matrix ValuesOf(size_t kind) {
+    return {values_[kind].data(), tensors_[kind]->rows, tensors_[kind]->cols};
+  }
+
+  absl::Status Prune() {
+    std::vector<std::vector<float>> factors(kInputs);
+    std::vector<std::optional<BlockObs>> blocks(kInputs);
+    const WeightLoops& loops = BestWeightLoops();
+    for (size_t kind = 0; kind < kKinds; ++kind) {
+      const Input input = kInputOf[kind];
+      const Matrix weights = ValuesOf(kind);
+      std::optional<MeanCompensation> compensation;
+      if (options_.compensate_mean) {
+        const Timed timed(&report_.seconds.update);
+        compensation.emplace(moments_[input], weights, backend_);
+      }
+      const std::vector<float> squares =
+          looks_at_inputs_ ? moments_[input].Squares() : std::vector<float>();
+      WeightPruningReport::Kind& told = report_.kinds[kind];
+      if (options_.method == WeightMethod::kScores) {
+        const Timed timed(&report_.seconds.select);
+        const ColumnWeights columns(options_.metric, squares, weights, backend_);
+        const Saliency saliency = MaskWeights(options_.mask, columns, weights, backend_);
+        told.saliency += saliency.all;
+        told.kept += saliency.kept;
+      } else {
+        const std::vector<float> before = values_[kind];
+        const Timed timed(&report_.seconds.update);
+        absl::Status status;
+        if (options_.method == WeightMethod::kSparseGpt) {
+          if (factors[input].empty()) {
+            factors[input] = hessians_[input].Mean();
+            status = ToInverseFactor(weights.cols, kSparseGptDamping, backend_, &factors[input]);
+          }
+          if (status.ok()) {
+            status = SparseGpt(options_.mask.pattern, factors[input], weights, backend_);
+          }
+        } else {
+          if (!blocks[input].has_value()) {
+            absl::StatusOr<BlockObs> made = BlockObs::Create(moments_[input], backend_);
+            status = made.status();
+            if (status.ok()) blocks[input] = *std::move(made);
+          }
+          if (status.ok()) blocks[input]->Prune(options_.mask.pattern, weights, backend_);
+        }
+        if (!status.ok()) {
+          return absl::Status(status.code(), fmt::format("{}: tensor {}: {}", file_.path(),
+                                                         tensors_[kind]->name, status.ToString()));
+        }
+        Compare(before, weights, squares, &told);
+      }
+      if (compensation.has_value()) {
+        const Timed timed(&report_.seconds.update);
+        compensation->Apply(weights, backend_);
+      }
+      told.weights += static_cast<int64_t>(values_[kind].size());
+      told.zeros += loops.zeros(values_[kind].data(), static_cast<int64_t>(values_[kind].size()));
+    }
+    return absl::OkStatus();
+  }
+
+  // w^2 x^2 of what was there, and of what of it stays.
+  static void Compare(std::span<const float> before, Matrix weights, std::span<const float> squares,
+                      WeightPruningReport::Kind* told) {
+    for (int r = 0; r < weights.rows; ++r) {
+      double all = 0, kept = 0;
+      for (int j = 0; j < weights.cols; ++j) {
+        const float w = before[int64_t{r} * weights.cols + j];
+        const double score = double{w} * w * squares[j];
+        all += score;
+        kept += weights.row(r)[j] != 0 ? score : 0;
+      }
+      told->saliency += all;
+      told->kept += kept;
+    }
+  }
+
+  absl::Status WriteOut() {
+    const Timed timed(&report_.seconds.write);
+    for (size_t kind = 0; kind < kKinds; ++kind) {
+      const absl::Status status = rewriter_->Write(*tensors_[kind], values_[kind]);
+      if (!status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
+
+  const WeightPruningOptions& options_;
+  const ModelFile& file_;
+  const ModelConfig& config_;
+  std::span<const std::vector<int32_t>> windows_;
+  ModelRewriter* rewriter_;
+  Backend* backend_;
+  bool looks_at_inputs_;
+  std::vector<std::vector<int32_t>> table_;  // of the one layer: pages of one window
+  std::vector<float> stream_;                // [windows * tokens of each, hidden]
+  std::vector<float> left_;                  // of a piece, where that does not go onward
+  std::vector<ColumnMoments> moments_;       // [kInputs], of the layer in hand, as are the next
+  std::vector<SecondMoments> hessians_;      // [kInputs] or empty
+  std::array<const StoredTensor*, kKinds> tensors_ = {};
+  std::vector<std::vector<float>> values_;  // [kKinds]
+  WeightPruningReport report_;
+};
+
+}  // namespace
+
+bool IsPruned(const StoredTensor& tensor) {
+  const std::string_view name = tensor.name;
+  if (!name.starts_with("blk.") || !name.ends_with(".weight")) return false;
+  const size_t dot = name.find('.', 4);
+  if (dot == std::string_view::npos || dot + 7 >= name.size()) return false;
+  const std::string_view kind = name.substr(dot + 1, name.size() - dot - 1 - 7);
+  return std::ranges::find(kPrunedKinds, kind) != kPrunedKinds.end();
+}
+
+absl::StatusOr<WeightPruningReport> PruneWeights(const WeightPruningOptions& options,
+                                                 const ModelFile& file,
+                                                 std::span<const std::vector<int32_t>> windows,
+                                                 ModelRewriter* rewriter, Backend* backend,
+                                                 const std::function<bool(int, int)>& progress) {
+  WeightPruning pruning(options, file, windows, rewriter, backend);
+  absl::StatusOr<WeightPruningReport> report = pruning.Run(progress);
+  if (report.ok()) report->total_s = pruning.report().total_s;
+  return report;
+}
+
+}  // namespace espalier
