@@ -233,7 +233,8 @@ class Backend {
   // Bytes of scratch held for the ops, which grows with the largest call seen; for the ledger.
   virtual uint64_t workspace_bytes() const = 0;
 
-  // Packs and, for integers, quantises a matrix.
+  // Packs and, for integers, quantises a matrix. Values that come as floats are looked at for 2:4;
+  // whether it is then kept compressed is the device's business.
   virtual absl::StatusOr<Weight> UploadWeight(WeightType type, WeightLayout layout, int rows,
                                               int cols, const WeightSource& source) = 0;
 

@@ -71,6 +71,7 @@ struct Weight {
   std::shared_ptr<void> storage;    // device memory
   const uint8_t* blocks = nullptr;  // [strips of outputs, groups] in the device's own order
   size_t bytes = 0;                 // of storage, for the ledger
+  bool sparse24 = false;            // seen in its values when they were uploaded (sparse24.h)
 };
 
 }  // namespace espalier

@@ -279,7 +279,8 @@ class Server {
                                                   .keep = options_.frozen_history ? 1 : 0.99,
                                                   .learn_rows = kLearnRows,
                                                   .refresh = options_.probe_refresh,
-                                                  .whole = options_.probe_whole},
+                                                  .whole = options_.probe_whole,
+                                                  .group = executor_->channel_group()},
                                      std::move(history), *std::move(norms));
     executor_->set_probe(probe_.get());
     return absl::OkStatus();

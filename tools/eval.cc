@@ -253,6 +253,7 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
   ProbeOptions probing = options.probing;
   probing.rows = static_cast<ProbeOptions::Rows>(std::ranges::find(kProbeNames, options.probe) -
                                                  std::begin(kProbeNames) - 1);
+  probing.group = executor->channel_group();
   if (options.history.empty() || probing.rows == ProbeOptions::Rows::kAll) {
     probing.fuse = false;
   } else {

@@ -21,13 +21,15 @@ namespace {
 
 using Stream = std::vector<float>;  // [windows * tokens of each, hidden]
 
-std::vector<int32_t> Rank(const std::string& by, const DownSite& site,
-                          const SecondMoments& moments) {
+std::vector<int32_t> Rank(const std::string& by, const DownSite& site, const SecondMoments& moments,
+                          int group) {
   const auto* const name = std::ranges::find(kImportanceNames, by);
   if (name == std::end(kImportanceNames)) return RankByElimination(site);
   const auto importance = static_cast<Importance>(name - std::begin(kImportanceNames));
-  return RankByScore(Scores(importance, moments.Energy(), moments.FirstMoment(),
-                            DownNorms(importance, site.down, site.channels)));
+  std::vector<float> scores = Scores(importance, moments.Energy(), moments.FirstMoment(),
+                                     DownNorms(importance, site.down, site.channels));
+  ScoreGroups(group, scores);
+  return RankByScore(scores);
 }
 
 class LayerFit {
@@ -300,7 +302,8 @@ class LayerFit {
     status.Update(added);
     if (!status.ok()) return status;
     const std::vector<float> mean = moments.Mean();
-    found->ranking = Rank(options_.rank, {config_.hidden, config_.channels, down, mean}, moments);
+    found->ranking = Rank(options_.rank, {config_.hidden, config_.channels, down, mean}, moments,
+                          executor_->channel_group());
     return absl::OkStatus();
   }
 

@@ -13,6 +13,7 @@
 #include "engine/model/phase_timer.h"
 #include "engine/scheduling/invariant.h"
 #include "fmt/format.h"
+#include "kernels/sparse24.h"
 
 namespace espalier {
 namespace {
@@ -215,12 +216,13 @@ BlockMemory Decoder::block_memory() const {
 }
 
 std::string Decoder::weight_types() const {
-  bool used[4] = {};
+  bool used[4] = {}, sparse24 = true;
   used[static_cast<int>(head_.type)] = used[static_cast<int>(embedding_.type)] = true;
   for (const Layer& layer : layers_) {
     for (const Weight* weight :
          {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down}) {
       used[static_cast<int>(weight->type)] = true;
+      sparse24 &= weight->sparse24;
     }
   }
   std::string names;
@@ -229,7 +231,12 @@ std::string Decoder::weight_types() const {
     if (!used[static_cast<int>(type)]) continue;
     names += fmt::format("{}{}", names.empty() ? "" : "+", WeightTypeName(type));
   }
-  return names;
+  return names + (sparse24 ? ", 2:4" : "");
+}
+
+int Decoder::channel_group() const {
+  const auto sparse24 = [](const Layer& layer) { return layer.down.sparse24; };
+  return std::ranges::all_of(layers_, sparse24) ? kSparseGroup : 1;
 }
 
 absl::Status Decoder::MakePanels(const Ladder& ladder, const ChannelSelector& selector) {

@@ -69,8 +69,11 @@ class Decoder {
   uint64_t panel_bytes() const { return panel_bytes_; }
   // What blocks take, a layer's mean where they differ, and what is left; kv_bytes stays zero.
   BlockMemory block_memory() const;
-  // The types of its matrices, e.g. "int4+int8".
+  // The types of its matrices, e.g. "int4+int8", and ", 2:4" if all of its layers' are.
   std::string weight_types() const;
+  // Channels leave in whole aligned groups of so many: of kSparseGroup where every `down` is 2:4
+  // along them, so that what is left of it still is; else of one.
+  int channel_group() const;
 
   // Makes the panels that the ladder's rungs need, in place of those there were. InvalidArgument,
   // with rung and layer, for a count of channels that is neither all nor a multiple of kQuantGroup;

@@ -328,6 +328,7 @@ KvGeometry ModelExecutor::kv_geometry() const {
 const Ladder& ModelExecutor::ladder() const { return impl_->ladder; }
 
 std::string ModelExecutor::weight_types() const { return impl_->model->weight_types(); }
+int ModelExecutor::channel_group() const { return impl_->model->channel_group(); }
 
 BlockMemory ModelExecutor::block_memory() const {
   BlockMemory memory = impl_->model->block_memory();

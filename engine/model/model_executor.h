@@ -88,8 +88,9 @@ class ModelExecutor final : public Executor {
   Ledger ledger(const SchedulerStats& stats) const;
   // What its blocks take, as loaded, and a token's K and V.
   BlockMemory block_memory() const;
-  // The types of the weights in memory, e.g. "int4+int8".
+  // As Decoder::weight_types, channel_group.
   std::string weight_types() const;
+  int channel_group() const;
 
  private:
   struct Impl;

@@ -45,6 +45,14 @@ std::vector<float> Scores(Importance importance, std::span<const float> energy,
   return scores;
 }
 
+void ScoreGroups(int group, std::span<float> scores) {
+  if (group <= 1) return;
+  for (size_t begin = 0; begin < scores.size(); begin += group) {
+    const std::span of = scores.subspan(begin, std::min<size_t>(group, scores.size() - begin));
+    std::ranges::fill(of, std::accumulate(of.begin(), of.end(), 0.0f));
+  }
+}
+
 std::vector<int32_t> RankByScore(std::span<const float> scores) {
   std::vector<int32_t> ranking(scores.size());
   std::iota(ranking.rbegin(), ranking.rend(), 0);

@@ -28,6 +28,10 @@ std::vector<float> DownNorms(Importance importance, std::span<const float> down,
 std::vector<float> Scores(Importance importance, std::span<const float> energy,
                           std::span<const float> mean, std::span<const float> norms);
 
+// Where channels leave in whole aligned groups, each has the score of its group: the sum of theirs.
+// Rankings below then split none, as long as counts are of whole groups.
+void ScoreGroups(int group, std::span<float> scores);
+
 // Channels by falling score; of two alike the lower index leaves first.
 std::vector<int32_t> RankByScore(std::span<const float> scores);
 

@@ -131,9 +131,7 @@ std::vector<int32_t> Probe::Rank(int layer, ConstMatrix hidden, std::span<const 
   counts_.rows += hidden.rows;
   ++counts_.rankings;
   counts_.age = 0;
-  return RankInBands(Scores(Importance::kPpsp, FusedEnergy(options_, history_, layer, hidden, rows),
-                            {}, norms_[layer]),
-                     counts);
+  return RankByEnergy(layer, FusedEnergy(options_, history_, layer, hidden, rows), counts);
 }
 
 std::vector<int32_t> Probe::RankByHistory(int layer, std::span<const ProbeRow> rows,
@@ -149,7 +147,14 @@ std::vector<int32_t> Probe::RankByHistory(int layer, std::span<const ProbeRow> r
     const std::span<const float> past = history_.Energy(layer, history_.BucketOf(row.position));
     for (size_t c = 0; c < energy.size(); ++c) energy[c] += past[c];
   }
-  return RankInBands(Scores(Importance::kPpsp, energy, {}, norms_[layer]), counts);
+  return RankByEnergy(layer, energy, counts);
+}
+
+std::vector<int32_t> Probe::RankByEnergy(int layer, std::span<const float> energy,
+                                         std::span<const int> counts) const {
+  std::vector<float> scores = Scores(Importance::kPpsp, energy, {}, norms_[layer]);
+  ScoreGroups(options_.group, scores);
+  return RankInBands(scores, counts);
 }
 
 void Probe::Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,

@@ -33,6 +33,7 @@ struct ProbeOptions {
   int learn_rows = 0;  // most rows of a step that update it, evenly spread; 0: all
   int refresh = 0;     // decode steps after which history ranks anew; 0: never
   int whole = 0;       // of so many decode steps one keeps all channels; 0: none
+  int group = 1;       // channels leave in whole aligned groups of so many
 };
 
 // As flags name them: off, then `Rows` in their order.
@@ -99,6 +100,9 @@ class Probe {
               std::span<const int32_t> channels);
 
  private:
+  std::vector<int32_t> RankByEnergy(int layer, std::span<const float> energy,
+                                    std::span<const int> counts) const;
+
   ProbeOptions options_;
   History history_;
   std::vector<std::vector<float>> norms_;

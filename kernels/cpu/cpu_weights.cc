@@ -17,6 +17,7 @@
 #include "kernels/cpu/cpu_backend_impl.h"
 #include "kernels/cpu/require.h"
 #include "kernels/cpu/weight_blocks.h"
+#include "kernels/sparse24.h"
 
 namespace espalier {
 namespace {
@@ -118,6 +119,7 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(WeightType type, WeightLayout la
   const int bits = BitsOf(type);
   const int64_t strip_bytes = StripBytes(*weight), block_bytes = BlockBytes(bits);
   std::atomic<int> first_bad = INT_MAX, first_large = INT_MAX;
+  std::atomic<bool> sparse24 = true;
   const bool as_groups = bits == 4 && source.read_groups && depth % kGroup == 0;
 
   const auto pack_groups = [&](int begin, int count, uint8_t* strip) {
@@ -134,6 +136,8 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(WeightType type, WeightLayout la
       float* output = values.get() + int64_t{lane} * depth;
       source.read_values(begin + lane, output);
       if (!AllFinite(output, depth)) return Note(begin + lane, &first_bad);
+      // Dense ones are known by their first groups.
+      if (sparse24 && !IsSparse24({output, static_cast<size_t>(depth)})) sparse24 = false;
     }
     float turned[kGroup][kStripOutputs] = {};
     bool fits = true;
@@ -161,6 +165,7 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(WeightType type, WeightLayout la
         fmt::format("outputs from {} on: expected values within {} for {}, got larger ones",
                     first_large.load(), IsFloat(type) ? "3.38e38" : "65504", WeightTypeName(type)));
   }
+  weight->sparse24 = sparse24 && !as_groups;
   return weight;
 }
 

@@ -295,6 +295,22 @@ TEST_P(BackendTest, UploadSaysWhatIsWrong) {
   EXPECT_TRUE(upload(0, 5, zeros).ok());
 }
 
+TEST_P(BackendTest, UploadSees24) {
+  for (const WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
+    const auto upload = [&](int one_more) {
+      const int rows = layout == WeightLayout::kOutputRows ? 50 : 40, cols = 90 - rows;
+      const WeightSource source = {.read_values = [&](int output, float* to) {
+        const int depth = layout == WeightLayout::kOutputRows ? cols : rows;
+        for (int k = 0; k < depth; ++k) to[k] = k % 4 == 1 || k % 4 == 2 ? 1.0f + k : 0;
+        if (output == one_more) to[36] = 1;
+      }};
+      return backend_->UploadWeight(type_, layout, rows, cols, source)->sparse24;
+    };
+    EXPECT_TRUE(upload(-1));
+    EXPECT_FALSE(upload(33));
+  }
+}
+
 // A source of groups gives what its values give, and is read as the one or the other.
 TEST_P(BackendTest, GroupsAndTheirValuesMultiplyAlike) {
   constexpr int kOutputs = 70, kDepth = 96;

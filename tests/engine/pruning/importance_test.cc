@@ -6,6 +6,10 @@
 #include <algorithm>
 #include <cmath>
 #include <random>
+#include <span>
+#include <vector>
+
+#include "kernels/sparse24.h"
 
 namespace espalier {
 namespace {
@@ -55,6 +59,43 @@ TEST(RankInBands, HasTheSetsOfTheRanking) {
                   ElementsAreArray(want));
       begin = end;
     }
+  }
+}
+
+// What the README of the folder says of 2:4: of every output of `down`, what the kept channels meet
+// is 2:4 still.
+TEST(ScoreGroups, KeepWholeGroupsWhateverTheCounts) {
+  constexpr int kChannels = 96, kOutputs = 5;
+  std::mt19937 random(3);
+  std::vector<float> down(kOutputs * kChannels);  // 2:4
+  for (size_t group = 0; group < down.size(); group += kSparseGroup) {
+    down[group + random() % 2] = 1;
+    down[group + 2 + random() % 2] = -1;
+  }
+  for (const int values : {3, 1000}) {  // with many ties, and with few
+    std::vector<float> scores(kChannels);
+    for (float& score : scores) score = static_cast<float>(random() % values);
+    const std::vector<float> before = scores;
+    ScoreGroups(kSparseGroup, scores);
+    EXPECT_EQ(scores[5], before[4] + before[5] + before[6] + before[7]);
+    const auto splits_none = [&](std::span<const int32_t> kept) {
+      for (int output = 0; output < kOutputs; ++output) {
+        std::vector<float> met;
+        for (const int32_t channel : kept) met.push_back(down[output * kChannels + channel]);
+        if (!IsSparse24(met)) return false;
+      }
+      return true;
+    };
+    constexpr int kHalves[] = {32, 64};
+    for (const int count : kHalves) {
+      EXPECT_TRUE(splits_none(std::span<const int32_t>(RankByScore(scores)).first(count)));
+      EXPECT_TRUE(splits_none(std::span<const int32_t>(RankInBands(scores, kHalves)).first(count)));
+      EXPECT_FALSE(
+          splits_none(std::span<const int32_t>(RankInBands(before, kHalves)).first(count)));
+    }
+    std::vector<float> alone = before;
+    ScoreGroups(1, alone);
+    EXPECT_EQ(alone, before);
   }
 }
 

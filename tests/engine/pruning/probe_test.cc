@@ -149,5 +149,14 @@ TEST(Probe, RanksByEnergyTimesNorm) {
   EXPECT_THAT(probe.Rank(0, ConstMatrix(hidden, 1, 3), rows, kCounts), ElementsAre(1, 0, 2));
 }
 
+TEST(Probe, RanksWholeGroups) {
+  Probe probe({.fuse = false, .group = 4}, History(1, 8), {std::vector<float>(8, 1.0f)});
+  const float hidden[] = {4, 0, 0, 0, 3, 3, 3, 3};  // 16 and 36 together
+  const ProbeRow rows[] = {{0, 5}};
+  constexpr int kHalf[] = {4};
+  EXPECT_THAT(probe.Rank(0, ConstMatrix(hidden, 1, 8), rows, kHalf),
+              ElementsAre(4, 5, 6, 7, 0, 1, 2, 3));
+}
+
 }  // namespace
 }  // namespace espalier
