@@ -1,5 +1,5 @@
-// `espalier calibrate`: what of a model's MLPs may leave, what then makes up for it, and what each
-// rung of the ladder costs and loses, measured here.
+// `espalier calibrate`: what of a model's layers may leave, what then makes up for it, and what
+// each rung of the ladder costs and loses, measured here.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -47,9 +47,10 @@ constexpr size_t kDropWindows = 8;    // that the order of attention blocks is f
 constexpr size_t kKeyWindows = 64;  // that mean keys are of
 constexpr std::string_view kInt4 = "/int4";
 
-// A rung as it is asked for: "0.4+3/int4".
+// A rung as it is asked for: "0.4h0.1+3/int4".
 struct RungPlan {
   double ratio = 0;      // of the MLPs' channels, left out
+  double heads = 0;      // the same of query heads
   int blocks = 0;        // dropped
   bool int4_kv = false;  // K and V in four bits
 
@@ -60,14 +61,23 @@ bool ReadRung(std::string_view text, RungPlan* plan) {
   plan->int4_kv = text.ends_with(kInt4);
   if (plan->int4_kv) text.remove_suffix(kInt4.size());
   const char* const end = text.data() + text.size();
-  auto [stop, error] = std::from_chars(text.data(), end, plan->ratio);
-  if (error != std::errc() || !(plan->ratio >= 0 && plan->ratio <= 0.95)) return false;
+  const char* stop = text.data();
+  const auto share = [&](double* to) {
+    const auto read = std::from_chars(stop, end, *to);
+    stop = read.ptr;
+    return read.ec == std::errc() && *to >= 0 && *to <= 0.95;
+  };
+  if (!share(&plan->ratio)) return false;
+  if (stop != end && *stop == 'h') {
+    ++stop;
+    if (!share(&plan->heads)) return false;
+  }
   if (stop != end) {
     if (*stop != '+') return false;
     const auto blocks = std::from_chars(stop + 1, end, plan->blocks);
     if (blocks.ec != std::errc() || blocks.ptr != end || plan->blocks < 1) return false;
   }
-  return plan->ratio > 0 || plan->blocks > 0 || plan->int4_kv;
+  return plan->ratio > 0 || plan->heads > 0 || plan->blocks > 0 || plan->int4_kv;
 }
 
 CLI::Validator IsRung() {
@@ -75,7 +85,7 @@ CLI::Validator IsRung() {
     RungPlan plan;
     return ReadRung(text, &plan)
                ? ""
-               : fmt::format("expected RATIO, RATIO+BLOCKS or either with {} behind it, got {}",
+               : fmt::format("expected RATIO[hHEADS][+BLOCKS], with {} behind it or not, got {}",
                              kInt4, text);
   };
   return CLI::Validator(check, "");
@@ -312,6 +322,9 @@ absl::StatusOr<Ladder> PlanLadder(const Options& options, const ModelConfig& con
                         NarrowedLayerRatio(config.layers, options.dense_layers, ratio),
                         config.channels % kChannelMultiple == 0 ? kChannelMultiple : kQuantGroup);
   };
+  const auto kept_heads = [&](double ratio) {
+    return KeptHeads(config.heads, NarrowedLayerRatio(config.layers, options.dense_layers, ratio));
+  };
   const int narrowed = config.layers - options.dense_layers;
   Ladder ladder = Ladder::DenseOnly(config.sites());
   for (const RungPlan& plan : plans) {
@@ -323,6 +336,7 @@ absl::StatusOr<Ladder> PlanLadder(const Options& options, const ModelConfig& con
     for (int layer = options.dense_layers; layer < config.layers; ++layer) {
       const bool first = layer - options.dense_layers < front;
       keep.Keep(layer, SiteKind::kChannels, kept(first ? harder : milder));
+      keep.Keep(layer, SiteKind::kHeads, kept_heads(plan.heads));
     }
     if (plan.blocks > static_cast<int>(drop_order.size())) {
       return absl::InvalidArgumentError(fmt::format("--rungs: {} blocks to drop, of {} that may",
@@ -335,10 +349,11 @@ absl::StatusOr<Ladder> PlanLadder(const Options& options, const ModelConfig& con
     const Rung& last = ladder.rung(ladder.size() - 1);
     if (keep == last.decode && plan.int4_kv == last.int4_kv) continue;  // nothing to tell apart
     if (!ladder.Append({.prefill = keep, .decode = keep, .price = {}, .int4_kv = plan.int4_kv})) {
-      return absl::InvalidArgumentError(fmt::format(
-          "--rungs: {}+{} drops fewer blocks, or keeps K and V at more bits, than a rung of a "
-          "smaller ratio",
-          plan.ratio, plan.blocks));
+      return absl::InvalidArgumentError(
+          fmt::format("--rungs: {}h{}+{} leaves out fewer heads or blocks, or keeps K and V at "
+                      "more bits, than a "
+                      "rung of a smaller ratio",
+                      plan.ratio, plan.heads, plan.blocks));
     }
   }
   if (ladder.size() == 1) {
@@ -593,10 +608,11 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->capture_default_str();
   sub->add_option(
          "--rungs", options->rungs,
-         "A rung for each: the share of the MLPs' channels to leave out, how many blocks to "
-         "drop (of attention those that are missed least, or as --blocks says), and "
+         "A rung for each: the share of the MLPs' channels to leave out, and of query heads, how "
+         "many "
+         "blocks to drop (of attention those that are missed least, or as --blocks says), and "
          "whether K and V are kept in four bits")
-      ->type_name("RATIO[+BLOCKS][/int4]")
+      ->type_name("RATIO[hHEADS][+BLOCKS][/int4]")
       ->delimiter(',')
       ->check(IsRung())
       ->default_str(fmt::format("{}", fmt::join(options->rungs, ",")));

@@ -7,10 +7,12 @@
 #include <chrono>
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
 #include <utility>
 
 #include "engine/machine_memory.h"
+#include "engine/model/decoder.h"
 #include "engine/model/down_norms.h"
 #include "engine/pruning/importance.h"
 #include "engine/pruning/refit.h"
@@ -21,14 +23,56 @@ namespace {
 
 using Stream = std::vector<float>;  // [windows * tokens of each, hidden]
 
+std::optional<Importance> PublishedMeasure(const std::string& by) {
+  const auto* const name = std::ranges::find(kImportanceNames, by);
+  if (name == std::end(kImportanceNames)) return std::nullopt;
+  return static_cast<Importance>(name - std::begin(kImportanceNames));
+}
+
 std::vector<int32_t> Rank(const std::string& by, const DownSite& site, const SecondMoments& moments,
                           int group) {
-  const auto* const name = std::ranges::find(kImportanceNames, by);
-  if (name == std::end(kImportanceNames)) return RankByElimination(site);
-  const auto importance = static_cast<Importance>(name - std::begin(kImportanceNames));
-  std::vector<float> scores = Scores(importance, moments.Energy(), moments.FirstMoment(),
-                                     DownNorms(importance, site.down, site.channels));
+  const std::optional<Importance> importance = PublishedMeasure(by);
+  if (!importance.has_value()) return RankByElimination(site);
+  std::vector<float> scores = Scores(*importance, moments.Energy(), moments.FirstMoment(),
+                                     DownNorms(*importance, site.down, site.channels));
   ScoreGroups(group, scores);
+  return RankByScore(scores);
+}
+
+// What met `o`, column by column.
+struct HeadSums {
+  std::vector<double> first, squares;  // [heads * head_dim]
+  int64_t rows = 0;
+
+  void Add(ConstMatrix attended) {
+    first.resize(attended.cols);
+    squares.resize(attended.cols);
+    rows += attended.rows;
+    for (int r = 0; r < attended.rows; ++r) {
+      const float* const x = attended.row(r);
+      for (int j = 0; j < attended.cols; ++j) {
+        first[j] += x[j];
+        squares[j] += double{x[j]} * x[j];
+      }
+    }
+  }
+};
+
+// Heads by the sum of their columns' scores.
+std::vector<int32_t> RankHeads(const std::string& by, std::span<const float> o, int heads,
+                               const HeadSums& sums) {
+  const Importance importance = PublishedMeasure(by).value_or(Importance::kPpsp);
+  const auto columns = static_cast<int>(sums.first.size());
+  std::vector<float> energy, mean;
+  for (int j = 0; j < columns; ++j) {
+    energy.push_back(static_cast<float>(sums.squares[j] / static_cast<double>(sums.rows)));
+    mean.push_back(static_cast<float>(sums.first[j] / static_cast<double>(sums.rows)));
+  }
+  std::vector<float> scores = Scores(importance, energy, mean, DownNorms(importance, o, columns));
+  const int dim = columns / heads;
+  ScoreGroups(dim, scores);
+  for (int head = 0; head < heads; ++head) scores[head] = scores[head * dim];
+  scores.resize(heads);
   return RankByScore(scores);
 }
 
@@ -107,8 +151,7 @@ class LayerFit {
                     options_.step_rows, executor_->weight_types());
     for (int rung = 0; rung < planned_.size(); ++rung) {
       for (int layer = 0; layer < config_.layers; ++layer) {
-        of += fmt::format("{},{} ", Kept(layer, rung),
-                          planned_.rung(rung).prefill.kept(layer, SiteKind::kHeads));
+        of += fmt::format("{},{} ", Kept(layer, rung), KeptHeads(layer, rung));
       }
     }
     for (const std::vector<int32_t>& window : windows_) {
@@ -142,6 +185,10 @@ class LayerFit {
     for (int layer = 0; layer < done; ++layer) {
       PruningData::Layer& found = data_.layers[layer];
       const std::map<int, int> counts = Counts(layer);
+      if (NarrowsHeads(layer)) {
+        const std::span<const int32_t> heads = (*file)->Ranking(layer, SiteKind::kHeads);
+        found.heads.assign(heads.begin(), heads.end());
+      }
       if (counts.empty()) continue;
       const std::span<const int32_t> ranking = (*file)->Ranking(layer, SiteKind::kChannels);
       found.ranking.assign(ranking.begin(), ranking.end());
@@ -162,6 +209,17 @@ class LayerFit {
 
   int Kept(int layer, int rung) const {
     return planned_.rung(rung).prefill.kept(layer, SiteKind::kChannels);
+  }
+  int KeptHeads(int layer, int rung) const {
+    return planned_.rung(rung).prefill.kept(layer, SiteKind::kHeads);
+  }
+  // Whether a rung keeps some of the layer's heads, but not all.
+  bool NarrowsHeads(int layer) const {
+    for (int rung = 1; rung < planned_.size(); ++rung) {
+      const int kept = KeptHeads(layer, rung);
+      if (kept > 0 && kept < config_.heads) return true;
+    }
+    return false;
   }
 
   // Of what keeps so much of a layer, the rung that does so in most layers, and the mildest of
@@ -198,8 +256,7 @@ class LayerFit {
   std::vector<int> Narrowed(int layer) const {
     std::vector<int> rungs;
     for (const int rung : fitted_) {
-      if (Kept(layer, rung) < config_.channels ||
-          planned_.rung(rung).prefill.kept(layer, SiteKind::kHeads) < config_.heads) {
+      if (Kept(layer, rung) < config_.channels || KeptHeads(layer, rung) < config_.heads) {
         rungs.push_back(rung);
       }
     }
@@ -275,15 +332,22 @@ class LayerFit {
       if (streams_[rung].empty()) streams_[rung] = dense_;
     }
     absl::Status status;
-    if (Counts(layer).empty() || layer < found_) {
+    const bool to_find = layer >= found_;
+    HeadSums attended;
+    if (to_find && NarrowsHeads(layer)) {
+      executor_->set_input_observer([&](int, LayerInput input, ConstMatrix rows) {
+        if (input == LayerInput::kO) attended.Add(Counted(rows));
+      });
+    }
+    if (Counts(layer).empty() || !to_find) {
       status = Advance(layer, 0, &dense_, {});
-      if (status.ok() && rungs_ > 1 && !narrowed.empty()) {
-        status = SetOnlyAt(layer);
-      }
+      if (status.ok()) status = TakeHeads(layer, attended, found);
+      if (status.ok() && rungs_ > 1 && !narrowed.empty()) status = SetOnlyAt(layer);
     } else {
       const absl::StatusOr<std::vector<float>> down = ReadDown(file_, layer);
       if (!down.ok()) return down.status();
       status = RankDense(layer, *down, found);
+      if (status.ok()) status = TakeHeads(layer, attended, found);
       if (status.ok() && rungs_ > 1) status = FitRungs(layer, *down, found);
     }
     for (const int rung : fitted_) {
@@ -291,6 +355,16 @@ class LayerFit {
       if (!streams_[rung].empty()) status = Advance(layer, rung, &streams_[rung], {});
     }
     return status;
+  }
+
+  // Ranks heads by what met `o` in the dense model, if that was watched.
+  absl::Status TakeHeads(int layer, const HeadSums& attended, PruningData::Layer* found) {
+    executor_->set_input_observer({});
+    if (attended.rows == 0) return absl::OkStatus();
+    const absl::StatusOr<std::vector<float>> o = ReadO(file_, layer);
+    if (!o.ok()) return o.status();
+    found->heads = RankHeads(options_.rank, *o, config_.heads, attended);
+    return absl::OkStatus();
   }
 
   absl::Status RankDense(int layer, std::span<const float> down, PruningData::Layer* found) {

@@ -1,10 +1,12 @@
-// Calibration's one way through the model, layer by layer: each layer's channels are ranked by what
-// they hold in the dense model, and `down`, for each count of them that rungs keep, is fitted to
-// what is missing, after the layer, from the dense model's residual stream.
+// Calibration's one way through the model, layer by layer: each layer's heads and channels are
+// ranked by what they hold in the dense model, and `down`, for each count of them that rungs keep,
+// is fitted to what is missing, after the layer, from the dense model's residual stream.
 //
 // What a rung misses at a layer is more than its own channels that left would have added: its rows
 // come from pruned and rounded layers before. A fit that sees them makes up for those too, which
-// halves how far the stream is off in the end (measured: tests/bench/pruning/README.md).
+// halves how far the stream is off in the end (measured: tests/bench/pruning/README.md). `o` stays
+// as loaded: what heads that left would have added is made up for by `down` of the same layer and
+// later.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +32,9 @@ enum class Compensation : uint8_t {
 inline constexpr std::string_view kCompensationNames[] = {"none", "mean", "refit"};
 
 struct LayerFitOptions {
-  std::string rank;  // "elimination", or one of kImportanceNames
+  // "elimination", or one of kImportanceNames. Heads go by the published measures alone: by kPpsp
+  // where channels go by elimination.
+  std::string rank;
   Compensation compensation = Compensation::kRefit;
   int step_rows = 512;  // as the executor's
   // A file for what is found so far, written every minute and when told to stop; the same options,

@@ -5,17 +5,29 @@
 #include "engine/pruning/importance.h"
 
 namespace espalier {
+namespace {
+
+absl::StatusOr<std::vector<float>> Read(const ModelFile& file, int layer, const char* name,
+                                        int columns) {
+  const int rows = file.config().hidden;
+  const absl::StatusOr<const StoredTensor*> tensor =
+      file.Find(fmt::format("blk.{}.{}.weight", layer, name), rows, columns);
+  if (!tensor.ok()) return tensor.status();
+  std::vector<float> values(static_cast<size_t>(rows) * columns);
+  for (int n = 0; n < rows; ++n) {
+    (*tensor)->ReadRow(n, values.data() + static_cast<size_t>(n) * columns);
+  }
+  return values;
+}
+
+}  // namespace
 
 absl::StatusOr<std::vector<float>> ReadDown(const ModelFile& file, int layer) {
-  const ModelConfig& config = file.config();
-  const absl::StatusOr<const StoredTensor*> tensor =
-      file.Find(fmt::format("blk.{}.ffn_down.weight", layer), config.hidden, config.channels);
-  if (!tensor.ok()) return tensor.status();
-  std::vector<float> down(static_cast<size_t>(config.hidden) * config.channels);
-  for (int n = 0; n < config.hidden; ++n) {
-    (*tensor)->ReadRow(n, down.data() + static_cast<size_t>(n) * config.channels);
-  }
-  return down;
+  return Read(file, layer, "ffn_down", file.config().channels);
+}
+
+absl::StatusOr<std::vector<float>> ReadO(const ModelFile& file, int layer) {
+  return Read(file, layer, "attn_output", file.config().heads * file.config().head_dim);
 }
 
 absl::StatusOr<std::vector<std::vector<float>>> PpspNorms(const ModelFile& file) {

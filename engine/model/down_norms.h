@@ -1,4 +1,5 @@
-// `down` as a model's file has it, and the norms of it that published measures of channels need.
+// `down` and `o` as a model's file has them, and the norms that published measures of channels
+// need.
 #pragma once
 
 #include <vector>
@@ -10,6 +11,9 @@ namespace espalier {
 
 // Of a layer, [hidden, channels]. InvalidArgument, with file and tensor, if it is not there.
 absl::StatusOr<std::vector<float>> ReadDown(const ModelFile& file, int layer);
+
+// The same of `o`, [hidden, heads * head_dim].
+absl::StatusOr<std::vector<float>> ReadO(const ModelFile& file, int layer);
 
 // DownNorms by kPpsp of every layer, [layers][channels]: what a Probe ranks by.
 absl::StatusOr<std::vector<std::vector<float>>> PpspNorms(const ModelFile& file);

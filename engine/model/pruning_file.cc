@@ -21,7 +21,9 @@ constexpr std::string_view kUnfinishedKey = "espalier.unfinished";
 constexpr const char* kWeight = "weight";
 constexpr const char* kBias = "bias";
 
-std::string RankingKey(int layer) { return fmt::format("espalier.ranking.{}", layer); }
+std::string RankingKey(int layer, SiteKind kind) {
+  return fmt::format("espalier.{}.{}", kind == SiteKind::kChannels ? "ranking" : "heads", layer);
+}
 
 std::string RefitName(int layer, int count, const char* part) {
   return fmt::format("blk.{}.ffn_down.{}.{}", layer, count, part);
@@ -108,18 +110,22 @@ absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string
   GgufKeys keys(path, *gguf);
   if (keys.Has(kUnfinishedKey)) file->unfinished_ = keys.String(kUnfinishedKey);
   for (int layer = 0; layer < config.layers; ++layer) {
-    const std::string key = RankingKey(layer);
-    if (!keys.Has(key)) continue;
-    std::vector<int32_t> ranking;
-    for (const int64_t channel : keys.Integers(key, config.channels)) {
-      ranking.push_back(channel >= 0 && channel < config.channels ? static_cast<int32_t>(channel)
-                                                                  : -1);
-    }
-    if (!keys.status().ok()) return keys.status();
-    if (!file->rankings_.SetRanking(layer, SiteKind::kChannels, std::move(ranking))) {
-      return Mismatch(path, fmt::format("key {}", key),
-                      fmt::format("a permutation of {} channels", config.channels),
-                      "something else");
+    for (const SiteKind kind : {SiteKind::kChannels, SiteKind::kHeads}) {
+      const std::string key = RankingKey(layer, kind);
+      if (!keys.Has(key)) continue;
+      const bool channels = kind == SiteKind::kChannels;
+      const int width = channels ? config.channels : config.heads;
+      std::vector<int32_t> ranking;
+      for (const int64_t at : keys.Integers(key, width)) {
+        ranking.push_back(at >= 0 && at < width ? static_cast<int32_t>(at) : -1);
+      }
+      if (!keys.status().ok()) return keys.status();
+      if (!file->rankings_.SetRanking(layer, kind, std::move(ranking))) {
+        return Mismatch(
+            path, fmt::format("key {}", key),
+            fmt::format("a permutation of {} {}", width, channels ? "channels" : "heads"),
+            "something else");
+      }
     }
   }
   for (const StoredTensor& tensor : gguf->tensors) {
@@ -144,9 +150,9 @@ absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string
                       config.layers, config.channels, kQuantGroup),
           "another name");
     }
-    if (!keys.Has(RankingKey(layer))) {
+    if (const std::string key = RankingKey(layer, SiteKind::kChannels); !keys.Has(key)) {
       return Mismatch(path, fmt::format("tensor {}", tensor.name),
-                      fmt::format("key {} with it", RankingKey(layer)), "none");
+                      fmt::format("key {} with it", key), "none");
     }
     Refit& refit = file->refits_[{layer, count}];
     if (!bias) {
@@ -174,6 +180,7 @@ PruningDataSelector::PruningDataSelector(const SiteWidths& widths, const Pruning
     : rankings_(widths), data_(data) {
   for (size_t layer = 0; layer < data->layers.size(); ++layer) {  // none: stays natural
     rankings_.SetRanking(static_cast<int>(layer), SiteKind::kChannels, data->layers[layer].ranking);
+    rankings_.SetRanking(static_cast<int>(layer), SiteKind::kHeads, data->layers[layer].heads);
   }
 }
 
@@ -204,8 +211,10 @@ absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const Model
     int4_kv = int4_kv || made.ladder.rung(i).int4_kv;
     for (const KeepProfile* keep : {&made.ladder.rung(i).prefill, &made.ladder.rung(i).decode}) {
       for (int layer = 0; layer < widths.layers; ++layer) {
-        const int kept = keep->kept(layer, SiteKind::kChannels);
-        narrows = narrows || (kept > 0 && kept < widths.channels);
+        const int channels = keep->kept(layer, SiteKind::kChannels);
+        const int heads = keep->kept(layer, SiteKind::kHeads);
+        narrows = narrows || (channels > 0 && channels < widths.channels) ||
+                  (heads > 0 && heads < widths.heads);
       }
     }
   }
@@ -235,7 +244,8 @@ absl::Status WritePruningFile(const std::string& path, const ModelFile& model,
   for (size_t i = 0; i < data.layers.size(); ++i) {
     const PruningData::Layer& layer = data.layers[i];
     const int index = static_cast<int>(i);
-    if (!layer.ranking.empty()) writer.Add(RankingKey(index), layer.ranking);
+    if (!layer.ranking.empty()) writer.Add(RankingKey(index, SiteKind::kChannels), layer.ranking);
+    if (!layer.heads.empty()) writer.Add(RankingKey(index, SiteKind::kHeads), layer.heads);
     if (!layer.key_mean.empty()) {
       writer.AddTensor(KeyMeanName(index), BlockType::kF32, 1,
                        static_cast<int>(layer.key_mean.size()),

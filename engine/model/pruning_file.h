@@ -3,6 +3,7 @@
 //
 //   espalier.fingerprint             string, FingerprintOf(model)
 //   espalier.ranking.LAYER           int32 array, the layer's channels, best first
+//   espalier.heads.LAYER             int32 array, its query heads, best first
 //   blk.LAYER.ffn_down.COUNT.weight  Q4_1 [hidden, COUNT]: `down` of the ranking's first COUNT
 //   blk.LAYER.ffn_down.COUNT.bias    F32 [hidden]: what is added to what that gives
 //   blk.LAYER.attn_k.mean            F32 [kv_heads * head_dim]: the mean of rotated keys
@@ -84,7 +85,8 @@ absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const Model
 
 struct PruningData {
   struct Layer {
-    std::vector<int32_t> ranking;        // empty: never narrowed
+    std::vector<int32_t> ranking;        // of channels; empty: never narrowed
+    std::vector<int32_t> heads;          // the same of query heads
     std::map<int, RefittedDown> refits;  // by count
     std::vector<float> key_mean;         // empty: not known
   };

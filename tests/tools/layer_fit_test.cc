@@ -3,11 +3,14 @@
 #include "tools/layer_fit.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <random>
 #include <string>
 #include <utility>
 
+#include "engine/model/decoder.h"
+#include "engine/model/down_norms.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/support/model_writer.h"
@@ -203,6 +206,76 @@ TEST_F(LayerFitTest, SeesBlocksThatAreDropped) {
                        down.size() * sizeof(FourBitGroup));
   };
   EXPECT_NE(bytes(*with), bytes(*without));
+}
+
+TEST_F(LayerFitTest, RanksHeadsByWhatMeetsO) {
+  const ModelConfig& config = file_->config();
+  ladder_ = Ladder::DenseOnly(widths_);
+  KeepProfile keep = ladder_.rung(0).prefill;
+  for (int layer = 0; layer + 1 < widths_.layers; ++layer) {
+    keep.Keep(layer, SiteKind::kHeads, widths_.heads / 2);
+    keep.Keep(layer, SiteKind::kChannels, 64);
+  }
+  ASSERT_TRUE(ladder_.Append({.prefill = keep, .decode = keep}));
+  const LayerFitOptions options = {.rank = "elimination"};
+  const absl::StatusOr<PruningData> fitted = Fit(options);
+  ASSERT_TRUE(fitted.ok()) << fitted.status();
+  EXPECT_EQ(done_, total_);
+  const int64_t sweeps = done_;
+  EXPECT_TRUE(fitted->layers.back().heads.empty());
+
+  // By the definition: E[x^2] times the root of the sum of w^4, summed over a head's columns.
+  const int columns = config.heads * config.head_dim;
+  std::vector<std::vector<double>> energy(widths_.layers, std::vector<double>(columns));
+  executor_->set_input_observer([&](int layer, LayerInput input, ConstMatrix rows) {
+    if (input != LayerInput::kO) return;
+    for (int r = 0; r < rows.rows; ++r) {
+      for (int j = 0; j < columns; ++j) energy[layer][j] += double{rows.row(r)[j]} * rows.row(r)[j];
+    }
+  });
+  ASSERT_TRUE(executor_->SetLadder(Ladder::DenseOnly(widths_), StaticSelector(widths_)).ok());
+  for (const std::vector<int32_t>& window : windows_) {
+    const ForcedText text{.tokens = window, .prompt = kLength, .rung = 0, .scored = false};
+    ASSERT_TRUE(RunForced(executor_.get(), kStepRows, {&text, 1}).ok());
+  }
+  executor_->set_input_observer({});
+  for (int layer = 0; layer + 1 < widths_.layers; ++layer) {
+    const std::vector<float> o = ReadO(*file_, layer).value();
+    std::vector<std::pair<double, int>> scores;
+    for (int head = 0; head < config.heads; ++head) {
+      double score = 0;
+      for (int j = head * config.head_dim; j < (head + 1) * config.head_dim; ++j) {
+        double fourth = 0;
+        for (int n = 0; n < config.hidden; ++n) fourth += std::pow(o[n * columns + j], 4);
+        score += energy[layer][j] * std::sqrt(fourth);
+      }
+      scores.emplace_back(-score, head);
+    }
+    std::ranges::sort(scores);
+    std::vector<int32_t> want;
+    for (const auto& [score, head] : scores) want.push_back(head);
+    // Position 0 is in `energy`, and not in what ranks: heads are far enough apart.
+    EXPECT_EQ(fitted->layers[layer].heads, want) << layer;
+  }
+
+  PruningData plain = *fitted;
+  for (PruningData::Layer& layer : plain.layers) layer.refits.clear();
+  const std::vector<float> dense = LastHidden(0);
+  ASSERT_TRUE(executor_->SetLadder(ladder_, PruningDataSelector(widths_, &plain)).ok());
+  const double off = Off(LastHidden(1), dense);
+  ASSERT_TRUE(executor_->SetLadder(ladder_, PruningDataSelector(widths_, &*fitted)).ok());
+  EXPECT_LT(Off(LastHidden(1), dense), 0.95 * off) << "down makes up for heads, too";
+
+  const TemporaryFolder folder;
+  LayerFitOptions kept = options;
+  kept.checkpoint = folder.Path("part");
+  stop_at_ = sweeps;
+  EXPECT_EQ(Fit(kept).status().code(), absl::StatusCode::kCancelled);
+  stop_at_ = INT64_MAX;
+  const absl::StatusOr<PruningData> resumed = Fit(kept);
+  ASSERT_TRUE(resumed.ok()) << resumed.status();
+  EXPECT_LT(done_, sweeps);
+  EXPECT_EQ(Written(*resumed), Written(*fitted));
 }
 
 TEST_F(LayerFitTest, RungsThatMixCountsShareWhatOthersAreFittedFor) {

@@ -11,6 +11,7 @@
 namespace espalier {
 namespace {
 
+using testing::ElementsAre;
 using testing::ElementsAreArray;
 using testing::HasSubstr;
 
@@ -45,6 +46,7 @@ PruningData SomeData() {
   PruningData data;
   data.layers.resize(2);
   data.layers[1].ranking = Turned(64);
+  data.layers[0].heads = Turned(2);
   for (const int count : {32, 64}) {
     std::vector<FourBitGroup>& groups = data.layers[1].refits[count].down;
     for (int i = 0; i < 16 * count / kQuantGroup; ++i) {
@@ -66,7 +68,8 @@ TEST(PruningFile, IsReadAsItWasWritten) {
   ASSERT_TRUE(file.ok()) << file.status();
   EXPECT_THAT((*file)->Ranking(1, SiteKind::kChannels), ElementsAreArray(Turned(64)));
   EXPECT_EQ((*file)->Ranking(0, SiteKind::kChannels)[5], 5) << "natural where nothing is said";
-  EXPECT_EQ((*file)->Ranking(1, SiteKind::kHeads).size(), 2);
+  EXPECT_THAT((*file)->Ranking(0, SiteKind::kHeads), ElementsAre(1, 0));
+  EXPECT_THAT((*file)->Ranking(1, SiteKind::kHeads), ElementsAre(0, 1));
   for (const auto& [count, refit] : data.layers[1].refits) {
     const std::vector<FourBitGroup>& groups = refit.down;
     const auto read = (*file)->RefitOf(1, count).down;
@@ -129,6 +132,10 @@ TEST(PruningFile, SaysWhatIsWrongWithIt) {
     EXPECT_THAT(
         after([&](GgufParts& p) { p.Set("espalier.ranking.1", GgufPart::Integers(ranking)); }),
         HasSubstr("espalier.ranking.1"));
+  }
+  for (const std::vector<int32_t>& heads : {std::vector<int32_t>{0, 0}, {0}, {1, 2}}) {
+    EXPECT_THAT(after([&](GgufParts& p) { p.Set("espalier.heads.1", GgufPart::Integers(heads)); }),
+                HasSubstr("espalier.heads.1"));
   }
   EXPECT_THAT(after([](GgufParts& p) { p.Remove("espalier.ranking.1"); }),
               HasSubstr("expected key espalier.ranking.1 with it"));
