@@ -1,4 +1,4 @@
-// Perplexity of a text in windows that each start from an empty cache.
+// Perplexity of a text in windows that each start from an empty cache, side by side or overlapping.
 #pragma once
 
 #include <cstdint>
@@ -13,24 +13,35 @@ namespace espalier {
 struct WindowPlan {
   int windows = 0;
   int tokens = 0;  // of each window
+  int stride = 0;  // from one window's first token to the next one's, in [1, tokens]
+
+  // Its first token that is scored: those before are what it is scored by.
+  int FirstScored(int window) const {
+    return window == 0 || stride == tokens ? 1 : tokens - stride;
+  }
 };
 
-// How `tokens` tokens are cut: `windows` consecutive windows of `window` tokens (0: all that the
-// text fills; what is left over is not scored). A text shorter than one window is one window.
-// InvalidArgument if the text has fewer windows than asked for, or fewer than 2 tokens.
-absl::StatusOr<WindowPlan> PlanWindows(int64_t tokens, int window, int windows);
+// How `tokens` tokens are cut: `windows` windows of `window` tokens (0: all that the text fills;
+// what is left over is not scored), one every `stride` tokens. With a stride of 0 or `window` they
+// lie side by side and each is scored but for its first token; with a smaller one each but the
+// first is scored over its last `stride` tokens, so that none is scored twice and all have
+// something before them. A text shorter than one window is one window. InvalidArgument if the text
+// has fewer windows than asked for, or fewer than 2 tokens, or the stride is longer than a window.
+absl::StatusOr<WindowPlan> PlanWindows(int64_t tokens, int window, int windows, int stride = 0);
 
 struct PerplexityResult {
-  std::vector<double> nll_per_window;  // nats, summed over positions 1 .. window - 1
-  int64_t terms = 0;                   // windows * (window - 1)
+  std::vector<double> nll_per_window;  // nats, summed over what is scored of each
+  int64_t terms = 0;                   // tokens scored, of all windows
   double nll = 0;                      // total
 
   double mean() const { return nll / static_cast<double>(terms); }
   double perplexity() const;
 };
 
-// Log-probability of tokens 1 .. n - 1 of a window given the ones before, summed, nats.
-using WindowScorer = std::function<absl::StatusOr<double>(std::span<const int32_t> window)>;
+// Log-probability of tokens first .. n - 1 of a window given the ones before, summed, nats; first
+// >= 1.
+using WindowScorer =
+    std::function<absl::StatusOr<double>(std::span<const int32_t> window, int first)>;
 
 // Scores the windows in order, calling progress(done, total) after each.
 absl::StatusOr<PerplexityResult> MeasurePerplexity(

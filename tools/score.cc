@@ -36,6 +36,7 @@ struct Options {
   bool special = false;
   int window = 1024;
   int windows = 0;
+  int stride = 0;
   int step_rows = 512;
   std::optional<double> reference_ppl;
   double tolerance = 1e-4;
@@ -50,7 +51,7 @@ struct Subject {
 
 // One request at a time through an engine of its own, so that each window starts from an empty
 // cache.
-absl::StatusOr<double> ScoreHere(Engine* engine, std::span<const int32_t> window) {
+absl::StatusOr<double> ScoreHere(Engine* engine, std::span<const int32_t> window, int first) {
   Request request;
   request.id = 1;
   request.prompt.assign(window.begin(), window.end());
@@ -60,16 +61,17 @@ absl::StatusOr<double> ScoreHere(Engine* engine, std::span<const int32_t> window
   absl::Status status = engine->Submit(std::move(request));
   if (!status.ok()) return status;
   double logprob = 0;
-  size_t scored = 0;
+  int scored = 0;
   while (!engine->idle()) {
     const absl::StatusOr<const StepReport*> report = engine->Step(Instant{0});
     if (!report.ok()) return report.status();
     for (const SequenceOutput& output : (*report)->outputs) {
-      for (const TokenResult& token : output.prompt_scores) logprob += token.logprob;
-      scored += output.prompt_scores.size();
+      for (const TokenResult& token : output.prompt_scores) {
+        if (++scored >= first) logprob += token.logprob;
+      }
     }
   }
-  if (scored + 1 != window.size()) {
+  if (scored + 1 != static_cast<int>(window.size())) {
     return absl::InternalError(
         fmt::format("{} tokens of {} were scored", scored, window.size() - 1));
   }
@@ -122,8 +124,8 @@ absl::StatusOr<Subject> Local(const Options& options, const std::string& text) {
                                                     (*file)->config().vocabulary));
     }
   }
-  absl::StatusOr<WindowPlan> plan =
-      PlanWindows(static_cast<int64_t>(tokens->size()), options.window, options.windows);
+  absl::StatusOr<WindowPlan> plan = PlanWindows(static_cast<int64_t>(tokens->size()),
+                                                options.window, options.windows, options.stride);
   if (!plan.ok()) return plan.status();
 
   absl::StatusOr<LocalModel> model =
@@ -135,8 +137,8 @@ absl::StatusOr<Subject> Local(const Options& options, const std::string& text) {
   scorer->engine.emplace(
       SchedulerOptions{.max_batch_tokens = options.step_rows, .max_sequences = 1},
       executor->kv_geometry(), executor->ladder(), executor, &scorer->policy);
-  return Subject{*std::move(tokens), [scorer](std::span<const int32_t> window) {
-                   return ScoreHere(&*scorer->engine, window);
+  return Subject{*std::move(tokens), [scorer](std::span<const int32_t> window, int first) {
+                   return ScoreHere(&*scorer->engine, window, first);
                  }};
 }
 
@@ -158,7 +160,7 @@ absl::StatusOr<Subject> Remote(const Options& options, const std::string& text) 
       options.token_ids ? ParseIds(text) : TokenizeThere(options, text);
   if (!tokens.ok()) return tokens.status();
   return Subject{*std::move(tokens),
-                 [&options](std::span<const int32_t> window) -> absl::StatusOr<double> {
+                 [&options](std::span<const int32_t> window, int first) -> absl::StatusOr<double> {
                    v1::ScoreRequest score;
                    score.set_model(options.remote.model_name);
                    score.mutable_token_ids()->mutable_ids()->Add(window.begin(), window.end());
@@ -166,7 +168,12 @@ absl::StatusOr<Subject> Remote(const Options& options, const std::string& text) 
                    const absl::Status called =
                        UnaryCall(options.remote, &v1::EspalierService::Stub::Score, score, &scored);
                    if (!called.ok()) return called;
-                   return scored.total_logprob();
+                   if (first == 1) return scored.total_logprob();
+                   double logprob = 0;
+                   for (int i = first - 1; i < scored.logprobs_size(); ++i) {
+                     logprob += scored.logprobs(i).logprob();
+                   }
+                   return logprob;
                  }};
 }
 
@@ -174,6 +181,7 @@ void Print(const PerplexityResult& result, const WindowPlan& plan, bool json) {
   if (json) {
     fmt::print("{}\n", nlohmann::ordered_json{{"windows", plan.windows},
                                               {"window_tokens", plan.tokens},
+                                              {"stride", plan.stride},
                                               {"terms", result.terms},
                                               {"nll", result.nll},
                                               {"mean_nll", result.mean()},
@@ -187,9 +195,11 @@ void Print(const PerplexityResult& result, const WindowPlan& plan, bool json) {
       fmt::print("window {:>4}: NLL {:.3f}\n", w, result.nll_per_window[w]);
     }
   }
-  fmt::print("{} windows of {} tokens, {} terms: NLL {:.3f}, mean {:.6f} nats/token, PPL {:.5f}\n",
-             plan.windows, plan.tokens, result.terms, result.nll, result.mean(),
-             result.perplexity());
+  fmt::print(
+      "{} windows of {} tokens{}, {} terms: NLL {:.3f}, mean {:.6f} nats/token, PPL {:.5f}\n",
+      plan.windows, plan.tokens,
+      plan.stride < plan.tokens ? fmt::format(", one every {}", plan.stride) : "", result.terms,
+      result.nll, result.mean(), result.perplexity());
 }
 
 absl::Status Run(const Options& options, bool local) {
@@ -197,8 +207,8 @@ absl::Status Run(const Options& options, bool local) {
   if (!text.ok()) return text.status();
   absl::StatusOr<Subject> subject = local ? Local(options, *text) : Remote(options, *text);
   if (!subject.ok()) return subject.status();
-  absl::StatusOr<WindowPlan> plan =
-      PlanWindows(static_cast<int64_t>(subject->tokens.size()), options.window, options.windows);
+  absl::StatusOr<WindowPlan> plan = PlanWindows(static_cast<int64_t>(subject->tokens.size()),
+                                                options.window, options.windows, options.stride);
   if (!plan.ok()) return plan.status();
 
   absl::StatusOr<PerplexityResult> result;
@@ -240,6 +250,12 @@ void AddScore(CLI::App& root, Action* action) {
   sub->add_option("--windows", options->windows,
                   "How many windows to score; 0: all that the text fills")
       ->type_name("COUNT")
+      ->check(CLI::Range(0, 1 << 20))
+      ->capture_default_str();
+  sub->add_option("--stride", options->stride,
+                  "From one window to the next. Less than --window: they overlap, and all but the "
+                  "first are scored over their last so many tokens; 0: they do not")
+      ->type_name("TOKENS")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
   CLI::Option* reference =

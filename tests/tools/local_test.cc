@@ -105,6 +105,16 @@ TEST(Score, EachWindowStartsFromAnEmptyCache) {
             1e-2);
 }
 
+TEST(Score, OverlappingWindowsScoreWhatIsNew) {
+  const Golden golden;
+  const nlohmann::json score =
+      Score({"--model", kModel, "--weights", "f32", "--window", "8", "--stride", "3"});
+  const auto windows = static_cast<int64_t>(score["nll_per_window"].size());
+  EXPECT_EQ(windows, 1 + (static_cast<int64_t>(golden.nll.size()) + 1 - 8) / 3);
+  EXPECT_EQ(score["terms"], 7 + 3 * (windows - 1));
+  EXPECT_NEAR(score["nll_per_window"][0], golden.Sum(7), 1e-3);
+}
+
 TEST(Score, InInt8IsClose) {
   const Golden golden;
   const double nll = Score({"--model", kModel})["nll"];

@@ -21,6 +21,7 @@ TEST(PlanWindows, TakesWhatIsAskedFor) {
   ASSERT_TRUE(plan.ok());
   EXPECT_EQ(plan->windows, 32);
   EXPECT_EQ(plan->tokens, 1024);
+  EXPECT_EQ(plan->stride, 1024);
 }
 
 TEST(PlanWindows, ZeroTakesAllFullWindows) {
@@ -34,6 +35,15 @@ TEST(PlanWindows, AShortTextIsOneWindow) {
   EXPECT_EQ(plan->tokens, 100);
 }
 
+TEST(PlanWindows, OverlapByAStride) {
+  EXPECT_EQ(PlanWindows(2047, 1024, 0, 512)->windows, 2);
+  EXPECT_EQ(PlanWindows(2048, 1024, 0, 512)->windows, 3);
+  EXPECT_EQ(PlanWindows(2048, 1024, 0, 1024)->windows, 2);
+  EXPECT_EQ(PlanWindows(100, 1024, 0, 512)->stride, 100) << "one window, which none overlaps";
+  EXPECT_THAT(std::string(PlanWindows(9000, 1024, 0, 1025).status().message()),
+              HasSubstr("a stride of 1025 leaves out tokens between windows of 1024"));
+}
+
 TEST(PlanWindows, TooLittleTextSaysHowMuchThereIs) {
   EXPECT_THAT(std::string(PlanWindows(1, 1024, 0).status().message()), HasSubstr("1 tokens"));
   EXPECT_THAT(std::string(PlanWindows(3000, 1024, 3).status().message()),
@@ -45,12 +55,13 @@ TEST(MeasurePerplexity, SumsOverWindowsAndSkipsEachFirstToken) {
   std::iota(tokens.begin(), tokens.end(), 0);
   std::vector<int32_t> firsts;
   // Every token but the first costs as many nats as the window's first token.
-  const WindowScorer scorer = [&](std::span<const int32_t> window) -> absl::StatusOr<double> {
+  const WindowScorer scorer = [&](std::span<const int32_t> window,
+                                  int first) -> absl::StatusOr<double> {
     firsts.push_back(window.front());
-    return -double(window.front()) * double(window.size() - 1);
+    return -double(window.front()) * double(window.size() - first);
   };
   int updates = 0;
-  const auto result = MeasurePerplexity(tokens, {.windows = 3, .tokens = 3}, scorer,
+  const auto result = MeasurePerplexity(tokens, {.windows = 3, .tokens = 3, .stride = 3}, scorer,
                                         [&](int, int total) { updates += total == 3; });
   ASSERT_TRUE(result.ok());
   EXPECT_THAT(firsts, ElementsAre(0, 3, 6));
@@ -62,12 +73,32 @@ TEST(MeasurePerplexity, SumsOverWindowsAndSkipsEachFirstToken) {
   EXPECT_EQ(updates, 3);
 }
 
+TEST(MeasurePerplexity, ScoresNoTokenTwiceWhereWindowsOverlap) {
+  std::vector<int32_t> tokens(20);
+  std::iota(tokens.begin(), tokens.end(), 0);
+  const WindowPlan plan = *PlanWindows(20, 8, 0, 3);
+  std::vector<int32_t> scored;
+  const auto result = MeasurePerplexity(
+      tokens, plan,
+      [&](std::span<const int32_t> window, int first) -> absl::StatusOr<double> {
+        scored.insert(scored.end(), window.begin() + first, window.end());
+        return -1;
+      },
+      [](int, int) {});
+  ASSERT_TRUE(result.ok());
+  std::vector<int32_t> want(19);  // the first of all has nothing before it
+  std::iota(want.begin(), want.end(), 1);
+  EXPECT_EQ(scored, want);
+  EXPECT_EQ(result->terms, 19);
+  EXPECT_EQ(result->nll, 5);
+}
+
 TEST(MeasurePerplexity, EndsAtTheFirstError) {
   const std::vector<int32_t> tokens(6, 1);
   int calls = 0;
   const auto result = MeasurePerplexity(
-      tokens, {.windows = 3, .tokens = 2},
-      [&](std::span<const int32_t>) -> absl::StatusOr<double> {
+      tokens, {.windows = 3, .tokens = 2, .stride = 2},
+      [&](std::span<const int32_t>, int) -> absl::StatusOr<double> {
         ++calls;
         return absl::UnavailableError("gone");
       },

@@ -81,6 +81,9 @@ class ScriptedService final : public v1::EspalierService::Service {
   grpc::Status Score(grpc::ServerContext*, const v1::ScoreRequest* request,
                      v1::ScoreResponse* response) override {
     response->set_total_logprob(-2.0 * (request->token_ids().ids_size() - 1));
+    for (int i = 1; i < request->token_ids().ids_size(); ++i) {
+      response->add_logprobs()->set_logprob(-2);
+    }
     return grpc::Status::OK;
   }
 
@@ -263,6 +266,8 @@ TEST_F(RemoteCommand, TokenizePrintsIdsAndPieces) {
 TEST_F(RemoteCommand, ScoreChecksAgainstAReference) {
   ASSERT_EQ(Run({"score", "abcdefghij", "--window", "5"}), 0) << err_;
   EXPECT_THAT(out_, HasSubstr("2 windows of 5 tokens, 8 terms: NLL 16.000, mean 2.000000"));
+  ASSERT_EQ(Run({"score", "abcdefghij", "--window", "5", "--stride", "2"}), 0) << err_;
+  EXPECT_THAT(out_, HasSubstr("3 windows of 5 tokens, one every 2, 8 terms: NLL 16.000"));
   EXPECT_EQ(Run({"score", "abcdefghij", "--reference-ppl", "7.389"}), 0) << err_;
   EXPECT_EQ(Run({"score", "abcdefghij", "--reference-ppl", "7.4"}), 1);
   EXPECT_THAT(err_, HasSubstr("off the reference"));
