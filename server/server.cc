@@ -307,9 +307,6 @@ class Server {
         reloading_ = false;
         lock.unlock();
         done({}, error);
-      } else {
-        std::lock_guard lock(reload_mutex_);
-        reloading_ = false;
       }
     });
   }
@@ -421,6 +418,10 @@ class Server {
     const uint64_t resident = ResidentMemoryBytes();
     const Ledger ledger = thread_->load().ledger;
     memory_->SetOther(resident - std::min(resident, ledger.kv_used + ledger.kv_reusable));
+    {
+      std::lock_guard lock(reload_mutex_);
+      reloading_ = false;  // before it is told: who reads the log may ask for the next
+    }
     Log(LogLevel::kInfo, "weights before released",
         {{"seconds", Seconds(took)}, {"resident", resident}, {"was", held}});
   }
