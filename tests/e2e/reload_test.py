@@ -73,11 +73,11 @@ class Reload(unittest.TestCase):
             time.sleep(0.01)
 
     def test_running_requests_finish_on_the_old_weights(self):
-        with Server(BINARY, MODEL, "--admin", "--max-sequences", "2", "--metrics-port", "0") as server, \
+        with Server(BINARY, MODEL, "--admin", "--max-sequences", "1", "--metrics-port", "0") as server, \
                 concurrent.futures.ThreadPoolExecutor(64) as pool:
             before = [pool.submit(answer, server, p) for p in self.prompts]
             self.assertIsNotNone(server.wait_for_load(
-                lambda load: load.running_requests == 2 and load.waiting_requests == 22))
+                lambda load: load.running_requests == 1 and load.waiting_requests >= 12))
             reloaded = server.stub.ReloadModel(pb.ReloadModelRequest(model=str(self.pruned)),
                                                timeout=60)
             # They are as many as it says, but for those that ended within the call.
@@ -184,10 +184,10 @@ class Reload(unittest.TestCase):
         moments = pathlib.Path(self.folder.name) / "served.moments"
         pruned = pathlib.Path(self.folder.name) / "by-moments.gguf"
         with Server(BINARY, MODEL, "--admin", "--moments-file", moments, "--metrics-port", "0",
-                    "--prefix-cache", "off") as server:
+                    "--prefix-cache", "false") as server:
             for i in range(40):
                 answer(server, f"{i} of what people ask, some twenty tokens of a prompt", 4)
-            tokens = float(server.metrics().split("espalier_moments_tokens ")[1].split()[0])
+            tokens = float(server.metrics().split("\nespalier_moments_tokens ")[1].split()[0])
             self.assertGreaterEqual(tokens, 2 * 16)
             self.assertEqual(server.terminate(), 0)
         with Server(BINARY, MODEL, "--admin", "--moments-file", moments, "--metrics-port", "0") as server:
