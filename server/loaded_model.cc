@@ -32,7 +32,6 @@ std::string_view Text(const absl::Status& status) {
   return {status.message().data(), status.message().size()};
 }
 
-// The first tokens of two vocabularies that differ, or their numbers.
 absl::Status Differs(std::string_view path, std::string_view what, std::string_view served,
                      std::string_view found) {
   return absl::FailedPreconditionError(
@@ -235,7 +234,6 @@ absl::Status CheckReplaces(const ServedModel& served, const ModelFile& file) {
   compare("context", &ModelConfig::context);
   compare("RMS epsilon", &ModelConfig::rms_eps);
   compare("RoPE base", &ModelConfig::rope_theta);
-  compare("RoPE interleaving", &ModelConfig::rope_interleaved);
   compare("bias of q, k and v", &ModelConfig::qkv_bias);
   compare("norms of q and k", &ModelConfig::qk_norm);
   const auto scaling = [](const RopeScaling& s) {

@@ -83,7 +83,8 @@ class LoadedModel {
 };
 
 // That a file can take the place of what is served: FailedPrecondition, with the first of its
-// dimensions, or of its words, that differs, and both values.
+// dimensions, or of its words, that differs, and both values. How a file lays its rows out, and
+// whether it has an LM head of its own, are its own business.
 absl::Status CheckReplaces(const ServedModel& served, const ModelFile& file);
 
 // What the weights of a file take in memory, within some percent, without those of its ladder.
