@@ -2,8 +2,12 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 #include "server/generate_call.h"
 #include "server/request_reader.h"
@@ -51,6 +55,27 @@ v1::MemoryLedger WireLedger(const Backstage& stage, const Ledger& ledger) {
   return wire;
 }
 
+// Paths that may stand in a status: errors name them.
+std::optional<RpcError> CheckReload(const v1::ReloadModelRequest& asked) {
+  constexpr size_t kLongest = 1024;
+  std::vector<FieldViolation> violations;
+  const std::pair<const char*, const std::string*> paths[] = {{"model", &asked.model()},
+                                                              {"ladder", &asked.ladder()}};
+  for (const auto& [field, path] : paths) {
+    if (path->size() > kLongest) {
+      violations.push_back(
+          {field, fmt::format("expected at most {} bytes, got {}", kLongest, path->size())});
+    } else if (std::ranges::any_of(*path, [](unsigned char c) { return c < 0x20 || c == 0x7F; })) {
+      violations.push_back({field, "expected a path without control characters"});
+    }
+  }
+  if (asked.without_ladder() && !asked.ladder().empty()) {
+    violations.push_back({"without_ladder", "expected no ladder beside it"});
+  }
+  if (violations.empty()) return std::nullopt;
+  return BadFields(violations);
+}
+
 }  // namespace
 
 grpc::ServerWriteReactor<grpc::ByteBuffer>* ApiService::Generate(
@@ -73,10 +98,11 @@ grpc::ServerUnaryReactor* ApiService::Tokenize(grpc::CallbackServerContext* cont
       [stage](const v1::TokenizeRequest& asked,
               v1::TokenizeResponse* answer) -> std::optional<RpcError> {
         std::vector<int32_t> ids;
-        if (auto error = ReadTokenize(asked, *stage->model, *stage->encoder, &ids)) return error;
+        const std::shared_ptr<const ServedModel> model = stage->model();
+        if (auto error = ReadTokenize(asked, *model, *stage->encoder, &ids)) return error;
         for (const int32_t id : ids) {
           answer->add_token_ids(id);
-          answer->add_pieces(std::string(stage->model->tokenizer->TokenBytes(id)));
+          answer->add_pieces(std::string(model->tokenizer->TokenBytes(id)));
         }
         return std::nullopt;
       });
@@ -91,8 +117,9 @@ grpc::ServerUnaryReactor* ApiService::Detokenize(grpc::CallbackServerContext* co
       [stage](const v1::DetokenizeRequest& asked,
               v1::DetokenizeResponse* answer) -> std::optional<RpcError> {
         std::vector<int32_t> ids;
-        if (auto error = ReadDetokenize(asked, *stage->model, &ids)) return error;
-        answer->set_text(stage->model->tokenizer->Decode(ids, asked.skip_special()));
+        const std::shared_ptr<const ServedModel> model = stage->model();
+        if (auto error = ReadDetokenize(asked, *model, &ids)) return error;
+        answer->set_text(model->tokenizer->Decode(ids, asked.skip_special()));
         return std::nullopt;
       });
 }
@@ -104,7 +131,8 @@ grpc::ServerUnaryReactor* ApiService::GetModel(grpc::CallbackServerContext* cont
   return Answer<v1::GetModelRequest, v1::GetModelResponse>(
       stage, context, *request, response,
       [&](const v1::GetModelRequest&, v1::GetModelResponse* answer) -> std::optional<RpcError> {
-        const ServedModel& model = *stage->model;
+        const std::shared_ptr<const ServedModel> served = stage->model();
+        const ServedModel& model = *served;
         answer->set_name(model.name);
         answer->set_architecture(std::string(ArchitectureName(model.config.architecture)));
         answer->set_layers(model.config.layers);
@@ -167,6 +195,47 @@ grpc::ServerUnaryReactor* ApiService::SetMemoryBudget(grpc::CallbackServerContex
         *answer->mutable_memory() = WireLedger(*stage, stage->engine->load().ledger);
         return std::nullopt;
       });
+}
+
+grpc::ServerUnaryReactor* ApiService::ReloadModel(grpc::CallbackServerContext* context,
+                                                  const grpc::ByteBuffer* request,
+                                                  grpc::ByteBuffer* response) {
+  const Backstage* stage = backstage();
+  v1::ReloadModelRequest asked;
+  std::optional<RpcError> error;
+  if (stage == nullptr) error = Loading();
+  if (!error.has_value()) error = Unpack(*request, &asked);
+  if (!error.has_value() && (!options_.admin || !stage->reload)) error = NotAdmin();
+  if (!error.has_value()) error = CheckReload(asked);
+  grpc::ServerUnaryReactor* reactor = context->DefaultReactor();
+  const auto finish = [context, reactor, response](const Reloaded& reloaded,
+                                                   const std::optional<RpcError>& refused) {
+    if (refused.has_value()) {
+      if (refused->retry_after.has_value()) {
+        context->AddTrailingMetadata("grpc-retry-pushback-ms",
+                                     fmt::format("{}", refused->retry_after->count()));
+      }
+      reactor->Finish(refused->status);
+      return;
+    }
+    v1::ReloadModelResponse answer;
+    answer.set_name(reloaded.model->name);
+    answer.set_weight_type(reloaded.model->weight_type);
+    answer.set_rungs(reloaded.model->ladder.size());
+    answer.set_requests_before(reloaded.before);
+    *answer.mutable_loading() = WireDuration(reloaded.loading_s);
+    Pack(answer, response);
+    reactor->Finish(grpc::Status::OK);
+  };
+  if (error.has_value()) {
+    finish({}, error);
+  } else {
+    stage->reload({.model = asked.model(),
+                   .ladder = asked.ladder(),
+                   .without_ladder = asked.without_ladder()},
+                  finish);
+  }
+  return reactor;
 }
 
 }  // namespace espalier

@@ -20,7 +20,8 @@ using RawService = v1::EspalierService::WithRawCallbackMethod_Generate<
                 v1::EspalierService::WithRawCallbackMethod_GetModel<
                     v1::EspalierService::WithRawCallbackMethod_GetLoad<
                         v1::EspalierService::WithRawCallbackMethod_SetMemoryBudget<
-                            v1::EspalierService::Service>>>>>>>;
+                            v1::EspalierService::WithRawCallbackMethod_ReloadModel<
+                                v1::EspalierService::Service>>>>>>>>;
 
 class ApiService final : public RawService {
  public:
@@ -60,6 +61,9 @@ class ApiService final : public RawService {
   grpc::ServerUnaryReactor* SetMemoryBudget(grpc::CallbackServerContext* context,
                                             const grpc::ByteBuffer* request,
                                             grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* ReloadModel(grpc::CallbackServerContext* context,
+                                        const grpc::ByteBuffer* request,
+                                        grpc::ByteBuffer* response) override;
 
  private:
   const Backstage* backstage() const { return backstage_.load(std::memory_order_acquire); }

@@ -22,6 +22,8 @@ Instant SteadyDeadline(std::chrono::system_clock::time_point deadline, Instant n
   return now + std::chrono::duration_cast<Instant>(left);
 }
 
+}  // namespace
+
 google::protobuf::Duration WireDuration(double seconds) {
   const auto nanos = static_cast<int64_t>(std::max(seconds, 0.0) * 1e9);
   google::protobuf::Duration duration;
@@ -29,8 +31,6 @@ google::protobuf::Duration WireDuration(double seconds) {
   duration.set_nanos(static_cast<int32_t>(nanos % 1'000'000'000));
   return duration;
 }
-
-}  // namespace
 
 void CallCount::Add(int calls) {
   std::lock_guard lock(mutex_);
@@ -75,6 +75,7 @@ std::optional<RpcError> Call::Admit() {
   }
   if (!place.ok()) return Closed();
   place_.emplace(*std::move(place));
+  model_ = backstage_->models->of(place_->generation());
   return std::nullopt;
 }
 
@@ -151,8 +152,8 @@ void Call::Note(const StreamProgress& progress) {
   }
   const Ladder& ladder = model().ladder;
   const auto loss_at = [&](int rung) {
-    return backstage_->quality != nullptr ? backstage_->quality->told(rung)
-                                          : ladder.rung(rung).price.quality_loss_nats;
+    return model().quality != nullptr ? model().quality->told(rung)
+                                      : ladder.rung(rung).price.quality_loss_nats;
   };
   double tokens = 0, ratio = 0, loss = 0;
   for (int rung = 0; rung < ladder.size(); ++rung) {

@@ -25,6 +25,8 @@
 
 namespace espalier {
 
+google::protobuf::Duration WireDuration(double seconds);
+
 // The streamed calls that gRPC still has: a drained engine is done before the last of them is read.
 class CallCount {
  public:
@@ -47,19 +49,40 @@ struct CallOptions {
   // after this, or its call would stay for ever behind the message that flow control holds back.
   std::chrono::milliseconds stall_grace{10'000};
   bool log_prompts = false;
-  bool admin = false;  // SetMemoryBudget is served
+  bool admin = false;  // SetMemoryBudget and ReloadModel are served
   // Told of every call that ended, on a gRPC or writer thread.
   std::function<void(const RequestSummary&)> on_finished;
   std::shared_ptr<CallCount> count = std::make_shared<CallCount>();
 };
 
+// What ReloadModel asks for.
+struct ReloadOrder {
+  std::string model;   // path; empty: as served
+  std::string ladder;  // path; empty: as served
+  bool without_ladder = false;
+};
+
+struct Reloaded {
+  std::shared_ptr<const ServedModel> model;
+  double loading_s = 0;
+  int before = 0;  // requests that finish on the weights before
+};
+
 // What a loaded server serves with; everything outlives the calls.
 struct Backstage {
-  const ServedModel* model = nullptr;
+  const ServedModels* models = nullptr;
   const PromptEncoder* encoder = nullptr;
   EngineThread* engine = nullptr;
-  MemoryKeeper* memory = nullptr;         // null: nobody keeps it
-  const QualityCheck* quality = nullptr;  // null: nobody checks, and price tags are told
+  MemoryKeeper* memory = nullptr;  // null: nobody keeps it
+  // Begins a reload and returns; `done` is called once, on a thread of its own or at once. Empty:
+  // there is nothing to reload.
+  using ReloadDone = std::function<void(const Reloaded&, const std::optional<RpcError>&)>;
+  std::function<void(ReloadOrder, ReloadDone)> reload;
+
+  // What is served now.
+  std::shared_ptr<const ServedModel> model() const {
+    return models->of(engine->inbox().generation());
+  }
 };
 
 // The state that a Generate and a Score call share. Its reactor guards it with `gate`, except where
@@ -104,7 +127,8 @@ class Call {
   v1::Served WireServed(int tokens) const;
   v1::Usage WireUsage() const;
 
-  const ServedModel& model() const { return *backstage_->model; }
+  // Of the generation that its place is of: after Admit.
+  const ServedModel& model() const { return *model_; }
   const PromptEncoder& encoder() const { return *backstage_->encoder; }
   TokenStream* stream() const { return stream_.get(); }
   bool log_prompts() const { return options_->log_prompts; }
@@ -124,6 +148,7 @@ class Call {
   grpc::CallbackServerContext* const context_;
   const Instant arrival_;
   std::optional<Reservation> place_;
+  std::shared_ptr<const ServedModel> model_;
   std::shared_ptr<TokenStream> stream_;
   std::atomic<bool> cancelled_{false};
   bool by_policy_ = false;  // the rung, not by the request

@@ -16,7 +16,11 @@ constexpr Instant kRetry = std::chrono::milliseconds(1);
 }  // namespace
 
 EngineThread::EngineThread(Engine* engine, ReadyQueue* ready, int max_waiting, EngineHooks hooks)
-    : engine_(engine), ready_(ready), hooks_(std::move(hooks)), inbox_(max_waiting) {
+    : ready_(ready),
+      hooks_(std::move(hooks)),
+      inbox_(max_waiting),
+      engines_(engine),
+      serving_{engine, hooks_.ledger, hooks_.quality, hooks_.on_check} {
   next_load_.max_waiting = max_waiting;
   Publish(SteadyNow());
   thread_ = std::thread([this] { Run(); });
@@ -48,6 +52,77 @@ absl::Status EngineThread::lost() const {
   return lost_;
 }
 
+bool EngineThread::BetweenSteps(const std::function<void()>& work) {
+  Work entry{.run = &work};
+  std::unique_lock lock(work_mutex_);
+  if (!works_) return false;
+  work_.push_back(&entry);
+  has_work_.store(true, std::memory_order_release);
+  inbox_.Wake();
+  done_work_.wait(lock, [&] { return entry.done || !works_; });
+  return entry.done;
+}
+
+bool EngineThread::Replace(NextEngine next, std::function<void()> left) {
+  return BetweenSteps([&] {
+    const Instant now = SteadyNow();
+    EndCheck(now);
+    lefts_ledger_ = std::move(serving_.ledger);
+    serving_ = std::move(next);
+    on_left_ = std::move(left);
+    engines_.Replace(serving_.engine, now);
+    inbox_.NextGeneration();
+    ++generation_;
+  });
+}
+
+void EngineThread::DoWork() {
+  if (!has_work_.exchange(false, std::memory_order_acquire)) return;
+  std::lock_guard lock(work_mutex_);
+  for (Work* work : work_) {
+    (*work->run)();
+    work->done = true;
+  }
+  work_.clear();
+  done_work_.notify_all();
+}
+
+void EngineThread::Settle(Instant now) {
+  if (engines_.left() == nullptr) return;
+  // Commands that were taken have been obeyed: who is not in the engine now never will be.
+  const bool done = engines_.left()->idle() && inbox_.Arriving(generation_ - 1) == 0;
+  if (done) {
+    engines_.Retire(now);
+    lefts_ledger_ = {};
+  }
+  std::vector<Submission> held = std::exchange(held_, {});
+  int64_t awaited = 0;
+  for (Submission& submission : held) {
+    const RequestId id = submission.request.id;
+    if (submission.request.deadline <= now) {
+      submission.stream->End(
+          {.cause = StreamEnd::Cause::kFinished, .reason = FinishReason::kDeadline});
+      posts_.push_back(std::move(submission.stream));
+      readers_.erase(id);
+      ++finishes_to_tell_;
+    } else if (engines_.MustWait(submission.request)) {
+      awaited += engines_.PagesOf(submission.request);
+      held_.push_back(std::move(submission));
+    } else {
+      readers_.erase(id);
+      Submit(std::move(submission));
+    }
+  }
+  engines_.set_awaited_pages(awaited);
+  if (done) std::exchange(on_left_, {})();
+}
+
+SchedulerStats EngineThread::Stats() const {
+  SchedulerStats stats = engines_.stats();
+  stats.waiting += static_cast<int>(held_.size());
+  return stats;
+}
+
 bool EngineThread::Drain(Instant timeout) {
   if (!thread_.joinable()) return !abandoned_;
   inbox_.Close();
@@ -67,29 +142,33 @@ void EngineThread::Run() {
   Instant wait = Instant::zero();
   Instant idle_since = kNever;
   for (;;) {
-    const bool idle = engine_->idle();
+    Settle(SteadyNow());
+    if (!posts_.empty()) ready_->Post(&posts_);
+    const bool idle = engines_.idle();
     // Asked before Take: once closed, what Take brings is the last of it.
     const bool closed = inbox_.closed();
     if (idle) {
-      next_load_.stats = engine_->scheduler().stats();
+      next_load_.stats = Stats();
       Publish(SteadyNow());
       if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, {});
       if (idle_since == kNever) idle_since = SteadyNow();
-      wait = closed                      ? Instant::zero()
-             : hooks_.quality != nullptr ? hooks_.quality->Due(idle_since)
-                                         : kNever;
+      wait = closed                        ? Instant::zero()
+             : serving_.quality != nullptr ? serving_.quality->Due(idle_since)
+                                           : kNever;
       last_progress_.store(0, std::memory_order_relaxed);
     }
     inbox_.Take(next_load_.stats.waiting, wait, &commands);
     // First: who comes after a limit was told is measured by it.
     if (const int pages = pages_wanted_.exchange(-1, std::memory_order_acquire); pages >= 0) {
-      engine_->LimitPages(pages, SteadyNow());
+      engines_.LimitPages(pages, SteadyNow());
     }
     for (Command& command : commands) Obey(command);
+    DoWork();
+    Settle(SteadyNow());
     if (closed) EndCheck(SteadyNow());
-    if (engine_->idle() && !closed) {
+    if (engines_.idle() && !closed) {
       BeginCheck(SteadyNow(), idle_since);
-    } else if (hooks_.quality == nullptr || !hooks_.quality->running().has_value()) {
+    } else if (serving_.quality == nullptr || !serving_.quality->running().has_value()) {
       idle_since = kNever;
     }
     ready_->Post(&posts_);
@@ -98,14 +177,14 @@ void EngineThread::Run() {
       EndAll({.cause = StreamEnd::Cause::kShutdown});
       break;
     }
-    if (engine_->idle()) {
-      if (closed) break;
+    if (engines_.idle()) {
+      if (closed && held_.empty()) break;
       continue;
     }
 
     const Instant started = SteadyNow();
     if (idle) last_progress_.store(started.count(), std::memory_order_relaxed);
-    const absl::StatusOr<const StepReport*> report = engine_->Step(started);
+    const absl::StatusOr<const StepReport*> report = engines_.Step(started);
     const Instant now = SteadyNow();
     if (!report.ok()) {
       Lose(report.status());
@@ -114,7 +193,7 @@ void EngineThread::Run() {
     token_gaps_.clear();
     for (const SequenceOutput& output : (*report)->outputs) Deliver(output, now);
     ready_->Post(&posts_);
-    next_load_.stats = (*report)->stats;
+    next_load_.stats = engines_.left() == nullptr && generation_ == 0 ? (*report)->stats : Stats();
     inbox_.SetRefuses(next_load_.stats.refuses);
     ++next_load_.steps;
     // Requests that only run out of time in the queue are no progress.
@@ -126,13 +205,19 @@ void EngineThread::Run() {
     if (hooks_.on_step) {
       hooks_.on_step(**report, next_load_,
                      {.step = Seconds(now - started),
-                      .oldest_wait = engine_->scheduler().Pressure(now).oldest_wait_s,
+                      .oldest_wait = engines_.oldest_wait_s(now),
                       .token_gaps = token_gaps_});
     }
   }
   last_progress_.store(0, std::memory_order_relaxed);
-  next_load_.stats = engine_->scheduler().stats();
+  next_load_.stats = Stats();
   Publish(SteadyNow());
+  {
+    std::lock_guard lock(work_mutex_);
+    works_ = false;
+    done_work_.notify_all();
+  }
+  if (on_left_) std::exchange(on_left_, {})();
   std::lock_guard lock(exit_mutex_);
   exited_ = true;
   exit_.notify_all();
@@ -140,53 +225,70 @@ void EngineThread::Run() {
 
 void EngineThread::Obey(Command& command) {
   if (const auto* cancellation = std::get_if<Cancellation>(&command)) {
-    if (readers_.erase(cancellation->id) == 0) return;  // it has ended by itself
-    engine_->Cancel(cancellation->id);
-    if (hooks_.quality != nullptr) hooks_.quality->Forget(cancellation->id);
+    const auto found = readers_.find(cancellation->id);
+    if (found == readers_.end()) return;  // it has ended by itself
+    if (found->second.engine != nullptr) {
+      found->second.engine->Cancel(cancellation->id);
+    } else {
+      std::erase_if(held_, [&](const Submission& s) { return s.request.id == cancellation->id; });
+    }
+    readers_.erase(found);
+    if (serving_.quality != nullptr) serving_.quality->Forget(cancellation->id);
     ++finishes_to_tell_;
     return;
   }
-  auto& submission = std::get<Submission>(command);
+  Submit(std::move(std::get<Submission>(command)));
+}
+
+void EngineThread::Submit(Submission submission) {
   const RequestId id = submission.request.id;
-  if (hooks_.quality != nullptr) {
-    EndCheck(SteadyNow());
-    hooks_.quality->Watch(submission.request);
+  const bool current = submission.generation == generation_ || engines_.left() == nullptr;
+  if (current && engines_.MustWait(submission.request)) {
+    readers_.emplace(id, Reader{submission.stream});
+    held_.push_back(std::move(submission));
+    return;
   }
-  if (absl::Status status = engine_->Submit(std::move(submission.request)); !status.ok()) {
-    if (hooks_.quality != nullptr) hooks_.quality->Forget(id);
+  Engine* const engine = current ? engines_.current() : engines_.left();
+  QualityCheck* const quality = serving_.quality;
+  if (quality != nullptr) {
+    EndCheck(SteadyNow());
+    if (current) quality->Watch(submission.request);
+  }
+  if (absl::Status status = engine->Submit(std::move(submission.request)); !status.ok()) {
+    if (quality != nullptr) quality->Forget(id);
     submission.stream->End({.cause = StreamEnd::Cause::kRefused, .error = std::move(status)});
     posts_.push_back(std::move(submission.stream));
     return;
   }
-  readers_.emplace(id, Reader{std::move(submission.stream)});
+  readers_.emplace(id, Reader{std::move(submission.stream), engine});
 }
 
 void EngineThread::BeginCheck(Instant now, Instant idle_since) {
-  if (hooks_.quality == nullptr) return;
-  std::optional<Request> request = hooks_.quality->Next(now, idle_since);
-  if (request.has_value() && !engine_->Submit(*std::move(request)).ok()) {
-    hooks_.quality->Drop();
+  if (serving_.quality == nullptr) return;
+  std::optional<Request> request = serving_.quality->Next(now, idle_since);
+  if (request.has_value() && !engines_.current()->Submit(*std::move(request)).ok()) {
+    serving_.quality->Drop();
   }
 }
 
 void EngineThread::EndCheck(Instant now) {
-  if (hooks_.quality == nullptr || !hooks_.quality->running().has_value()) return;
-  engine_->Cancel(*hooks_.quality->running());
-  hooks_.quality->Abandon(now);
+  if (serving_.quality == nullptr || !serving_.quality->running().has_value()) return;
+  engines_.current()->Cancel(*serving_.quality->running());
+  serving_.quality->Abandon(now);
 }
 
 void EngineThread::Deliver(const SequenceOutput& output, Instant now) {
-  if (hooks_.quality != nullptr) {
-    const int64_t checks = hooks_.quality->checks();
-    if (hooks_.quality->Take(output, now)) {
-      if (hooks_.quality->checks() > checks && hooks_.on_check) hooks_.on_check();
+  if (serving_.quality != nullptr) {
+    const int64_t checks = serving_.quality->checks();
+    if (serving_.quality->Take(output, now)) {
+      if (serving_.quality->checks() > checks && serving_.on_check) serving_.on_check();
       return;
     }
-    hooks_.quality->Follow(output);
+    serving_.quality->Follow(output);
   }
   const auto found = readers_.find(output.id);
   if (found == readers_.end()) return;
-  auto& [stream, last_token] = found->second;
+  auto& [stream, engine, last_token] = found->second;
   const bool finished = output.finish != FinishReason::kNone;
   if (!output.tokens.empty()) {
     tokens_to_tell_ += static_cast<int>(output.tokens.size());
@@ -195,8 +297,8 @@ void EngineThread::Deliver(const SequenceOutput& output, Instant now) {
   }
   bool ended = finished;
   if (!stream->Push(output, now)) {
-    if (!finished) engine_->Cancel(output.id);
-    if (hooks_.quality != nullptr) hooks_.quality->Forget(output.id);
+    if (!finished) engine->Cancel(output.id);
+    if (serving_.quality != nullptr) serving_.quality->Forget(output.id);
     stream->End({.cause = StreamEnd::Cause::kStalled});
     ended = true;
   } else if (finished) {
@@ -228,16 +330,25 @@ void EngineThread::Lose(const absl::Status& status) {
 
 void EngineThread::EndAll(const StreamEnd& end) {
   for (auto& [id, reader] : readers_) {
-    engine_->Cancel(id);
+    if (reader.engine != nullptr) reader.engine->Cancel(id);
     reader.stream->End(end);
     posts_.push_back(std::move(reader.stream));
   }
   readers_.clear();
+  held_.clear();
   ready_->Post(&posts_);
 }
 
 void EngineThread::Publish(Instant now) {
-  if (hooks_.ledger) next_load_.ledger = hooks_.ledger(next_load_.stats);
+  if (serving_.ledger) {
+    // KV of two pools is that of the pages of both, which are as large.
+    next_load_.ledger = serving_.ledger(next_load_.stats);
+    if (lefts_ledger_) {
+      const Ledger left = lefts_ledger_({});
+      next_load_.ledger.weights += left.weights;
+      next_load_.ledger.workspace += left.workspace;
+    }
+  }
   next_load_.arriving = inbox_.arriving();
   next_load_.draining = inbox_.closed();
   std::lock_guard lock(load_mutex_);

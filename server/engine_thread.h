@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "server/engine_pair.h"
 #include "server/inbox.h"
 #include "server/load_snapshot.h"
 #include "server/quality_check.h"
@@ -35,6 +36,14 @@ struct EngineHooks {
   std::function<void()> on_check;
 };
 
+// The engine that takes another's place, with what EngineHooks has of the first.
+struct NextEngine {
+  Engine* engine = nullptr;
+  std::function<Ledger(const SchedulerStats&)> ledger;
+  QualityCheck* quality = nullptr;
+  std::function<void()> on_check;
+};
+
 class EngineThread {
  public:
   // Starts the thread. `engine` and `ready` must outlive it; nobody else touches `engine` from now
@@ -50,6 +59,16 @@ class EngineThread {
     pages_wanted_.store(pages, std::memory_order_release);
     inbox_.Wake();
   }
+
+  // Who takes a place from now on is served by `next`, which has nothing to do; who took one before
+  // finishes where it is. `left` is called on the engine thread once the engine before has nobody
+  // left, and is not touched any more. Returns when this holds; false if the thread ends first:
+  // then `left` is not called. Not while another is to be left. Any thread.
+  bool Replace(NextEngine next, std::function<void()> left);
+
+  // Runs `work` on the engine thread, between two steps, and returns; false, and it is not run, if
+  // that has ended. Any thread.
+  bool BetweenSteps(const std::function<void()>& work);
 
   // The state after the last step, with what arrived since. Any thread; no wait for a step.
   LoadSnapshot load() const;
@@ -71,19 +90,30 @@ class EngineThread {
   void BeginCheck(Instant now, Instant idle_since);
   void EndCheck(Instant now);
   void Obey(Command& command);
+  void Submit(Submission submission);
+  void DoWork();
+  // Submits newcomers who waited for pages of the engine before, and lets that go when it is done.
+  void Settle(Instant now);
+  SchedulerStats Stats() const;
   void Deliver(const SequenceOutput& output, Instant now);
   void EndAll(const StreamEnd& end);
   void Lose(const absl::Status& status);
   void Publish(Instant now);
 
-  Engine* const engine_;
   ReadyQueue* const ready_;
   const EngineHooks hooks_;
   Inbox inbox_;
 
   // Engine thread only.
+  EnginePair engines_;
+  NextEngine serving_;                                         // what hooks_ tell of the current
+  std::function<Ledger(const SchedulerStats&)> lefts_ledger_;  // of the one before
+  std::function<void()> on_left_;
+  int generation_ = 0;            // of the current
+  std::vector<Submission> held_;  // for pages of the one before
   struct Reader {
     std::shared_ptr<TokenStream> stream;
+    Engine* engine = nullptr;  // null: held
     Instant last_token = kNever;
   };
   std::unordered_map<RequestId, Reader> readers_;
@@ -104,6 +134,17 @@ class EngineThread {
   std::atomic<bool> abandon_{false};   // the drain's time is out
   std::atomic<int> pages_wanted_{-1};  // -1: as they are
   bool abandoned_ = false;             // engine thread; read after join
+
+  // Who waits for the engine thread to do something, waits on `done_work_`.
+  struct Work {
+    const std::function<void()>* run = nullptr;
+    bool done = false;
+  };
+  std::mutex work_mutex_;
+  std::condition_variable done_work_;
+  std::vector<Work*> work_;
+  bool works_ = true;  // false: the thread has ended, or is about to
+  std::atomic<bool> has_work_{false};
 
   std::mutex exit_mutex_;
   std::condition_variable exit_;

@@ -9,10 +9,11 @@
 namespace espalier {
 
 Reservation::~Reservation() {
-  if (inbox_ != nullptr) inbox_->GiveBack();
+  if (inbox_ != nullptr) inbox_->GiveBack(generation_);
 }
 
 bool Reservation::Submit(Submission submission) && {
+  submission.generation = generation_;
   return std::exchange(inbox_, nullptr)->Submit(std::move(submission));
 }
 
@@ -26,22 +27,49 @@ absl::StatusOr<Reservation> Inbox::Reserve(int* waiting) {
         fmt::format("{} requests wait, {} may", taken, max_waiting_));
   }
   ++reserved_;
-  return Reservation(this);
+  ++arriving_[generation_ & 1];
+  return Reservation(this, generation_);
 }
 
 bool Inbox::Submit(Submission submission) {
   std::lock_guard lock(mutex_);
   --reserved_;
-  if (closed_) return false;
+  if (closed_) {
+    Arrived(submission.generation);
+    return false;
+  }
   ++submitted_;
   commands_.emplace_back(std::move(submission));
   changed_.notify_one();
   return true;
 }
 
-void Inbox::GiveBack() {
+void Inbox::GiveBack(int generation) {
   std::lock_guard lock(mutex_);
   --reserved_;
+  Arrived(generation);
+}
+
+void Inbox::Arrived(int generation) {
+  // Who waits for the last of a generation does so in Take.
+  if (--arriving_[generation & 1] > 0 || generation == generation_) return;
+  woken_ = true;
+  changed_.notify_one();
+}
+
+void Inbox::NextGeneration() {
+  std::lock_guard lock(mutex_);
+  ++generation_;
+}
+
+int Inbox::generation() const {
+  std::lock_guard lock(mutex_);
+  return generation_;
+}
+
+int Inbox::Arriving(int generation) const {
+  std::lock_guard lock(mutex_);
+  return arriving_[generation & 1];
 }
 
 void Inbox::Cancel(RequestId id) {
@@ -80,6 +108,9 @@ void Inbox::Take(int waiting_in_scheduler, Instant until, std::vector<Command>* 
   }
   woken_ = false;
   commands_.swap(*commands);
+  for (const Command& command : *commands) {
+    if (const auto* taken = std::get_if<Submission>(&command)) --arriving_[taken->generation & 1];
+  }
   in_scheduler_ += std::exchange(submitted_, 0);
 }
 

@@ -1,9 +1,11 @@
 // The one door to the engine thread: a bounded queue of requests, and cancellations.
 //
 // A request holds a place from before it is tokenised until the scheduler first runs it. Places are
-// counted under the lock that grants them, so a burst cannot slip past the bound.
+// counted under the lock that grants them, so a burst cannot slip past the bound; and there it is
+// settled on which generation of the model a request will run.
 #pragma once
 
+#include <array>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -23,6 +25,7 @@ class TokenStream;
 struct Submission {
   Request request;
   std::shared_ptr<TokenStream> stream;  // where its tokens go
+  int generation = 0;                   // of its place; filled in by Reservation::Submit
 };
 
 struct Cancellation {
@@ -34,18 +37,22 @@ using Command = std::variant<Submission, Cancellation>;
 // A granted place. Given back on destruction unless it was used.
 class Reservation {
  public:
-  Reservation(Reservation&& other) noexcept : inbox_(std::exchange(other.inbox_, nullptr)) {}
+  Reservation(Reservation&& other) noexcept
+      : inbox_(std::exchange(other.inbox_, nullptr)), generation_(other.generation_) {}
   Reservation& operator=(Reservation&&) = delete;
   ~Reservation();
 
   // Hands the request to the engine thread. False if the inbox was closed meanwhile.
   bool Submit(Submission submission) &&;
 
+  int generation() const { return generation_; }
+
  private:
   friend class Inbox;
-  explicit Reservation(Inbox* inbox) : inbox_(inbox) {}
+  Reservation(Inbox* inbox, int generation) : inbox_(inbox), generation_(generation) {}
 
   Inbox* inbox_;
+  int generation_;
 };
 
 class Inbox {
@@ -62,6 +69,13 @@ class Inbox {
 
   // While `refuses`, no new places as long as somebody waits. Any thread.
   void SetRefuses(bool refuses);
+
+  // Places are of the next generation from now on, 0 being the first. Not before Arriving says 0 of
+  // the one before this. Any thread.
+  void NextGeneration();
+  int generation() const;
+  // Places of this generation, the present or the one before, that Take has not emptied.
+  int Arriving(int generation) const;
 
   // No new places; what was submitted stays. Any thread.
   void Close();
@@ -84,7 +98,8 @@ class Inbox {
  private:
   friend class Reservation;
   bool Submit(Submission submission);
-  void GiveBack();
+  void GiveBack(int generation);
+  void Arrived(int generation);  // under the lock
 
   const int max_waiting_;
   mutable std::mutex mutex_;
@@ -92,6 +107,8 @@ class Inbox {
   std::vector<Command> commands_;
   int reserved_ = 0;   // places granted, not yet submitted
   int submitted_ = 0;  // submissions among commands_
+  int generation_ = 0;
+  std::array<int, 2> arriving_ = {};  // reserved_ + submitted_, of even and odd generations
   int in_scheduler_ = 0;
   bool refuses_ = false;
   bool closed_ = false;

@@ -16,6 +16,7 @@ MemoryKeeper::MemoryKeeper(const Options& options, std::function<void(int)> limi
       limit_(std::move(limit)),
       sources_(std::move(sources)),
       budget_(options.budget),
+      other_(options.other_bytes),
       pages_(options.pages) {}
 
 void MemoryKeeper::Look() {
@@ -27,6 +28,17 @@ void MemoryKeeper::SetBudget(uint64_t bytes) {
   std::lock_guard lock(mutex_);
   budget_ = bytes;
   LookLocked(1);
+}
+
+void MemoryKeeper::SetOther(uint64_t bytes) {
+  std::lock_guard lock(mutex_);
+  other_ = bytes;
+  LookLocked(1);
+}
+
+uint64_t MemoryKeeper::other() const {
+  std::lock_guard lock(mutex_);
+  return other_;
 }
 
 uint64_t MemoryKeeper::budget() const {
@@ -49,7 +61,7 @@ void MemoryKeeper::LookLocked(int worth_it) {
   if (budget_ > 0) bytes = std::min(bytes, budget_);
   // What has been added to the process since is no KV either, beyond what the pool can hold.
   const uint64_t most_kv = options_.page_bytes * static_cast<uint64_t>(pages_);
-  const uint64_t other = std::max(options_.other_bytes, resident - std::min(resident, most_kv));
+  const uint64_t other = std::max(other_, resident - std::min(resident, most_kv));
   const uint64_t fit = (bytes - std::min(bytes, other)) / options_.page_bytes;
   const int pages = static_cast<int>(std::min<uint64_t>(fit, options_.pages));
   const bool told = pages <= pages_ - std::max(1, worth_it / 10) || pages >= pages_ + worth_it ||

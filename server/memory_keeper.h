@@ -38,6 +38,10 @@ class MemoryKeeper {
   // they are few more. Any thread.
   void SetBudget(uint64_t bytes);
 
+  // Bytes that are no KV from now on: weights came or went. Looks. Any thread.
+  void SetOther(uint64_t bytes);
+  uint64_t other() const;
+
   uint64_t budget() const;
   int pages() const;  // as last told; at first all
   uint64_t kv_bytes() const { return options_.page_bytes * static_cast<uint64_t>(pages()); }
@@ -50,6 +54,7 @@ class MemoryKeeper {
   const Sources sources_;
   mutable std::mutex mutex_;
   uint64_t budget_;
+  uint64_t other_;
   int pages_;
 };
 

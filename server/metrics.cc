@@ -94,13 +94,7 @@ void Advance(Counter* counter, uint64_t total) {
 struct Metrics::Instruments : prometheus::Collectable {
   Instruments(const BuildInfo& build, std::function<uint64_t()> foreign)
       : vllm{{"model_name", build.model_name}, {"engine", "0"}}, foreign_bytes(std::move(foreign)) {
-    AddGauge(r, "espalier_build_info", "What is served by which build; always 1.",
-             {{"version", build.version},
-              {"model_name", build.model_name},
-              {"weights", build.weights},
-              {"kv_type", build.kv_type},
-              {"device", build.device}})
-        .Set(1);
+    Build(build);
     Labels cache = vllm;
     cache["block_size"] = fmt::format("{}", build.page_tokens);
     cache["num_gpu_blocks"] =
@@ -129,6 +123,19 @@ struct Metrics::Instruments : prometheus::Collectable {
     return registry.Collect();
   }
 
+  void Build(const BuildInfo& build) {
+    auto& family = prometheus::BuildGauge()
+                       .Name("espalier_build_info")
+                       .Help("What is served by which build; always 1.")
+                       .Register(registry);
+    if (build_info != nullptr) family.Remove(build_info);
+    build_info = &family.Add({{"version", build.version},
+                              {"model_name", build.model_name},
+                              {"weights", build.weights},
+                              {"kv_type", build.kv_type},
+                              {"device", build.device}});
+    build_info->Set(1);
+  }
   Gauge& Memory(const char* part) {
     return AddGauge(r, "espalier_memory_bytes", "The ledger: where memory is.", {{"part", part}});
   }
@@ -157,11 +164,16 @@ struct Metrics::Instruments : prometheus::Collectable {
     return AddHistogram(r, "espalier_batch_rows", "Rows of a step by kind.", kRows,
                         {{"kind", kind}});
   }
+  prometheus::Family<Gauge>& MeasuredLosses() {
+    return prometheus::BuildGauge()
+        .Name("espalier_measured_loss_nats")
+        .Help(
+            "What a rung is seen to lose on this server's traffic, nats per token above the full "
+            "model: of prompts, and of answers that it gave.")
+        .Register(registry);
+  }
   Gauge& MeasuredLoss(int rung, const char* of) {
-    return AddGauge(r, "espalier_measured_loss_nats",
-                    "What a rung is seen to lose on this server's traffic, nats per token above "
-                    "the full model: of prompts, and of answers that it gave.",
-                    {{"rung", fmt::format("{}", rung)}, {"of", of}});
+    return MeasuredLosses().Add({{"rung", fmt::format("{}", rung)}, {"of", of}});
   }
   Counter& TokensByRung(int rung) {
     return AddCounter(r, "espalier_tokens_by_rung_total",
@@ -174,6 +186,7 @@ struct Metrics::Instruments : prometheus::Collectable {
   const Labels vllm;
   const std::function<uint64_t()> foreign_bytes;
   mutable std::atomic<int64_t> foreign_read{0};  // when; steady nanoseconds
+  Gauge* build_info = nullptr;
 
   // Engine thread.
   Gauge& running = AddGauge(r, "vllm:num_requests_running", "Requests that hold KV memory.", vllm);
@@ -235,6 +248,10 @@ struct Metrics::Instruments : prometheus::Collectable {
                             "1 while work waits and the engine makes no progress, else 0.");
   Counter& stalls =
       AddCounter(r, "espalier_engine_stalls_total", "Times the engine stopped making progress.");
+  std::atomic<uint64_t> checks_before{0};  // of models before this one
+  Gauge& gathered = AddGauge(r, "espalier_moments_tokens",
+                             "Rows in the sums that --moments-file keeps for espalier prune.");
+  Counter& reloads = AddCounter(r, "espalier_reloads_total", "Times the model was replaced.");
   Gauge& weights = Memory("weights");
   Gauge& kv_used = Memory("kv_used");
   Gauge& kv_reusable = Memory("kv_reusable");
@@ -349,7 +366,7 @@ void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, const S
 
 void Metrics::OnCheck(const QualityCheck& quality, int rungs) {
   Instruments& m = *instruments_;
-  Advance(&m.checks, static_cast<uint64_t>(quality.checks()));
+  Advance(&m.checks, m.checks_before + static_cast<uint64_t>(quality.checks()));
   m.hardest_rung.Set(quality.hardest());
   for (int rung = 1; rung < rungs; ++rung) {
     if (const QualityCheck::Figure figure = quality.prompts(rung); figure.tokens > 0) {
@@ -359,6 +376,22 @@ void Metrics::OnCheck(const QualityCheck& quality, int rungs) {
       m.MeasuredLoss(rung, "answers").Set(figure.mean);
     }
   }
+}
+
+void Metrics::OnReload(const BuildInfo& build, int rungs) {
+  Instruments& m = *instruments_;
+  m.Build(build);
+  m.reloads.Increment();
+  m.checks_before = static_cast<uint64_t>(m.checks.Value());
+  for (int rung = 1; rung < rungs; ++rung) {
+    for (const char* of : {"prompts", "answers"}) {
+      m.MeasuredLosses().Remove(&m.MeasuredLoss(rung, of));
+    }
+  }
+}
+
+void Metrics::OnGathered(int64_t tokens) {
+  instruments_->gathered.Set(static_cast<double>(tokens));
 }
 
 void Metrics::OnFinished(const RequestSummary& summary) {

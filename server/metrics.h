@@ -49,6 +49,13 @@ class Metrics {
   // Engine thread: after each of its checks.
   void OnCheck(const QualityCheck& quality, int rungs);
 
+  // The model was reloaded: `build` tells it from now on, and what `rungs` rungs of the one before
+  // were seen to lose is forgotten. vLLM's series keep the name that they began with. Thread-safe.
+  void OnReload(const BuildInfo& build, int rungs);
+
+  // Engine thread: rows in the sums of --moments-file.
+  void OnGathered(int64_t tokens);
+
   // When the engine begins and ceases to be stuck (Watchdog). Thread-safe.
   void OnStall(bool stuck);
 

@@ -337,6 +337,11 @@ const std::vector<Setting>& Settings() {
        "Where a probe's history is read from at the start, if it is there, and\n"
        "written to at the end, unless frozen; energies of channels, never text",
        Text(&O::history_file, "PATH", "a path; empty: none")},
+      {kPruning, "moments-file",
+       "Gather what the model's matrices meet, of a sample of rows served in full,\n"
+       "for `espalier prune --moments`: read from here at the start, if it is there,\n"
+       "and written every minute and at the end; sums of columns, never text",
+       Text(&O::moments_file, "PATH", "a path; empty: none")},
 
       {kNetwork, "host", "Where to listen, for gRPC and metrics", Host(&O::host)},
       {kNetwork, "port", "gRPC port; 0: a free one", Whole(&O::port, 0, 65535)},

@@ -71,6 +71,10 @@ struct ServerOptions {
   // The probe's history: read at the start if the file exists, written at the end unless frozen;
   // empty: begins anew.
   std::string history_file;
+  // Sums of what the model's matrices meet, of a sample of rows at rung 0, for `espalier prune
+  // --moments`: read at the start if the file exists, written every minute and at the end; empty:
+  // none are gathered.
+  std::string moments_file;
 
   // --- Network.
   // Address to listen at, for gRPC and metrics.

@@ -145,6 +145,23 @@ RpcError NotAdmin() {
       .Build("permission_denied");
 }
 
+RpcError NotReloaded(std::string_view field, const absl::Status& cause) {
+  constexpr size_t kLongest = 1500;  // it travels three times, within 8 KiB
+  const std::string message(cause.message().substr(0, kLongest));
+  StatusBuilder builder(static_cast<grpc::StatusCode>(cause.code()),
+                        field.empty() ? message : fmt::format("{}: {}", field, message));
+  if (!field.empty()) builder.Violation({std::string(field), message});
+  return builder.Build("not_reloaded");
+}
+
+RpcError Reloading() {
+  return StatusBuilder(grpc::StatusCode::ABORTED,
+                       "a reload is under way, or requests of before the last one still run")
+      .RetryAfter(kStateRetry)
+      .Reason("RELOADING")
+      .Build("reloading");
+}
+
 RpcError ReaderStalled(int buffer_tokens) {
   return StatusBuilder(grpc::StatusCode::RESOURCE_EXHAUSTED,
                        fmt::format("the stream was not read: {} tokens waited", buffer_tokens))

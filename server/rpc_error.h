@@ -41,6 +41,12 @@ RpcError QueueFull(const LoadSnapshot& load);
 RpcError NoMemory(std::string_view cause);
 // PERMISSION_DENIED with ErrorInfo (NOT_ADMIN).
 RpcError NotAdmin();
+// Why a model was not reloaded: the cause's code, with BadRequest if it names a field of the
+// request.
+RpcError NotReloaded(std::string_view field, const absl::Status& cause);
+// ABORTED with RetryInfo and ErrorInfo (RELOADING): one is under way, or requests of before the
+// last still run.
+RpcError Reloading();
 // RESOURCE_EXHAUSTED with RetryInfo and ErrorInfo (OVERLOADED): the policy can prune no harder, and
 // requests wait too long already.
 RpcError Overloaded(const LoadSnapshot& load);

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 #include <google/protobuf/stubs/logging.h>
 #include <grpc/support/log.h>
+#include <malloc.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -16,26 +17,17 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <utility>
 
-#include "engine/engine.h"
 #include "engine/machine_memory.h"
-#include "engine/model/down_norms.h"
 #include "engine/model/files/model_file.h"
-#include "engine/model/history_file.h"
-#include "engine/model/model_executor.h"
-#include "engine/model/policy_file.h"
+#include "engine/model/moments_file.h"
 #include "engine/model/pruning_file.h"
-#include "engine/pruning/probe.h"
-#include "kernels/cpu/cpu_backend.h"
-#include "policy/capped_policy.h"
-#include "policy/ladder_policy.h"
-#include "policy/level_policy.h"
-#include "policy/shield.h"
 #include "server/api_service.h"
-#include "server/decision_log.h"
 #include "server/engine_thread.h"
 #include "server/front.h"
+#include "server/loaded_model.h"
 #include "server/logging.h"
 #include "server/memory_keeper.h"
 #include "server/metrics.h"
@@ -56,11 +48,11 @@ constexpr milliseconds kGoodbye{500};
 // carry more tokens).
 constexpr int kWriters = 1;
 
-// Rows of a step that Probe Pruning learns from: an eighth of a whole one's.
-constexpr int kLearnRows = 64;
-
 // How often memory is looked at, which takes some 300 us.
 constexpr milliseconds kMemoryInterval{250};
+
+// How often what is gathered is written, a megabyte or so.
+constexpr milliseconds kMomentsInterval{60'000};
 
 std::string_view Text(const absl::Status& status) {
   return {status.message().data(), status.message().size()};
@@ -127,187 +119,72 @@ class Server {
     // Beside the weights: a tenth of their time, on one core.
     std::future<absl::Status> text =
         std::async(std::launch::async, [&] { return LoadText((*file)->vocabulary()); });
-    absl::Status status = LoadWeights(**file);
+    absl::StatusOr<std::unique_ptr<LoadedModel>> loaded =
+        LoadedModel::Load(options_, **file,
+                          {.ladder = options_.ladder,
+                           .kv_bytes = options_.kv_memory,
+                           .decision_log = options_.decision_log,
+                           .gathers = !options_.moments_file.empty(),
+                           .progress = ShowProgress});
     const Instant packed = SteadyNow();
-    absl::Status text_status = text.get();
-    if (status.ok()) status = std::move(text_status);
-    if (!status.ok()) return status;
-
-    model_.config = executor_->config();
-    model_.name = options_.model_name.empty() ? model_.config.name : options_.model_name;
-    model_.max_sequence_tokens = engine_->scheduler().max_sequence_tokens();
-    model_.weight_type = executor_->weight_types();
-    model_.kv_type = KvTypeName(executor_->kv_type());
-    model_.device = backend_->Describe();
-    model_.ladder = executor_->ladder();
-    model_.policy = options_.policy == ServerOptions::PolicyKind::kFixed
-                        ? fmt::format("{}:{}", policy_->name(), options_.fixed_rung)
-                        : std::string(policy_->name());
+    if (absl::Status status = text.get(); !loaded.ok() || !status.ok()) {
+      return loaded.ok() ? status : loaded.status();
+    }
+    loaded_ = *std::move(loaded);
+    gathering_ = loaded_->moments();
+    kv_ = loaded_->executor().kv_geometry();
+    const std::shared_ptr<const ServedModel> model = Serve(*loaded_);
+    models_.emplace(model);
     Log(LogLevel::kInfo, "model loaded",
-        {{"model", model_.name},
-         {"weights", model_.weight_type},
-         {"kv", model_.kv_type},
-         {"kv_pages", engine_->scheduler().stats().pages_total},
-         {"max_sequence_tokens", model_.max_sequence_tokens},
-         {"rungs", model_.ladder.size()},
-         {"policy", model_.policy},
-         {"device", model_.device},
+        {{"model", model->name},
+         {"weights", model->weight_type},
+         {"kv", model->kv_type},
+         {"kv_pages", kv_.pages},
+         {"max_sequence_tokens", model->max_sequence_tokens},
+         {"rungs", model->ladder.size()},
+         {"policy", model->policy},
+         {"device", model->device},
          {"open_seconds", Seconds(opened - began_)},
          {"pack_seconds", Seconds(packed - opened)}});
     return absl::OkStatus();
   }
 
+  // A generation as calls see it, with the words of all of them.
+  std::shared_ptr<const ServedModel> Serve(const LoadedModel& loaded) const {
+    auto model = std::make_shared<ServedModel>(loaded.Describe());
+    model->tokenizer = tokenizer_;
+    model->chat_template = chat_template_;
+    return model;
+  }
+
   absl::Status LoadText(const Vocabulary& vocabulary) {
     absl::StatusOr<std::unique_ptr<const Tokenizer>> tokenizer = Tokenizer::Create(vocabulary);
     if (!tokenizer.ok()) return tokenizer.status();
-    model_.tokenizer = *std::move(tokenizer);
+    tokenizer_ = *std::move(tokenizer);
     if (!vocabulary.chat_template.empty()) {
-      const auto text = [this](int32_t token) { return model_.tokenizer->TokenBytes(token); };
+      const auto text = [this](int32_t token) { return tokenizer_->TokenBytes(token); };
       absl::StatusOr<std::unique_ptr<const ChatTemplate>> chat = ChatTemplate::Compile(
           vocabulary.chat_template, text(vocabulary.bos), text(vocabulary.eos));
       if (!chat.ok()) return chat.status();
-      model_.chat_template = *std::move(chat);
+      chat_template_ = *std::move(chat);
     }
-    encoder_ = std::make_unique<PromptEncoder>(model_.tokenizer.get(), model_.chat_template.get());
+    encoder_ = std::make_unique<PromptEncoder>(tokenizer_.get(), chat_template_.get());
     return absl::OkStatus();
   }
 
-  absl::Status MakePolicy() {
-    using Kind = ServerOptions::PolicyKind;
-    std::string version;  // of what was learned
-    if (options_.policy == Kind::kFixed) {
-      chosen_ = std::make_unique<FixedPolicy>(options_.fixed_rung);
-    } else if (options_.policy == Kind::kLadder) {
-      chosen_ = std::make_unique<LadderPolicy>(rule_);
-    } else {
-      const std::string& given = options_.policy_file;
-      absl::StatusOr<PolicyFile> file = OpenPolicy(
-          given.empty() ? PolicyPathOf(options_.ladder) : given, executor_->ladder().size());
-      if (!file.ok()) return file.status();
-      version = file->version;
-      network_ = std::make_unique<QNetwork>(std::move(file->network));
-      learned_ =
-          std::make_unique<DqnPolicy>(LevelPolicyOptions{.ttft_target_s = rule_.ttft_target_s,
-                                                         .tpot_target_s = rule_.tpot_target_s},
-                                      network_.get());
-      chosen_ = std::make_unique<Shield>(learned_.get(), rule_);
-    }
-    policy_ = chosen_.get();
-    if (!options_.decision_log.empty()) {
-      absl::StatusOr<std::unique_ptr<DecisionLog>> log =
-          DecisionLog::Create(options_.decision_log, rule_, version);
-      if (!log.ok()) return log.status();
-      decisions_ = *std::move(log);
-      logged_ = std::make_unique<LoggedPolicy>(policy_, decisions_.get());
-      policy_ = logged_.get();
-    }
-    if (options_.quality_check > 0 && executor_->ladder().size() > 1) {
-      quality_ = std::make_unique<QualityCheck>(
-          QualityCheckOptions{.share = options_.quality_check, .bound = options_.quality_bound},
-          executor_->ladder());
-      capped_ = std::make_unique<CappedPolicy>(policy_);
-      policy_ = capped_.get();
-    }
-    if (options_.shadow) {
-      shadow_ = std::make_unique<ShadowPolicy>(policy_);
-      policy_ = shadow_.get();
-    }
-    return absl::OkStatus();
-  }
-
-  absl::Status LoadWeights(const ModelFile& file) {
-    absl::StatusOr<std::unique_ptr<Backend>> backend =
-        CreateCpuBackend({.isa = options_.isa, .threads = options_.threads});
-    if (!backend.ok()) return backend.status();
-    backend_ = *std::move(backend);
-    absl::StatusOr<std::unique_ptr<ModelExecutor>> executor =
-        ModelExecutor::Load(file, backend_.get(),
-                            {.weights = options_.weights,
-                             .kv = options_.kv_type,
-                             .kv_bytes = options_.kv_memory,
-                             .max_batch_tokens = options_.max_batch_tokens},
-                            ShowProgress);
-    if (!executor.ok()) return executor.status();
-    executor_ = *std::move(executor);
-    if (!options_.ladder.empty()) {
-      absl::StatusOr<CalibratedLadder> ladder = OpenLadder(options_.ladder, file);
-      if (!ladder.ok()) return ladder.status();
-      if (options_.fixed_rung >= ladder->ladder.size()) {
-        return absl::InvalidArgumentError(
-            fmt::format("--policy: fixed:{}, and {} has rungs 0 to {}", options_.fixed_rung,
-                        options_.ladder, ladder->ladder.size() - 1));
-      }
-      if (options_.probe.has_value() && ladder->refitted) {
-        return absl::InvalidArgumentError(
-            fmt::format("--probe: {} has weights or biases fitted to its own channels; make one "
-                        "with `espalier calibrate --compensate none`",
-                        options_.ladder));
-      }
-      absl::Status status = executor_->SetLadder(std::move(ladder->ladder), *ladder->channels);
-      if (status.ok() && options_.probe.has_value()) status = MakeProbe(file);
-      if (!status.ok()) return status;
-    }
-
-    // A learned policy is of a ladder of so many rungs, so not before there is one.
-    if (absl::Status status = MakePolicy(); !status.ok()) return status;
-    // The inbox is the queue's bound; the scheduler's own never bites.
-    engine_ = std::make_unique<Engine>(
-        SchedulerOptions{.max_batch_tokens = options_.max_batch_tokens,
-                         .max_sequences = options_.max_sequences,
-                         .max_waiting = options_.max_waiting + options_.max_sequences,
-                         .reserve_output = options_.reserve_output,
-                         .prefix_cache = options_.prefix_cache},
-        executor_->kv_geometry(), executor_->ladder(), executor_.get(), policy_);
-    return absl::OkStatus();
-  }
-
-  absl::Status MakeProbe(const ModelFile& file) {
-    History history(file.config().layers, file.config().channels);
-    if (!options_.history_file.empty()) {
-      absl::StatusOr<History> read = ReadHistory(options_.history_file, file);
-      if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
-      if (read.ok()) history = *std::move(read);
-      Log(LogLevel::kInfo, read.ok() ? "history read" : "history begins anew",
-          {{"file", options_.history_file}});
-    }
-    absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(file);
-    if (!norms.ok()) return norms.status();
-    fingerprint_ = FingerprintOf(file);
-    probe_ = std::make_unique<Probe>(ProbeOptions{.rows = *options_.probe,
-                                                  .budget = options_.probe_budget,
-                                                  .least_rows = options_.probe_least_rows,
-                                                  .keep = options_.frozen_history ? 1 : 0.99,
-                                                  .learn_rows = kLearnRows,
-                                                  .refresh = options_.probe_refresh,
-                                                  .whole = options_.probe_whole,
-                                                  .group = executor_->channel_group()},
-                                     std::move(history), *std::move(norms));
-    executor_->set_probe(probe_.get());
-    return absl::OkStatus();
-  }
-
-  // After the engine's last step.
-  void KeepHistory() {
-    if (probe_ == nullptr || options_.history_file.empty() || options_.frozen_history) return;
-    const absl::Status status =
-        WriteHistory(options_.history_file, fingerprint_, probe_->history());
-    if (status.ok()) {
-      Log(LogLevel::kInfo, "history written", {{"file", options_.history_file}});
-    } else {
-      Log(LogLevel::kError, "history lost", {{"error", Text(status)}});
-    }
+  BuildInfo BuildOf(const ServedModel& model) const {
+    return {.version = std::string(ServerVersion()),
+            .model_name = model.name,
+            .weights = model.weight_type,
+            .kv_type = model.kv_type,
+            .device = model.device,
+            .page_tokens = kv_.page_tokens,
+            .kv_blocks = kv_.pages / kv_.layers};
   }
 
   absl::Status ServeMetrics() {
-    const KvGeometry kv = executor_->kv_geometry();
-    metrics_ = std::make_unique<Metrics>(BuildInfo{.version = std::string(ServerVersion()),
-                                                   .model_name = model_.name,
-                                                   .weights = model_.weight_type,
-                                                   .kv_type = model_.kv_type,
-                                                   .device = model_.device,
-                                                   .page_tokens = kv.page_tokens,
-                                                   .kv_blocks = kv.pages / kv.layers},
-                                         [] { return ForeignMemoryBytes(); });
+    metrics_ =
+        std::make_unique<Metrics>(BuildOf(*models_->of(0)), [] { return ForeignMemoryBytes(); });
     metrics_for_calls_.store(metrics_.get(), std::memory_order_release);
     if (options_.metrics_port < 0) return absl::OkStatus();
     const absl::StatusOr<int> port = metrics_->Serve(options_.host, options_.metrics_port);
@@ -316,48 +193,55 @@ class Server {
     return absl::OkStatus();
   }
 
+  // What the engine thread tells of a generation. The thread outlives neither.
+  NextEngine EngineOf(LoadedModel* loaded) {
+    return {.engine = loaded->engine(),
+            .ledger = [loaded](const SchedulerStats& s) { return loaded->executor().ledger(s); },
+            .quality = loaded->quality(),
+            .on_check = [this, loaded] { Judge(loaded); }};
+  }
+
   // Runs one request through the engine, before anyone watches, starts its thread and opens for
   // everyone.
   absl::Status Open() {
-    // Two tokens: a prefill and a decode step touch every weight and kernel.
-    absl::Status status = engine_->Submit(
-        {.id = 0, .prompt = {0}, .stop = {.max_tokens = 2}, .arrival = SteadyNow()});
-    while (status.ok() && !engine_->idle()) status = engine_->Step(SteadyNow()).status();
-    if (!status.ok()) return status;
+    if (absl::Status status = loaded_->WarmUp(); !status.ok()) return status;
+    // All pages of the pool are given back or fresh but those of the warm-up's two tokens.
+    const Ledger ledger = loaded_->executor().ledger(loaded_->engine()->scheduler().stats());
+    page_bytes_ =
+        (ledger.kv_used + ledger.kv_reusable + ledger.kv_free) / static_cast<uint64_t>(kv_.pages);
 
-    // All pages of the pool are given back or fresh but those of the two tokens above.
-    const Ledger ledger = executor_->ledger(engine_->scheduler().stats());
-    const KvGeometry kv = executor_->kv_geometry();
-    const uint64_t kv_bytes = ledger.kv_used + ledger.kv_reusable + ledger.kv_free;
-
-    hardest_ = model_.ladder.size() - 1;
-    if (quality_ != nullptr) metrics_->OnCheck(*quality_, model_.ladder.size());
+    hardest_ = models_->of(0)->ladder.size() - 1;
+    if (loaded_->quality() != nullptr) metrics_->OnCheck(*loaded_->quality(), hardest_ + 1);
     ready_ = std::make_unique<ReadyQueue>(kWriters);
+    NextEngine first = EngineOf(loaded_.get());
     thread_ = std::make_unique<EngineThread>(
-        engine_.get(), ready_.get(), options_.max_waiting,
+        first.engine, ready_.get(), options_.max_waiting,
         EngineHooks{
-            .ledger = [this](const SchedulerStats& s) { return executor_->ledger(s); },
+            .ledger = std::move(first.ledger),
             .on_step =
                 [this](const StepReport& report, const LoadSnapshot& load, const StepTimes& times) {
                   metrics_->OnStep(report, load, times);
+                  if (gathering_ != nullptr) metrics_->OnGathered(gathering_->tokens());
                   TellPolicy(load);
                 },
             .on_lost = [this](const absl::Status& lost) { Lose(lost); },
-            .quality = quality_.get(),
-            .on_check = [this] { Judge(); }});
+            .quality = first.quality,
+            .on_check = std::move(first.on_check)});
 
-    memory_ = std::make_unique<MemoryKeeper>(
-        MemoryKeeper::Options{.budget = options_.memory_budget,
-                              .page_bytes = kv_bytes / static_cast<uint64_t>(kv.pages),
-                              .pages = kv.pages,
-                              .other_bytes = ResidentMemoryBytes()},
-        [this](int pages) { LimitPages(pages); });
+    memory_ =
+        std::make_unique<MemoryKeeper>(MemoryKeeper::Options{.budget = options_.memory_budget,
+                                                             .page_bytes = page_bytes_,
+                                                             .pages = kv_.pages,
+                                                             .other_bytes = ResidentMemoryBytes()},
+                                       [this](int pages) { LimitPages(pages); });
     memory_->Look();
-    backstage_ = {.model = &model_,
+    backstage_ = {.models = &*models_,
                   .encoder = encoder_.get(),
                   .engine = thread_.get(),
                   .memory = memory_.get(),
-                  .quality = quality_.get()};
+                  .reload = [this](ReloadOrder order, Backstage::ReloadDone done) {
+                    Reload(std::move(order), std::move(done));
+                  }};
     stop_->set_nothing_to_finish(false);
     service_.Open(&backstage_);
     SetHealth(&Health::open, true);
@@ -382,33 +266,192 @@ class Server {
   }
 
   // On the engine's thread, between steps, as the policy is asked.
-  void Judge() {
-    metrics_->OnCheck(*quality_, model_.ladder.size());
-    const int hardest = quality_->hardest();
+  void Judge(LoadedModel* loaded) {
+    const QualityCheck& quality = *loaded->quality();
+    const Ladder& ladder = loaded->executor().ladder();
+    metrics_->OnCheck(quality, ladder.size());
+    const int hardest = quality.hardest();
     if (hardest == hardest_) return;
     const int bad = std::min(hardest, hardest_) + 1;
-    const QualityCheck::Figure figure = quality_->prompts(bad);
+    const QualityCheck::Figure figure = quality.prompts(bad);
     Log(hardest < hardest_ ? LogLevel::kWarning : LogLevel::kInfo, "quality",
         {{"hardest_rung", hardest},
          {"was", hardest_},
          {"rung", bad},
          {"measured_loss", figure.mean},
          {"standard_error", figure.standard_error},
-         {"price", model_.ladder.rung(bad).price.quality_loss_nats}});
+         {"price", ladder.rung(bad).price.quality_loss_nats}});
     hardest_ = hardest;
-    capped_->set_hardest(hardest);
+    loaded->set_hardest(hardest);
   }
 
   void LimitPages(int pages) {
-    Log(LogLevel::kInfo, "memory", {{"kv_pages", pages}, {"of", executor_->kv_geometry().pages}});
+    Log(LogLevel::kInfo, "memory", {{"kv_pages", pages}, {"of", kv_.pages}});
     thread_->LimitPages(pages);
+  }
+
+  // Begins on a thread of its own: gRPC's must not wait for seconds.
+  void Reload(ReloadOrder order, Backstage::ReloadDone done) {
+    std::lock_guard lock(reload_mutex_);
+    if (reloading_ || no_more_reloads_) {
+      done({}, no_more_reloads_ ? Draining() : Reloading());
+      return;
+    }
+    if (reload_thread_.joinable()) reload_thread_.join();  // it has nothing left to do
+    reloading_ = true;
+    reload_thread_ = std::thread([this, order = std::move(order), done = std::move(done)] {
+      if (std::optional<RpcError> error = ReplaceModel(order, done); error.has_value()) {
+        Log(LogLevel::kWarning, "the model was not reloaded",
+            {{"error", error->status.error_message()}});
+        std::unique_lock lock(reload_mutex_);
+        reloading_ = false;
+        lock.unlock();
+        done({}, error);
+      }
+    });
+  }
+
+  // All of a reload: from the file to the release of the weights before. Calls `done` when the new
+  // ones serve; an error means that nothing has changed.
+  std::optional<RpcError> ReplaceModel(const ReloadOrder& order,
+                                       const Backstage::ReloadDone& done) {
+    const Instant began = SteadyNow();
+    const std::shared_ptr<const ServedModel> before = backstage_.model();
+    const uint64_t other = memory_->other();
+    const std::string path = order.model.empty() ? path_ : order.model;
+    const std::string ladder =
+        order.without_ladder ? "" : (order.ladder.empty() ? ladder_ : order.ladder);
+    if (options_.probe.has_value()) {
+      return NotReloaded("", absl::FailedPreconditionError(
+                                 "--probe: what it has learned is of the weights there are"));
+    }
+    std::unique_ptr<LoadedModel> next;
+    {
+      absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(path);
+      if (!file.ok()) return NotReloaded("model", file.status());
+      absl::Status status = CheckReplaces(*before, **file);
+      if (!status.ok()) return NotReloaded("model", status);
+      if (!ladder.empty()) {
+        // First, as it is quick, and so that it is known whose fault it is.
+        const absl::StatusOr<CalibratedLadder> opened = OpenLadder(ladder, **file);
+        if (!opened.ok() && !order.ladder.empty()) return NotReloaded("ladder", opened.status());
+        if (!opened.ok()) {
+          return NotReloaded(
+              "ladder", absl::FailedPreconditionError(fmt::format(
+                            "the served one does not fit: {}; name one that `espalier calibrate` "
+                            "made for these weights, or ask for none: without_ladder",
+                            Text(opened.status()))));
+        }
+      }
+      if (status = CheckFits(**file, other); !status.ok()) return NotReloaded("model", status);
+      const std::string& log = options_.decision_log;
+      absl::StatusOr<std::unique_ptr<LoadedModel>> loaded = LoadedModel::Load(
+          options_, **file,
+          {.ladder = ladder,
+           .kv_bytes = page_bytes_ * static_cast<uint64_t>(kv_.pages),
+           .decision_log = log.empty() ? "" : fmt::format("{}.{}", log, generation_ + 1)});
+      if (loaded.ok()) status = (*loaded)->WarmUp();
+      if (!loaded.ok() || !status.ok()) {
+        memory_->SetOther(other);
+        return NotReloaded("model", loaded.ok() ? status : loaded.status());
+      }
+      next = *std::move(loaded);
+    }
+    const Reloaded reloaded{.model = Serve(*next),
+                            .loading_s = Seconds(SteadyNow() - began),
+                            .before = thread_->load().stats.running + thread_->load().waiting()};
+    models_->Set(generation_ + 1, reloaded.model);
+    std::promise<void> left;
+    const bool replaced = thread_->Replace(EngineOf(next.get()), [this, &left] {
+      gathering_ = nullptr;
+      left.set_value();
+    });
+    if (!replaced) return Draining();
+    ++generation_;
+    path_ = path;
+    ladder_ = ladder;
+    thread_->BetweenSteps([&] {
+      metrics_->OnReload(BuildOf(*reloaded.model), before->ladder.size());
+      hardest_ = reloaded.model->ladder.size() - 1;
+    });
+    Log(LogLevel::kInfo, "model reloaded",
+        {{"model", reloaded.model->name},
+         {"file", path},
+         {"weights", reloaded.model->weight_type},
+         {"rungs", reloaded.model->ladder.size()},
+         {"load_seconds", reloaded.loading_s},
+         {"requests_before", reloaded.before}});
+    done(reloaded, std::nullopt);
+
+    left.get_future().wait();
+    ReleaseBefore(std::exchange(loaded_, std::move(next)), SteadyNow() - began);
+    return std::nullopt;
+  }
+
+  // That what a file's weights take is there beside those of now and the KV in use; KV is kept out
+  // of it from here on.
+  absl::Status CheckFits(const ModelFile& file, uint64_t other) {
+    const LoadSnapshot load = thread_->load();
+    const uint64_t need = EstimateWeightBytes(file, options_.weights) + load.ledger.workspace;
+    uint64_t left = ReadMachineMemory().available;
+    if (const uint64_t budget = memory_->budget(); budget > 0) {
+      left = std::min(left, budget - std::min(budget, other + load.ledger.kv_used));
+    }
+    if (need > left) {
+      return absl::ResourceExhaustedError(
+          fmt::format("{}: weights and workspace take some {} MiB beside what is served, and {} "
+                      "MiB are left",
+                      file.path(), need >> 20, left >> 20));
+    }
+    memory_->SetOther(other + need);
+    return absl::OkStatus();
+  }
+
+  void ReleaseBefore(std::unique_ptr<LoadedModel> before, Instant took) {
+    const uint64_t held = ResidentMemoryBytes();
+    if (before->moments() != nullptr) {
+      KeepMoments(*before, *before->moments());
+      Log(LogLevel::kInfo, "moments are gathered no more: their model is replaced");
+    }
+    before.reset();
+    malloc_trim(0);
+    const uint64_t resident = ResidentMemoryBytes();
+    const Ledger ledger = thread_->load().ledger;
+    memory_->SetOther(resident - std::min(resident, ledger.kv_used + ledger.kv_reusable));
+    {
+      std::lock_guard lock(reload_mutex_);
+      reloading_ = false;  // before it is told: who reads the log may ask for the next
+    }
+    Log(LogLevel::kInfo, "weights before released",
+        {{"seconds", Seconds(took)}, {"resident", resident}, {"was", held}});
+  }
+
+  void KeepMoments(const LoadedModel& loaded, const InputMoments& moments) {
+    const absl::Status status = WriteMoments(options_.moments_file, loaded.fingerprint(),
+                                             loaded.executor().config(), moments);
+    if (!status.ok()) Log(LogLevel::kError, "moments lost", {{"error", Text(status)}});
+  }
+
+  // A copy of what is gathered goes to its file, if there is more of it than before.
+  void KeepMomentsNow() {
+    std::lock_guard lock(reload_mutex_);
+    if (reloading_ || loaded_->moments() == nullptr) return;
+    if (!kept_moments_.has_value()) kept_moments_.emplace(loaded_->executor().config());
+    const int64_t kept = kept_moments_->tokens();
+    if (!thread_->BetweenSteps([this] { *kept_moments_ = *loaded_->moments(); })) return;
+    if (kept_moments_->tokens() > kept) KeepMoments(*loaded_, *kept_moments_);
   }
 
   // Until a signal comes, health follows the engine's progress, and KV memory what there is.
   void Supervise() {
     Watchdog watchdog(options_.stall_timeout);
+    Instant moments_due = SteadyNow() + kMomentsInterval;
     while (!stop_->WaitFor(std::min(watchdog.interval(), kMemoryInterval))) {
       memory_->Look();
+      if (SteadyNow() >= moments_due) {
+        KeepMomentsNow();
+        moments_due = SteadyNow() + kMomentsInterval;
+      }
       const double still = thread_->seconds_without_progress();
       if (!watchdog.Look(still)) continue;
       SetHealth(&Health::stuck, watchdog.stuck());
@@ -427,11 +470,17 @@ class Server {
     Log(LogLevel::kInfo, "draining",
         {{"running", load.stats.running}, {"waiting", load.waiting()}});
     const Instant until = SteadyNow() + options_.drain_timeout;
+    {
+      std::lock_guard lock(reload_mutex_);
+      no_more_reloads_ = true;
+    }
     const bool all_finished = thread_->Drain(options_.drain_timeout);
+    if (reload_thread_.joinable()) reload_thread_.join();
     ready_.reset();                // the last tokens are on their way
     service_.WaitForCalls(until);  // slow readers may have some to read yet
     front_->Shutdown(kGoodbye);
-    KeepHistory();
+    loaded_->KeepHistory();
+    if (loaded_->moments() != nullptr) KeepMoments(*loaded_, *loaded_->moments());
     Log(LogLevel::kInfo, "stopped", {{"all_finished", all_finished}});
     return lost_ ? 1 : 0;
   }
@@ -471,31 +520,31 @@ class Server {
   std::atomic<bool> lost_{false};
   std::mutex health_mutex_;
   Health health_;
-  ServedModel model_;
+  std::shared_ptr<const Tokenizer> tokenizer_;
+  std::shared_ptr<const ChatTemplate> chat_template_;
   std::unique_ptr<PromptEncoder> encoder_;
-  const LadderPolicyOptions rule_{
-      .ttft_target_s = std::chrono::duration<double>(options_.ttft_target).count(),
-      .tpot_target_s = std::chrono::duration<double>(options_.tpot_target).count()};
-  std::unique_ptr<DecisionLog> decisions_;
-  std::unique_ptr<QNetwork> network_;
-  std::unique_ptr<Policy> learned_, chosen_, logged_;
-  std::unique_ptr<CappedPolicy> capped_;
-  std::unique_ptr<QualityCheck> quality_;
-  std::unique_ptr<Policy> shadow_;
-  Policy* policy_ = nullptr;  // the outermost of these
-  std::unique_ptr<Backend> backend_;
-  std::unique_ptr<Probe> probe_;
-  std::string fingerprint_;  // of the model, if there is a probe
-  int told_rung_ = 0;        // engine thread
-  int hardest_ = 0;          // engine thread; that may be served
-  std::unique_ptr<ModelExecutor> executor_;
-  std::unique_ptr<Engine> engine_;
+  KvGeometry kv_;  // of every generation
+  uint64_t page_bytes_ = 0;
+  std::unique_ptr<LoadedModel> loaded_;  // the reload thread's while that replaces it
+  std::optional<ServedModels> models_;
+  std::optional<InputMoments> kept_moments_;
+  const InputMoments* gathering_ = nullptr;  // engine thread
+  int told_rung_ = 0;                        // engine thread
+  int hardest_ = 0;                          // engine thread; that may be served
+  // Of reloads: the reload thread's, and read before it is started.
+  std::string path_ = options_.model;
+  std::string ladder_ = options_.ladder;
+  int generation_ = 0;
   std::unique_ptr<ReadyQueue> ready_;
   std::unique_ptr<EngineThread> thread_;
   std::unique_ptr<MemoryKeeper> memory_;
   Backstage backstage_;
   ApiService service_;
   std::unique_ptr<Front> front_;
+  std::mutex reload_mutex_;
+  bool reloading_ = false;
+  bool no_more_reloads_ = false;
+  std::thread reload_thread_;
 };
 
 }  // namespace

@@ -41,6 +41,7 @@ struct Options {
   int footprint_mib = 0;
   bool phases = false;
   std::string figures = "build/figures/bench.json";
+  int gather = 0;   // steps, of which one gathers moments; 0: none does
   std::string fit;  // costs to write, in place of all else
   std::string ladder;
 };
@@ -182,6 +183,8 @@ absl::Status Run(const Options& options) {
                            .ladder = &model->executor->ladder(),
                            .vocabulary = config.vocabulary,
                            .step_rows = options.step_rows};
+  InputMoments moments(config);
+  if (options.gather > 0) model->executor->set_input_moments(&moments, options.gather);
   const absl::StatusOr<BenchResult> warm = RunBench(
       engine, {.batch = 1, .prompt = 16, .generate = 8}, options.seed, [](int64_t, int64_t) {});
   if (!warm.ok()) return warm.status();
@@ -217,6 +220,10 @@ absl::Status Run(const Options& options) {
   if (others.value_or(0) > kDisturbed) {
     fmt::print(stderr, "warning: other processes took {:.0f} % of the cores: figures are too low\n",
                100 * *others);
+  }
+  if (options.gather > 0) {
+    fmt::print("moments of {} rows gathered, in one of {} steps of whole rows\n", moments.tokens(),
+               options.gather);
   }
   if (options.figures.empty()) return absl::OkStatus();
 
@@ -271,6 +278,9 @@ void AddBench(CLI::App& root, Action* action) {
       ->capture_default_str();
   count("--footprint", options->footprint_mib, 0, 1 << 20, "MIB",
         "Memory read over to measure DRAM; 0: twice the last cache, at least 256");
+  count(
+      "--gather", options->gather, 0, 1 << 20, "STEPS",
+      "Of so many steps one sums its inputs, as a server with --moments-file does of 16; 0: none");
   sub->add_flag("--phases", options->phases, "Also tell where a step's time goes, ms");
   sub->add_option("--figures", options->figures, "JSON file for the figures; empty: none")
       ->type_name("FILE")

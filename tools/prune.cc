@@ -8,6 +8,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -17,6 +18,7 @@
 #include <nlohmann/json.hpp>
 
 #include "engine/model/files/model_rewriter.h"
+#include "engine/model/moments_file.h"
 #include "engine/model/text/tokenizer.h"
 #include "tools/command.h"
 #include "tools/corpus.h"
@@ -39,6 +41,7 @@ struct Options {
   std::string method = "swift";
   std::string pattern = "2:4";
   std::vector<std::string> texts;
+  std::string moments;
   int64_t tokens = 0;  // 0: the method's
   int window = 512;
   uint64_t seed = 1;
@@ -99,6 +102,25 @@ absl::StatusOr<WeightPruningOptions> Plan(const Options& options) {
   plan.compensate_mean = options.compensate == "auto" ? swift : options.compensate == "mean";
   plan.pruned_activations = options.activations != "dense";
   return plan;
+}
+
+// Whether what a server gathered can stand for text: sums of columns, of the dense model.
+absl::Status CheckMoments(const Options& options, const WeightPruningOptions& plan, bool looks) {
+  if (!looks) return Contradiction("--moments", "this method looks at no inputs");
+  if (!options.texts.empty()) {
+    return Contradiction("--text", "--moments says what inputs are; leave one of the two out");
+  }
+  if (plan.method != WeightMethod::kScores) {
+    return Contradiction(options.quality ? "--quality" : "--method",
+                         "needs products of columns, --moments has sums of each alone; name a "
+                         "--text");
+  }
+  if (options.activations == "pruned") {
+    return Contradiction("--activations", "--moments are of the dense model's; name a --text");
+  }
+  if (options.tokens > 0) return Contradiction("--tokens", "of --text; --moments are taken whole");
+  if (options.skip_first) return Contradiction("--skip-first", "of --text");
+  return absl::OkStatus();
 }
 
 int64_t TokensOf(const Options& options) {
@@ -212,21 +234,35 @@ nlohmann::ordered_json ToJson(const Options& options, const WeightPruningReport&
 
 absl::Status Run(const Options& options) {
   const Interrupt interrupt([] {});
-  const absl::StatusOr<WeightPruningOptions> plan = Plan(options);
+  absl::StatusOr<WeightPruningOptions> plan = Plan(options);
   if (!plan.ok()) return plan.status();
   const bool looks = plan->method != WeightMethod::kScores || plan->compensate_mean ||
                      plan->metric != Metric::kMagnitude;
-  if (looks && options.texts.empty()) {
+  const bool gathered = !options.moments.empty();
+  if (gathered) {
+    if (absl::Status status = CheckMoments(options, *plan, looks); !status.ok()) return status;
+  } else if (looks && options.texts.empty()) {
     return Contradiction("--text", "this method looks at inputs: name a text, or self");
   }
   const absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options.model.model);
   if (!file.ok()) return file.status();
+  std::optional<InputMoments> moments;
+  if (gathered) {
+    absl::StatusOr<InputMoments> read = ReadMoments(options.moments, **file);
+    if (!read.ok()) return read.status();
+    if (read->tokens() == 0) {
+      return absl::InvalidArgumentError(
+          fmt::format("{}: espalier.tokens: expected some, got 0", options.moments));
+    }
+    moments = *std::move(read);
+    plan->moments = &*moments;
+  }
   // Before minutes are spent on what cannot be written.
   const absl::StatusOr<std::unique_ptr<ModelRewriter>> rewriter =
       ModelRewriter::Create(**file, options.out, TypeToStore(options, **file), IsPruned);
   if (!rewriter.ok()) return rewriter.status();
   std::vector<std::vector<int32_t>> windows;
-  if (looks) {
+  if (looks && !gathered) {
     absl::StatusOr<std::vector<std::vector<int32_t>>> read = ReadWindows(options, **file);
     if (!read.ok()) return read.status();
     windows = *std::move(read);
@@ -298,6 +334,10 @@ void AddPrune(CLI::App& root, Action* action) {
   sub->add_option("--text", options->texts,
                   "Text to calibrate with: files or folders, which count alike; self: what the "
                   "model makes up")
+      ->type_name("PATH");
+  sub->add_option("--moments", options->moments,
+                  "In place of text: what a server saw of the model's inputs, its --moments-file. "
+                  "One pass over the weights, and no text is run")
       ->type_name("PATH");
   sub->add_option("--tokens", options->tokens,
                   "Tokens to calibrate with, of all texts; 0: 2048 for swift, 4096 for sparsegpt, "

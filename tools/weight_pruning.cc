@@ -41,6 +41,7 @@ class Timed {
 };
 
 // Where a matrix's inputs are seen: q, k and v share theirs, so do gate and up.
+// In the order of MatrixInput.
 enum Input : uint8_t { kQkv, kO, kGateUp, kDown, kInputs };
 constexpr std::array<Input, kKinds> kInputOf = {kQkv, kQkv, kQkv, kO, kGateUp, kGateUp, kDown};
 
@@ -107,7 +108,8 @@ class WeightPruning {
 
   absl::StatusOr<WeightPruningReport> Run(const std::function<bool(int, int)>& progress) {
     const Timed timed(&report_.total_s);
-    absl::Status status = looks_at_inputs_ ? Embed() : absl::OkStatus();
+    absl::Status status = runs() ? Embed() : absl::OkStatus();
+    if (options_.moments != nullptr) report_.tokens = options_.moments->tokens();
     for (int layer = 0; layer < config_.layers && status.ok(); ++layer) {
       status = Layer(layer);
       if (status.ok() && !progress(layer + 1, config_.layers)) {
@@ -121,6 +123,9 @@ class WeightPruning {
   WeightPruningReport& report() { return report_; }
 
  private:
+  // Whether text goes through the layers.
+  bool runs() const { return looks_at_inputs_ && options_.moments == nullptr; }
+
   absl::Status Embed() {
     if (windows_.empty()) return absl::InvalidArgumentError("no text to calibrate with");
     const int64_t tokens = static_cast<int64_t>(windows_.size() * windows_.front().size());
@@ -145,17 +150,15 @@ class WeightPruning {
     return absl::OkStatus();
   }
 
-  int ColumnsOf(Input input) const {
-    return input == kO ? config_.heads * config_.head_dim
-                       : (input == kDown ? config_.channels : config_.hidden);
-  }
-
   absl::Status Layer(int layer) {
     moments_.clear();
     hessians_.clear();
-    if (looks_at_inputs_) {
+    for (int input = 0; input < kInputs && options_.moments != nullptr; ++input) {
+      moments_.push_back(options_.moments->of(layer, static_cast<MatrixInput>(input)));
+    }
+    if (runs()) {
       for (int input = 0; input < kInputs; ++input) {
-        const int columns = ColumnsOf(static_cast<Input>(input));
+        const int columns = ColumnsOf(config_, static_cast<MatrixInput>(input));
         moments_.emplace_back(columns, options_.method == WeightMethod::kBlockObs);
         if (options_.method == WeightMethod::kSparseGpt) {
           hessians_.emplace_back(columns, 0, backend_);
@@ -170,7 +173,7 @@ class WeightPruning {
     if (status.ok()) status = Prune();
     if (status.ok()) status = WriteOut();
     const bool last = layer + 1 == config_.layers;
-    if (status.ok() && looks_at_inputs_ && options_.pruned_activations && !last) {
+    if (status.ok() && runs() && options_.pruned_activations && !last) {
       status = Sweep(layer, values_, /*watched=*/false, /*onward=*/true);
     }
     return status;

@@ -15,6 +15,7 @@
 #include "engine/model/files/model_file.h"
 #include "engine/model/files/model_rewriter.h"
 #include "engine/model/weight_plan.h"
+#include "engine/pruning/weights/input_moments.h"
 #include "engine/pruning/weights/mask.h"
 #include "engine/pruning/weights/metric.h"
 #include "engine/pruning/weights/pattern.h"
@@ -39,6 +40,9 @@ struct WeightPruningOptions {
   bool pruned_activations = true;
   // Position 0 of each window, whose activations are many times those of others, is left out.
   bool skip_first = false;
+  // What a server saw of the model's inputs, in place of text to run: of dense activations, for
+  // kScores. Null: there is none.
+  const InputMoments* moments = nullptr;
   WeightPlan weights = WeightPlan::kAuto;  // of the layers that calibration text runs through
   int step_rows = 512;
 };
@@ -73,9 +77,9 @@ struct WeightPruningReport {
 bool IsPruned(const StoredTensor& tensor);
 
 // Gives the new values of all such tensors to `rewriter`; finishing it is the caller's. `windows`
-// are as long as each other; none are needed if nothing looks at inputs. InvalidArgument, with
-// file, tensor, row and column, for a weight that is not finite. Cancelled if progress(layers done,
-// layers) says false.
+// are as long as each other; none are needed if nothing looks at inputs or there are moments.
+// InvalidArgument, with file, tensor, row and column, for a weight that is not finite. Cancelled if
+// progress(layers done, layers) says false.
 absl::StatusOr<WeightPruningReport> PruneWeights(
     const WeightPruningOptions& options, const ModelFile& file,
     std::span<const std::vector<int32_t>> windows, ModelRewriter* rewriter, Backend* backend,

@@ -1,6 +1,7 @@
 #include "engine/model/model_executor.h"
 
 #include <algorithm>
+#include <array>
 #include <functional>
 #include <numeric>
 #include <string>
@@ -12,6 +13,7 @@
 #include "engine/model/decoder.h"
 #include "engine/model/phase_timer.h"
 #include "engine/model/sampler.h"
+#include "engine/scheduling/invariant.h"
 #include "fmt/format.h"
 
 namespace espalier {
@@ -104,7 +106,49 @@ struct ModelExecutor::Impl {
   std::vector<KvPacking> packings;  // of a layer in hand
   const Probe* probe = nullptr;
   ProbeCounts probe_counts;  // as of the last step
+
+  // Whether this step's inputs are summed; then observers are set for it.
+  bool BeginGathering(const Batch& batch);
+  void EndGathering();
+  // Of what is told of an input, layer by layer, the rows of rung 0 come first.
+  void Gather(int layer, MatrixInput input, ConstMatrix rows);
+  InputMoments* moments = nullptr;
+  int gather_every = 1;
+  int gather_in = 0;      // steps with rows enough, until one is taken
+  int gathered_rows = 0;  // of the step in flight, as is the next
+  std::array<int, kMatrixInputNames.size()> gathered_layer = {};
 };
+
+bool ModelExecutor::Impl::BeginGathering(const Batch& batch) {
+  if (moments == nullptr) return false;
+  gathered_rows = 0;
+  for (const BatchSpan& span : batch.spans) gathered_rows += span.rung == 0 ? span.rows : 0;
+  if (gathered_rows < kGatheredRows || --gather_in > 0) return false;
+  gather_in = gather_every;
+  gathered_layer.fill(-1);
+  // Captures of one pointer, which lie in the function: nothing is allocated.
+  model->set_input_observer([this](int layer, LayerInput input, ConstMatrix rows) {
+    Gather(layer, static_cast<MatrixInput>(input), rows);
+  });
+  model->set_channel_observer(
+      [this](int layer, ConstMatrix rows) { Gather(layer, MatrixInput::kDown, rows); });
+  return true;
+}
+
+void ModelExecutor::Impl::EndGathering() {
+  model->set_input_observer({});
+  model->set_channel_observer({});
+}
+
+void ModelExecutor::Impl::Gather(int layer, MatrixInput input, ConstMatrix rows) {
+  static_assert(static_cast<int>(LayerInput::kGateUp) == static_cast<int>(MatrixInput::kGateUp));
+  int& last = gathered_layer[static_cast<size_t>(input)];
+  if (std::exchange(last, layer) == layer) return;  // rows of harder rungs
+  Invariant(rows.rows >= gathered_rows, "{} rows of rung 0 come first, {} are told of",
+            gathered_rows, rows.rows);
+  moments->of(layer, input)
+      .Add(ConstMatrix(rows.data, gathered_rows, rows.cols, rows.stride), backend);
+}
 
 void ModelExecutor::Impl::MakePlan(const Batch& batch) {
   const int layers = model->config().layers;
@@ -235,6 +279,12 @@ void ModelExecutor::set_input_observer(std::function<void(int, LayerInput, Const
   impl_->model->set_input_observer(std::move(observer));
 }
 
+void ModelExecutor::set_input_moments(InputMoments* moments, int every) {
+  impl_->moments = moments;
+  impl_->gather_every = every;
+  impl_->gather_in = 0;
+}
+
 absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
   Impl& impl = *impl_;
   result->tokens.resize(batch.logits.size());
@@ -242,9 +292,11 @@ absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
   result->probe = ProbeUse{};
   if (batch.empty()) return absl::OkStatus();
   impl.MakePlan(batch);
+  const bool gathers = impl.BeginGathering(batch);
   impl.model->Forward(
       {.tokens = impl.tokens, .spans = impl.spans, .tables = impl.tables, .steps = impl.steps},
       &impl.pool, &impl.activations, &result->phases);
+  if (gathers) impl.EndGathering();
 
   if (impl.probe != nullptr) {
     const ProbeCounts now = impl.probe->counts();

@@ -14,6 +14,7 @@
 #include "engine/model/weight_plan.h"
 #include "engine/pruning/channel_selector.h"
 #include "engine/pruning/probe.h"
+#include "engine/pruning/weights/input_moments.h"
 #include "engine/scheduling/scheduler.h"
 #include "kernels/backend.h"
 #include "policy/blocks/block_memory.h"
@@ -64,6 +65,12 @@ class ModelExecutor final : public Executor {
 
   // As Decoder::set_input_observer. Rows lie as above.
   void set_input_observer(std::function<void(int layer, LayerInput, ConstMatrix rows)> observer);
+
+  // Adds what meets the matrices in one of `every` (>= 1) steps with kGatheredRows or more rows of
+  // rung 0 to `moments`, of those rows alone; other steps are as without, and observers of the
+  // others above are not set meanwhile. Null: gathers no more. Must outlive its use.
+  void set_input_moments(InputMoments* moments, int every);
+  static constexpr int kGatheredRows = 16;
 
   absl::Status Execute(const Batch& batch, StepResult* result) override;
 

@@ -608,6 +608,16 @@ int64_t Scheduler::PagesAtMost(size_t prompt, int max_tokens) const {
          geometry_.layers;
 }
 
+int64_t Scheduler::PagesAtMost() const {
+  int64_t pages = 0;
+  for (const Queue* queue : {&running_, &waiting_}) {
+    for (const Sequence* sequence : *queue) {
+      pages += PagesAtMost(sequence->request.prompt.size(), sequence->request.stop.max_tokens);
+    }
+  }
+  return pages;
+}
+
 int Scheduler::max_sequence_tokens() const {
   const int64_t pool_tokens = int64_t{geometry_.pages / geometry_.layers} * geometry_.page_tokens;
   return static_cast<int>(std::min<int64_t>(geometry_.context, pool_tokens));

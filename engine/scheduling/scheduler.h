@@ -154,6 +154,10 @@ class Scheduler {
   std::vector<std::pair<int32_t, int32_t>> LimitPages(int pages, Instant now);
   int pages_total() const { return pool_.total(); }
 
+  // KV pages of a whole sequence at rung 0, and of all that live.
+  int64_t PagesAtMost(size_t prompt, int max_tokens) const;
+  int64_t PagesAtMost() const;
+
   PressureReport Pressure(Instant now) const;
   SchedulerStats stats() const;
   bool idle() const { return sequences_.empty(); }  // nothing waits, nothing runs
@@ -214,8 +218,6 @@ class Scheduler {
     return geometry_.page_tokens * (ladder_.rung(rung).int4_kv ? 2 : 1);
   }
   int TableLength(int64_t tokens, int rung) const;
-  // Of a whole sequence at rung 0.
-  int64_t PagesAtMost(size_t prompt, int max_tokens) const;
   std::span<const int32_t> PageTokens(const Sequence& sequence, int page) const;
   int64_t PagesHeld(const Sequence& sequence) const;
   int64_t PagesPromised(const Sequence& sequence) const;

@@ -65,14 +65,15 @@ ServedModel LettersModel() {
 }
 
 LocalServer::LocalServer(LocalServerOptions options)
-    : model_(LettersModel()),
-      encoder_(model_.tokenizer.get(), model_.chat_template.get()),
+    : model_(std::make_shared<ServedModel>(LettersModel())),
+      models_(model_),
+      encoder_(model_->tokenizer.get(), model_->chat_template.get()),
       engine_(options.scheduler, options.geometry) {
-  model_.max_sequence_tokens = engine_.engine.scheduler().max_sequence_tokens();
+  model_->max_sequence_tokens = engine_.engine.scheduler().max_sequence_tokens();
   thread_ = std::make_unique<EngineThread>(
       &engine_.engine, &ready_, options.max_waiting,
       EngineHooks{.on_lost = [this](const absl::Status&) { front_->SetServing(false); }});
-  backstage_ = {.model = &model_, .encoder = &encoder_, .engine = thread_.get()};
+  backstage_ = {.models = &models_, .encoder = &encoder_, .engine = thread_.get()};
   service_ = std::make_unique<ApiService>(
       CallOptions{.stream_buffer_tokens = static_cast<size_t>(options.stream_buffer_tokens),
                   .stall_grace = std::chrono::milliseconds(300),

@@ -59,7 +59,8 @@ class LocalServer {
  private:
   bool WaitUntil(const std::function<bool(const LoadSnapshot&)>& condition);
 
-  ServedModel model_;
+  std::shared_ptr<ServedModel> model_;
+  ServedModels models_;
   PromptEncoder encoder_;
   PacedEngine engine_;
   ReadyQueue ready_{1};

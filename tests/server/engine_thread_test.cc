@@ -382,6 +382,102 @@ TEST_F(EngineThreadTest, WorkThatMovesAndIdlenessAreNoStall) {
   EXPECT_EQ(thread_->seconds_without_progress(), 0);
 }
 
+// Who took a place before finishes on the engine there was, whenever his request comes.
+TEST_F(EngineThreadTest, ReplacedEngineFinishesWhatItHas) {
+  Start();
+  paced_->executor.set_step_time(milliseconds(1));
+  PacedEngine next;
+  const auto running = Offer(Prompt(1, 200));
+  ASSERT_TRUE(running->WaitForTokens(5));
+  absl::StatusOr<Reservation> place = thread_->inbox().Reserve();
+  ASSERT_TRUE(place.ok());
+  std::atomic<bool> left = false;
+  ASSERT_TRUE(thread_->Replace({.engine = &next.engine}, [&] { left = true; }));
+  EXPECT_EQ(thread_->inbox().generation(), 1);
+
+  const auto newcomer = Offer(Prompt(2, 30));
+  ASSERT_TRUE(newcomer->WaitForEnd().has_value());
+  EXPECT_EQ(newcomer->tokens(), Expected(2, 30));
+  EXPECT_EQ(next.executor.rows(), 4 + 29);
+  const LoadSnapshot load = thread_->load();
+  EXPECT_EQ(load.stats.running, 1);
+  EXPECT_EQ(load.stats.pages_total, 4096);
+  EXPECT_EQ(load.stats.pages_free + load.stats.pages_used + load.stats.pages_cached, 4096);
+  thread_->inbox().Cancel(1);
+  ASSERT_TRUE(PagesComeBack());
+  EXPECT_FALSE(left) << "a place is still held";
+
+  auto late = std::make_shared<Reader>();
+  late->stream = std::make_shared<TokenStream>(3, TokenStream::kUnbounded, late);
+  ASSERT_TRUE((*std::move(place)).Submit({Prompt(3, 10), late->stream}));
+  ASSERT_TRUE(late->WaitForEnd().has_value());
+  EXPECT_EQ(late->tokens(), Expected(3, 10));
+  EXPECT_EQ(next.executor.rows(), 4 + 29);
+  for (int i = 0; i < 20'000 && !left; ++i) std::this_thread::sleep_for(milliseconds(1));
+  EXPECT_TRUE(left);
+  const int64_t before = paced_->executor.rows();
+  EXPECT_EQ(Offer(Prompt(4, 10))->WaitForEnd()->reason, FinishReason::kLength);
+  EXPECT_EQ(paced_->executor.rows(), before);
+  EXPECT_TRUE(thread_->Drain(seconds(10)));
+}
+
+TEST_F(EngineThreadTest, PlaceThatIsGivenBackLetsAnEngineGo) {
+  Start();
+  PacedEngine next;
+  std::atomic<bool> left = false;
+  {
+    const absl::StatusOr<Reservation> place = thread_->inbox().Reserve();
+    ASSERT_TRUE(thread_->Replace({.engine = &next.engine}, [&] { left = true; }));
+    std::this_thread::sleep_for(milliseconds(20));
+    EXPECT_FALSE(left);
+  }
+  for (int i = 0; i < 20'000 && !left; ++i) std::this_thread::sleep_for(milliseconds(1));
+  EXPECT_TRUE(left);
+  ASSERT_TRUE(thread_->Drain(seconds(10)));
+  EXPECT_FALSE(thread_->Replace({.engine = &paced_->engine}, [] { FAIL(); }));
+}
+
+// Two pools have the pages of one: what does not fit beside the old waits, and is not refused.
+TEST_F(EngineThreadTest, NewcomersWaitForPagesOfTheReplacedEngine) {
+  const SchedulerOptions options{.max_waiting = 1 << 20};
+  const KvGeometry geometry{.layers = 2, .pages = 40, .context = 4096};  // 320 tokens
+  Start(256, options, geometry);
+  paced_->executor.set_step_time(milliseconds(1));
+  PacedEngine next(options, geometry);
+  const auto running = Offer(Prompt(1, 250));
+  ASSERT_TRUE(running->WaitForTokens(5));
+  ASSERT_TRUE(thread_->Replace({.engine = &next.engine}, [] {}));
+  const auto large = Offer(Prompt(2, 250)), cancelled = Offer(Prompt(3, 200));
+  Request late = Prompt(4, 200);
+  late.deadline = SteadyNow() + milliseconds(20);
+  const auto expiring = Offer(std::move(late));
+  const auto small = Offer(Prompt(5, 20));
+  ASSERT_TRUE(small->WaitForEnd().has_value());
+  EXPECT_EQ(small->tokens(), Expected(5, 20));
+  EXPECT_EQ(expiring->WaitForEnd()->reason, FinishReason::kDeadline);
+  for (int i = 0; i < 20'000 && thread_->load().stats.waiting != 2; ++i) {
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  EXPECT_EQ(thread_->load().stats.waiting, 2);
+  EXPECT_TRUE(large->tokens().empty());
+  thread_->inbox().Cancel(3);
+  ASSERT_TRUE(running->WaitForEnd().has_value());
+  EXPECT_EQ(running->tokens(), Expected(1, 250));
+  ASSERT_TRUE(large->WaitForEnd().has_value());
+  EXPECT_EQ(large->tokens(), Expected(2, 250));
+  EXPECT_TRUE(cancelled->tokens().empty());
+  EXPECT_TRUE(PagesComeBack());
+  {
+    std::lock_guard lock(mutex_);
+    for (const Step& step : steps_) {
+      EXPECT_LE(step.stats.pages_total, geometry.pages);
+      EXPECT_EQ(step.stats.pages_free + step.stats.pages_used + step.stats.pages_cached,
+                step.stats.pages_total);
+    }
+  }
+  EXPECT_TRUE(thread_->Drain(seconds(10)));
+}
+
 TEST(WatchdogTest, ZeroIsNever) {
   Watchdog never(milliseconds(0)), soon(milliseconds(1));
   EXPECT_FALSE(never.Look(1e9));

@@ -307,6 +307,11 @@ TEST_F(OptionsTest, ProbeNeedsALadderToPruneBy) {
   EXPECT_EQ(Refusal({"--probe=all"}), "--probe: needs a ladder: --ladder");
 }
 
+TEST_F(OptionsTest, MomentsAreGatheredOnlyWhereAsked) {
+  EXPECT_EQ(Read({}).moments_file, "");
+  EXPECT_EQ(Read({"--moments-file=m.moments"}).moments_file, "m.moments");
+}
+
 TEST_F(OptionsTest, PolicyIsFixedAtARungOfTheLadder) {
   EXPECT_EQ(Read({}).fixed_rung, 0);
   EXPECT_EQ(Read({"--policy=fixed:0"}).ladder, "");

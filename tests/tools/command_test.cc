@@ -67,8 +67,8 @@ TEST(Command, HelpListsSubcommandsAndExitCodes) {
   EXPECT_EQ(help.code, 0);
   EXPECT_EQ(help.err, "");
   for (const char* text :
-       {"chat", "generate", "score", "tokenize", "load", "health", "bench", "calibrate", "prune",
-        "eval", "simulate", "train", "ESPALIER_TOP_K", "--config", "130"}) {
+       {"chat", "generate", "score", "tokenize", "load", "reload", "health", "bench", "calibrate",
+        "prune", "eval", "simulate", "train", "ESPALIER_TOP_K", "--config", "130"}) {
     EXPECT_THAT(help.out, HasSubstr(text));
   }
 }

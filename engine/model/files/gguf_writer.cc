@@ -55,6 +55,13 @@ void GgufWriter::Add(std::string_view key, std::span<const int32_t> values) {
   ++keys_;
 }
 
+void GgufWriter::Add(std::string_view key, int64_t value) {
+  PutText(key, &metadata_);
+  Put(GgufType::kInt64, &metadata_);
+  Put(value, &metadata_);
+  ++keys_;
+}
+
 void GgufWriter::AddTensor(std::string_view name, BlockType type, int rows, int cols,
                            std::span<const std::byte> data) {
   PutText(name, &table_);

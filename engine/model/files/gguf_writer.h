@@ -17,6 +17,7 @@ class GgufWriter {
  public:
   void Add(std::string_view key, std::string_view value);
   void Add(std::string_view key, std::span<const int32_t> values);
+  void Add(std::string_view key, int64_t value);
 
   // [rows, cols] in the file's layout; `data` must live until Write.
   void AddTensor(std::string_view name, BlockType type, int rows, int cols,

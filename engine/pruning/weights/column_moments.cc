@@ -1,6 +1,7 @@
 #include "engine/pruning/weights/column_moments.h"
 
 #include <algorithm>
+#include <functional>
 
 #include "engine/pruning/weights/loops.h"
 
@@ -21,7 +22,7 @@ int ColumnMoments::block_width(int b) const {
 
 void ColumnMoments::Add(ConstMatrix x, Backend* backend) {
   const WeightLoops& loops = BestWeightLoops();
-  backend->ParallelFor(block_count(), [&](int b) {
+  const auto add = [&](int b) {
     const int begin = b * kMomentBlock, width = block_width(b);
     float sums[kMomentBlock] = {}, squares[kMomentBlock] = {};
     loops.add_moments(x.data + begin, x.stride, x.rows, width, sums, squares);
@@ -40,8 +41,16 @@ void ColumnMoments::Add(ConstMatrix x, Backend* backend) {
       std::copy_n(x.row(r) + begin, width, padded.data() + int64_t{r} * kMomentBlock);
     }
     loops.add_block(padded.data(), kMomentBlock, x.rows, products);
-  });
+  };
+  backend->ParallelFor(block_count(), std::cref(add));  // a function of its own would be allocated
   tokens_ += x.rows;
+}
+
+void ColumnMoments::Restore(int64_t tokens, std::span<const double> sums,
+                            std::span<const double> squares) {
+  tokens_ = tokens;
+  sums_.assign(sums.begin(), sums.end());
+  squares_.assign(squares.begin(), squares.end());
 }
 
 std::vector<float> ColumnMoments::Squares() const { return {squares_.begin(), squares_.end()}; }

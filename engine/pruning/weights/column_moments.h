@@ -17,8 +17,13 @@ class ColumnMoments {
   ColumnMoments(int columns, bool blocks);
 
   // Adds the rows of x [rows, columns], one a token, on the backend's workers. Sums are of floats
-  // within a call, of doubles between calls.
+  // within a call, of doubles between calls. Without blocks nothing is allocated.
   void Add(ConstMatrix x, Backend* backend);
+
+  // What an earlier run summed, in place of what there is; each [columns]. Not with blocks.
+  void Restore(int64_t tokens, std::span<const double> sums, std::span<const double> squares);
+  std::span<const double> sums() const { return sums_; }
+  std::span<const double> squares() const { return squares_; }
 
   int columns() const { return columns_; }
   int64_t tokens() const { return tokens_; }

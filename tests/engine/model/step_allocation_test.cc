@@ -50,6 +50,10 @@ TEST_P(StepAllocationTest, WarmStepsAllocateNothing) {
                       {.weights = weights, .kv = kv, .kv_bytes = 8 << 20, .max_batch_tokens = 16})
                       .value();
   for (const bool prefix_cache : {false, true}) Serve(executor.get(), prefix_cache);
+  InputMoments moments(executor->config());
+  executor->set_input_moments(&moments, 1);
+  Serve(executor.get(), /*prefix_cache=*/false);
+  EXPECT_GT(moments.tokens(), 0);
 }
 
 void StepAllocationTest::Serve(ModelExecutor* executor, bool prefix_cache) {

@@ -1,0 +1,44 @@
+// Sums over what meets the matrices of every layer, gathered while a model serves: what
+// `espalier prune` needs to know of its inputs.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string_view>
+#include <vector>
+
+#include "engine/model_config.h"
+#include "engine/pruning/weights/column_moments.h"
+
+namespace espalier {
+
+// Where a layer's matrices meet their inputs: q, k and v share theirs, so do gate and up.
+enum class MatrixInput : uint8_t { kQkv, kO, kGateUp, kDown };
+inline constexpr std::array<std::string_view, 4> kMatrixInputNames = {"attn_qkv", "attn_output",
+                                                                      "ffn_gate_up", "ffn_down"};
+
+class InputMoments {
+ public:
+  explicit InputMoments(const ModelConfig& config);
+
+  int layers() const { return static_cast<int>(moments_.size() / kMatrixInputNames.size()); }
+  // Of the input that was seen least.
+  int64_t tokens() const;
+
+  ColumnMoments& of(int layer, MatrixInput input) { return moments_[Index(layer, input)]; }
+  const ColumnMoments& of(int layer, MatrixInput input) const {
+    return moments_[Index(layer, input)];
+  }
+
+ private:
+  static size_t Index(int layer, MatrixInput input) {
+    return layer * kMatrixInputNames.size() + static_cast<size_t>(input);
+  }
+
+  std::vector<ColumnMoments> moments_;  // [layers, inputs]
+};
+
+// How many columns an input has.
+int ColumnsOf(const ModelConfig& config, MatrixInput input);
+
+}  // namespace espalier

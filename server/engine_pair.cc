@@ -1,0 +1,106 @@
+#include "server/engine_pair.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "engine/scheduling/invariant.h"
+
+namespace espalier {
+namespace {
+
+// Adds what counts since start.
+void AddTotals(const SchedulerStats& from, SchedulerStats* to) {
+  to->preemptions += from.preemptions;
+  to->recomputed_tokens += from.recomputed_tokens;
+  to->rung_moves += from.rung_moves;
+  to->prefix_queries += from.prefix_queries;
+  to->prefix_hits += from.prefix_hits;
+  to->prefix_evicted_pages += from.prefix_evicted_pages;
+  to->stages.full += from.stages.full;
+  to->stages.probed += from.stages.probed;
+  to->stages.history += from.stages.history;
+}
+
+}  // namespace
+
+void EnginePair::Replace(Engine* engine, Instant now) {
+  Invariant(left_ == nullptr && engine->idle(), "an engine is replaced while another is left");
+  left_ = std::exchange(current_, engine);
+  left_had_turn_ = false;
+  Share(now);
+}
+
+void EnginePair::Retire(Instant now) {
+  Invariant(left_ != nullptr && left_->idle(), "an engine retires that has work");
+  AddTotals(left_->scheduler().stats(), &retired_);
+  left_ = nullptr;
+  current_->LimitPages(pages_, now);
+}
+
+int64_t EnginePair::PagesOf(const Request& request) const {
+  return current_->scheduler().PagesAtMost(request.prompt.size(), request.stop.max_tokens);
+}
+
+bool EnginePair::MustWait(const Request& request) const {
+  if (left_ == nullptr) return false;
+  const int64_t pages = PagesOf(request);
+  return pages > current_->scheduler().pages_total() && pages <= pages_;
+}
+
+absl::StatusOr<const StepReport*> EnginePair::Step(Instant now) {
+  if (left_ != nullptr) Share(now);
+  const bool both = left_ != nullptr && !left_->idle() && !current_->idle();
+  const bool lefts_turn = both ? !left_had_turn_ : current_->idle();
+  left_had_turn_ = lefts_turn;
+  return (lefts_turn ? left_ : current_)->Step(now);
+}
+
+void EnginePair::LimitPages(int pages, Instant now) {
+  pages_ = pages;
+  if (left_ != nullptr) {
+    Share(now);
+  } else {
+    current_->LimitPages(pages, now);
+  }
+}
+
+void EnginePair::Share(Instant now) {
+  const Scheduler& left = left_->scheduler();
+  const Scheduler& current = current_->scheduler();
+  const int64_t awaited = current.PagesAtMost() + awaited_;
+  const int64_t share = std::max(pages_ - awaited, int64_t{pages_} / 2);
+  const int lefts = static_cast<int>(std::min(left.PagesAtMost(), share));
+  const auto limit = [now](Engine* engine, int pages) {
+    if (engine->scheduler().pages_total() != pages) engine->LimitPages(pages, now);
+  };
+  // Who gets fewer goes first, and may keep more: enough for the largest of its requests.
+  if (lefts < left.pages_total()) {
+    limit(left_, lefts);
+    limit(current_, std::max(0, pages_ - left.pages_total()));
+  } else {
+    limit(current_, pages_ - lefts);
+    limit(left_, std::clamp(pages_ - current.pages_total(), 0, lefts));
+  }
+}
+
+SchedulerStats EnginePair::stats() const {
+  SchedulerStats stats = current_->scheduler().stats();
+  AddTotals(retired_, &stats);
+  if (left_ == nullptr) return stats;
+  const SchedulerStats left = left_->scheduler().stats();
+  AddTotals(left, &stats);
+  stats.running += left.running;
+  stats.waiting += left.waiting;
+  stats.pages_total += left.pages_total;
+  stats.pages_free += left.pages_free;
+  stats.pages_used += left.pages_used;
+  stats.pages_cached += left.pages_cached;
+  return stats;
+}
+
+double EnginePair::oldest_wait_s(Instant now) const {
+  const double wait = current_->scheduler().Pressure(now).oldest_wait_s;
+  return left_ == nullptr ? wait : std::max(wait, left_->scheduler().Pressure(now).oldest_wait_s);
+}
+
+}  // namespace espalier

@@ -1,0 +1,297 @@
+#include "server/loaded_model.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+#include <vector>
+
+#include "engine/model/down_norms.h"
+#include "engine/model/history_file.h"
+#include "engine/model/moments_file.h"
+#include "engine/model/policy_file.h"
+#include "engine/model/pruning_file.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "policy/ladder_policy.h"
+#include "policy/level_policy.h"
+#include "policy/shield.h"
+#include "server/logging.h"
+#include "server/steady_clock.h"
+
+namespace espalier {
+namespace {
+
+// Rows of a step that Probe Pruning learns from: an eighth of a whole one's.
+constexpr int kLearnRows = 64;
+
+// Of so many steps with rows enough at rung 0 the inputs of one are summed.
+constexpr int kGatherEvery = 16;
+
+std::string_view Text(const absl::Status& status) {
+  return {status.message().data(), status.message().size()};
+}
+
+absl::Status Differs(std::string_view path, std::string_view what, std::string_view served,
+                     std::string_view found) {
+  return absl::FailedPreconditionError(
+      fmt::format("{}: {}: the served model has {}, this one {}", path, what, served, found));
+}
+
+}  // namespace
+
+LoadedModel::LoadedModel(const ServerOptions& options)
+    : options_(options),
+      rule_{.ttft_target_s = std::chrono::duration<double>(options.ttft_target).count(),
+            .tpot_target_s = std::chrono::duration<double>(options.tpot_target).count()} {}
+
+absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Load(const ServerOptions& options,
+                                                               const ModelFile& file,
+                                                               const Order& order) {
+  std::unique_ptr<LoadedModel> loaded(new LoadedModel(options));
+  loaded->fingerprint_ = FingerprintOf(file);
+  absl::Status status = loaded->LoadWeights(file, order);
+  if (status.ok() && order.gathers) status = loaded->OpenMoments(file);
+  if (!status.ok()) return status;
+  return loaded;
+}
+
+absl::Status LoadedModel::MakePolicy(const Order& order) {
+  using Kind = ServerOptions::PolicyKind;
+  std::string version;  // of what was learned
+  if (options_.policy == Kind::kFixed) {
+    chosen_ = std::make_unique<FixedPolicy>(options_.fixed_rung);
+  } else if (options_.policy == Kind::kLadder) {
+    chosen_ = std::make_unique<LadderPolicy>(rule_);
+  } else {
+    const std::string& given = options_.policy_file;
+    absl::StatusOr<PolicyFile> file =
+        OpenPolicy(given.empty() ? PolicyPathOf(order.ladder) : given, executor_->ladder().size());
+    if (!file.ok()) return file.status();
+    version = file->version;
+    network_ = std::make_unique<QNetwork>(std::move(file->network));
+    learned_ = std::make_unique<DqnPolicy>(LevelPolicyOptions{.ttft_target_s = rule_.ttft_target_s,
+                                                              .tpot_target_s = rule_.tpot_target_s},
+                                           network_.get());
+    chosen_ = std::make_unique<Shield>(learned_.get(), rule_);
+  }
+  policy_ = chosen_.get();
+  if (!order.decision_log.empty()) {
+    absl::StatusOr<std::unique_ptr<DecisionLog>> log =
+        DecisionLog::Create(order.decision_log, rule_, version);
+    if (!log.ok()) return log.status();
+    decisions_ = *std::move(log);
+    logged_ = std::make_unique<LoggedPolicy>(policy_, decisions_.get());
+    policy_ = logged_.get();
+  }
+  if (options_.quality_check > 0 && executor_->ladder().size() > 1) {
+    quality_ = std::make_shared<QualityCheck>(
+        QualityCheckOptions{.share = options_.quality_check, .bound = options_.quality_bound},
+        executor_->ladder());
+    capped_ = std::make_unique<CappedPolicy>(policy_);
+    policy_ = capped_.get();
+  }
+  if (options_.shadow) {
+    shadow_ = std::make_unique<ShadowPolicy>(policy_);
+    policy_ = shadow_.get();
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LoadedModel::LoadWeights(const ModelFile& file, const Order& order) {
+  absl::StatusOr<std::unique_ptr<Backend>> backend =
+      CreateCpuBackend({.isa = options_.isa, .threads = options_.threads});
+  if (!backend.ok()) return backend.status();
+  backend_ = *std::move(backend);
+  absl::StatusOr<std::unique_ptr<ModelExecutor>> executor =
+      ModelExecutor::Load(file, backend_.get(),
+                          {.weights = options_.weights,
+                           .kv = options_.kv_type,
+                           .kv_bytes = order.kv_bytes,
+                           .max_batch_tokens = options_.max_batch_tokens},
+                          order.progress);
+  if (!executor.ok()) return executor.status();
+  executor_ = *std::move(executor);
+  if (!order.ladder.empty()) {
+    absl::StatusOr<CalibratedLadder> ladder = OpenLadder(order.ladder, file);
+    if (!ladder.ok()) return ladder.status();
+    if (options_.fixed_rung >= ladder->ladder.size()) {
+      return absl::InvalidArgumentError(fmt::format("--policy: fixed:{}, and {} has rungs 0 to {}",
+                                                    options_.fixed_rung, order.ladder,
+                                                    ladder->ladder.size() - 1));
+    }
+    if (options_.probe.has_value() && ladder->refitted) {
+      return absl::InvalidArgumentError(
+          fmt::format("--probe: {} has weights or biases fitted to its own channels; make one "
+                      "with `espalier calibrate --compensate none`",
+                      order.ladder));
+    }
+    absl::Status status = executor_->SetLadder(std::move(ladder->ladder), *ladder->channels);
+    if (status.ok() && options_.probe.has_value()) status = MakeProbe(file);
+    if (!status.ok()) return status;
+  }
+
+  // A learned policy is of a ladder of so many rungs, so not before there is one.
+  if (absl::Status status = MakePolicy(order); !status.ok()) return status;
+  // The inbox is the queue's bound; the scheduler's own never bites.
+  engine_ = std::make_unique<Engine>(
+      SchedulerOptions{.max_batch_tokens = options_.max_batch_tokens,
+                       .max_sequences = options_.max_sequences,
+                       .max_waiting = options_.max_waiting + options_.max_sequences,
+                       .reserve_output = options_.reserve_output,
+                       .prefix_cache = options_.prefix_cache},
+      executor_->kv_geometry(), executor_->ladder(), executor_.get(), policy_);
+  return absl::OkStatus();
+}
+
+absl::Status LoadedModel::MakeProbe(const ModelFile& file) {
+  History history(file.config().layers, file.config().channels);
+  if (!options_.history_file.empty()) {
+    absl::StatusOr<History> read = ReadHistory(options_.history_file, file);
+    if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
+    if (read.ok()) history = *std::move(read);
+    Log(LogLevel::kInfo, read.ok() ? "history read" : "history begins anew",
+        {{"file", options_.history_file}});
+  }
+  absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(file);
+  if (!norms.ok()) return norms.status();
+  probe_ = std::make_unique<Probe>(ProbeOptions{.rows = *options_.probe,
+                                                .budget = options_.probe_budget,
+                                                .least_rows = options_.probe_least_rows,
+                                                .keep = options_.frozen_history ? 1 : 0.99,
+                                                .learn_rows = kLearnRows,
+                                                .refresh = options_.probe_refresh,
+                                                .whole = options_.probe_whole,
+                                                .group = executor_->channel_group()},
+                                   std::move(history), *std::move(norms));
+  executor_->set_probe(probe_.get());
+  return absl::OkStatus();
+}
+
+absl::Status LoadedModel::OpenMoments(const ModelFile& file) {
+  absl::StatusOr<InputMoments> read = ReadMoments(options_.moments_file, file);
+  if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
+  moments_ =
+      std::make_unique<InputMoments>(read.ok() ? *std::move(read) : InputMoments(file.config()));
+  Log(LogLevel::kInfo, "moments are gathered",
+      {{"file", options_.moments_file}, {"tokens", moments_->tokens()}});
+  executor_->set_input_moments(moments_.get(), kGatherEvery);
+  return absl::OkStatus();
+}
+
+void LoadedModel::KeepHistory() const {
+  if (probe_ == nullptr || options_.history_file.empty() || options_.frozen_history) return;
+  const absl::Status status = WriteHistory(options_.history_file, fingerprint_, probe_->history());
+  if (status.ok()) {
+    Log(LogLevel::kInfo, "history written", {{"file", options_.history_file}});
+  } else {
+    Log(LogLevel::kError, "history lost", {{"error", Text(status)}});
+  }
+}
+
+absl::Status LoadedModel::WarmUp() {
+  // Two tokens: a prefill and a decode step touch every weight and kernel.
+  absl::Status status =
+      engine_->Submit({.id = 0, .prompt = {0}, .stop = {.max_tokens = 2}, .arrival = SteadyNow()});
+  while (status.ok() && !engine_->idle()) status = engine_->Step(SteadyNow()).status();
+  return status;
+}
+
+ServedModel LoadedModel::Describe() const {
+  ServedModel model;
+  model.config = executor_->config();
+  model.name = options_.model_name.empty() ? model.config.name : options_.model_name;
+  model.max_sequence_tokens = engine_->scheduler().max_sequence_tokens();
+  model.weight_type = executor_->weight_types();
+  model.kv_type = KvTypeName(executor_->kv_type());
+  model.device = backend_->Describe();
+  model.ladder = executor_->ladder();
+  model.quality = quality_;
+  model.policy = options_.policy == ServerOptions::PolicyKind::kFixed
+                     ? fmt::format("{}:{}", policy_->name(), options_.fixed_rung)
+                     : std::string(policy_->name());
+  return model;
+}
+
+absl::Status CheckReplaces(const ServedModel& served, const ModelFile& file) {
+  const ModelConfig &ours = served.config, &theirs = file.config();
+  const auto number = [&](std::string_view name, auto mine, auto other) {
+    return mine == other
+               ? absl::OkStatus()
+               : Differs(file.path(), name, fmt::format("{}", mine), fmt::format("{}", other));
+  };
+  absl::Status status = number("architecture", ArchitectureName(ours.architecture),
+                               ArchitectureName(theirs.architecture));
+  const auto compare = [&](std::string_view name, auto ModelConfig::* field) {
+    status.Update(number(name, ours.*field, theirs.*field));
+  };
+  compare("layers", &ModelConfig::layers);
+  compare("hidden size", &ModelConfig::hidden);
+  compare("attention heads", &ModelConfig::heads);
+  compare("KV heads", &ModelConfig::kv_heads);
+  compare("head size", &ModelConfig::head_dim);
+  compare("MLP channels", &ModelConfig::channels);
+  compare("vocabulary size", &ModelConfig::vocabulary);
+  compare("context", &ModelConfig::context);
+  compare("RMS epsilon", &ModelConfig::rms_eps);
+  compare("RoPE base", &ModelConfig::rope_theta);
+  compare("bias of q, k and v", &ModelConfig::qkv_bias);
+  compare("norms of q and k", &ModelConfig::qk_norm);
+  const auto scaling = [](const RopeScaling& s) {
+    return s.llama3 ? fmt::format("llama3 {} {} {} {}", s.factor, s.low_freq_factor,
+                                  s.high_freq_factor, s.original_context)
+                    : std::string("none");
+  };
+  status.Update(number("RoPE scaling", scaling(ours.rope_scaling), scaling(theirs.rope_scaling)));
+  if (!status.ok()) return status;
+
+  const Vocabulary& words = served.tokenizer->vocabulary();
+  const Vocabulary& others = file.vocabulary();
+  status.Update(number("tokens", words.tokens.size(), others.tokens.size()));
+  for (size_t id = 0; status.ok() && id < words.tokens.size(); ++id) {
+    const VocabularyToken &mine = words.tokens[id], &other = others.tokens[id];
+    status = number(fmt::format("token {}", id), fmt::format("{:?}", mine.text),
+                    fmt::format("{:?}", other.text));
+    status.Update(number(fmt::format("kind of token {}", id), static_cast<int>(mine.kind),
+                         static_cast<int>(other.kind)));
+  }
+  const auto same = [&](std::string_view name, const auto& mine, const auto& other) {
+    if (status.ok() && mine != other) {
+      status = Differs(file.path(), name, fmt::format("{} of them", mine.size()),
+                       fmt::format("{}, or others", other.size()));
+    }
+  };
+  same("merges", words.merges, others.merges);
+  same("end tokens", words.end_tokens, others.end_tokens);
+  same("chat template's characters", words.chat_template, others.chat_template);
+  status.Update(number("pre-tokenizer", static_cast<int>(words.pre_tokenizer),
+                       static_cast<int>(others.pre_tokenizer)));
+  status.Update(number("BOS token", words.bos, others.bos));
+  status.Update(number("EOS token", words.eos, others.eos));
+  status.Update(number("added BOS token", words.add_bos, others.add_bos));
+  return status;
+}
+
+uint64_t EstimateWeightBytes(const ModelFile& file, WeightPlan plan) {
+  double bytes = 0;
+  for (const StoredTensor& tensor : file.tensors()) {
+    const double values = double{1} * tensor.rows * tensor.cols;
+    switch (TypeOf(plan, tensor.type, tensor.name.starts_with("blk."))) {
+      case WeightType::kF32:
+        bytes += 4 * values;
+        break;
+      case WeightType::kBf16:
+        bytes += 2 * values;
+        break;
+      case WeightType::kInt4:
+        bytes += values * sizeof(FourBitGroup) / kQuantGroup;
+        break;
+      default:
+        bytes += values + values / kQuantGroup * sizeof(float);
+        break;
+    }
+  }
+  return static_cast<uint64_t>(bytes);
+}
+
+}  // namespace espalier

@@ -1,0 +1,93 @@
+// One generation of the model that is served: its weights, and all that is made for them, from the
+// ladder to the engine. Made before the server opens, and again for each reload.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "engine/engine.h"
+#include "engine/model/files/model_file.h"
+#include "engine/model/model_executor.h"
+#include "engine/pruning/probe.h"
+#include "engine/pruning/weights/input_moments.h"
+#include "policy/capped_policy.h"
+#include "policy/policy.h"
+#include "policy/training/q_network.h"
+#include "server/decision_log.h"
+#include "server/options.h"
+#include "server/quality_check.h"
+#include "server/served_model.h"
+
+namespace espalier {
+
+class LoadedModel {
+ public:
+  struct Order {
+    std::string ladder;        // empty: the full model alone
+    uint64_t kv_bytes = 0;     // as ModelOptions
+    std::string decision_log;  // empty: none
+    bool gathers = false;      // for --moments-file
+    ModelExecutor::Progress progress;
+  };
+
+  // Errors name file and tensor, the option that does not fit, or the bytes that are not there.
+  static absl::StatusOr<std::unique_ptr<LoadedModel>> Load(const ServerOptions& options,
+                                                           const ModelFile& file,
+                                                           const Order& order);
+
+  // Runs one request through the engine, before anyone else may.
+  absl::Status WarmUp();
+
+  // What calls see of it, but for its words.
+  ServedModel Describe() const;
+
+  Engine* engine() { return engine_.get(); }
+  const ModelExecutor& executor() const { return *executor_; }
+  QualityCheck* quality() { return quality_.get(); }  // null: none
+  // That the policy serves no harder than this. Engine thread.
+  void set_hardest(int hardest) { capped_->set_hardest(hardest); }
+  // What is gathered for --moments-file; null: nothing. The engine thread's while it runs.
+  const InputMoments* moments() const { return moments_.get(); }
+  const std::string& fingerprint() const { return fingerprint_; }
+  // What --probe has learned to --history-file, if there are such. After the engine's last step.
+  void KeepHistory() const;
+
+ private:
+  explicit LoadedModel(const ServerOptions& options);
+  absl::Status LoadWeights(const ModelFile& file, const Order& order);
+  absl::Status MakePolicy(const Order& order);
+  absl::Status MakeProbe(const ModelFile& file);
+  absl::Status OpenMoments(const ModelFile& file);
+
+  const ServerOptions& options_;
+  // In the order in which they are made; whoever uses another comes after it.
+  const LadderPolicyOptions rule_;
+  std::unique_ptr<DecisionLog> decisions_;
+  std::unique_ptr<QNetwork> network_;
+  std::unique_ptr<Policy> learned_, chosen_, logged_;
+  std::unique_ptr<CappedPolicy> capped_;
+  std::shared_ptr<QualityCheck> quality_;
+  std::unique_ptr<Policy> shadow_;
+  Policy* policy_ = nullptr;  // the outermost of these
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<Probe> probe_;
+  std::unique_ptr<InputMoments> moments_;
+  std::string fingerprint_;  // of the model
+  std::unique_ptr<ModelExecutor> executor_;
+  std::unique_ptr<Engine> engine_;
+};
+
+// That a file can take the place of what is served: FailedPrecondition, with the first of its
+// dimensions, or of its words, that differs, and both values. How a file lays its rows out, and
+// whether it has an LM head of its own, are its own business.
+absl::Status CheckReplaces(const ServedModel& served, const ModelFile& file);
+
+// What the weights of a file take in memory, within some percent, without those of its ladder.
+uint64_t EstimateWeightBytes(const ModelFile& file, WeightPlan plan);
+
+}  // namespace espalier

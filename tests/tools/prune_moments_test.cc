@@ -1,0 +1,156 @@
+// What a server gathers prunes a model as its text would: `espalier prune --moments`.
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/model/model_executor.h"
+#include "engine/model/moments_file.h"
+#include "engine/model/pruning_file.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/support/model_writer.h"
+#include "tools/command.h"
+#include "tools/weight_pruning.h"
+
+namespace espalier {
+namespace {
+
+using ::testing::HasSubstr;
+
+constexpr int kLength = 64;
+
+std::string BytesOf(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+struct Outcome {
+  int code = 0;
+  std::string out;
+  std::string err;
+};
+
+Outcome RunWith(const std::vector<std::string>& arguments) {
+  std::vector<const char*> argv = {"espalier"};
+  for (const std::string& argument : arguments) argv.push_back(argument.c_str());
+  testing::internal::CaptureStdout();
+  testing::internal::CaptureStderr();
+  Outcome outcome;
+  outcome.code = RunCommand(static_cast<int>(argv.size()), argv.data());
+  outcome.out = testing::internal::GetCapturedStdout();
+  outcome.err = testing::internal::GetCapturedStderr();
+  return outcome;
+}
+
+class PruneMomentsTest : public ::testing::Test {
+ protected:
+  PruneMomentsTest() {
+    for (int w = 0; w < 3; ++w) {
+      std::vector<int32_t>& window = windows_.emplace_back();
+      for (int i = 0; i < kLength; ++i) {
+        window.push_back((w * 97 + i * i * 13 + i) % file_->config().vocabulary);
+      }
+    }
+  }
+
+  // As a server would, from steps of a window each.
+  InputMoments Gather() {
+    const int layers = file_->config().layers;
+    const auto executor = ModelExecutor::Load(*file_, backend_.get(),
+                                              {.weights = WeightPlan::kF32, .kv_bytes = 8 << 20})
+                              .value();
+    std::vector<std::vector<int32_t>> table(layers);
+    for (int32_t page = 0; page < layers * kLength / kPageTokens; ++page) {
+      table[page % layers].push_back(page);
+    }
+    InputMoments moments(file_->config());
+    executor->set_input_moments(&moments, 1);
+    for (const std::vector<int32_t>& window : windows_) {
+      Batch batch;
+      batch.tokens = window;
+      batch.spans.push_back({.id = 1, .rows = kLength, .page_tables = table});
+      batch.prefill_rows = kLength;
+      StepResult result;
+      EXPECT_TRUE(executor->Execute(batch, &result).ok());
+    }
+    return moments;
+  }
+
+  std::string Prune(const std::string& name, const InputMoments* moments) {
+    WeightPruningOptions options{.compensate_mean = true,
+                                 .pruned_activations = false,
+                                 .moments = moments,
+                                 .weights = WeightPlan::kF32};
+    options.mask.pattern = *ParsePattern("2:4");
+    const std::string out = folder_.Path(name);
+    const auto rewriter = ModelRewriter::Create(*file_, out, BlockType::kF32, IsPruned).value();
+    const auto report =
+        PruneWeights(options, *file_,
+                     moments == nullptr ? std::span(windows_) : std::span<std::vector<int32_t>>(),
+                     rewriter.get(), backend_.get(), [](int, int) { return true; });
+    EXPECT_TRUE(report.ok()) << report.status();
+    EXPECT_EQ(report->tokens, 3 * kLength);
+    EXPECT_TRUE(rewriter->Finish().ok());
+    return BytesOf(out);
+  }
+
+  TemporaryFolder folder_;
+  const std::string model_ = ESPALIER_SOURCE_DIR "/tests/golden/data/tiny-llama.gguf";
+  std::unique_ptr<ModelFile> file_ = ModelFile::Open(model_).value();
+  std::unique_ptr<Backend> backend_ = CreateCpuBackend({.threads = 2}).value();
+  std::vector<std::vector<int32_t>> windows_;
+};
+
+TEST_F(PruneMomentsTest, GatheredMomentsPruneAsTheTextThatWasServed) {
+  const InputMoments moments = Gather();
+  const std::string path = folder_.Path("m.moments");
+  ASSERT_TRUE(WriteMoments(path, FingerprintOf(*file_), file_->config(), moments).ok());
+  const InputMoments read = ReadMoments(path, *file_).value();
+  const std::string by_text = Prune("text.gguf", nullptr);
+  EXPECT_EQ(Prune("moments.gguf", &read), by_text);
+  // Other inputs, other masks: the files would not be equal by themselves.
+  windows_.resize(1, {});
+  windows_.front().assign(3 * kLength, 5);
+  EXPECT_NE(Prune("other.gguf", nullptr), by_text);
+}
+
+TEST_F(PruneMomentsTest, CommandPrunesWithoutAText) {
+  const std::string moments = folder_.Path("m.moments"), out = folder_.Path("out.gguf");
+  const InputMoments gathered = Gather();
+  ASSERT_TRUE(WriteMoments(moments, FingerprintOf(*file_), file_->config(), gathered).ok());
+  const Outcome pruned =
+      RunWith({"prune", "--model", model_, "--moments", moments, "--out", out, "--store", "f32"});
+  ASSERT_EQ(pruned.code, 0) << pruned.err;
+  EXPECT_THAT(pruned.out, HasSubstr("2:4 by swift, 192 tokens"));
+  EXPECT_EQ(BytesOf(out), Prune("again.gguf", &gathered));
+
+  const auto refusal = [&](std::vector<std::string> more) {
+    std::vector<std::string> words = {
+        "prune", "--model", model_, "--moments", moments, "--out", folder_.Path("never.gguf")};
+    words.insert(words.end(), more.begin(), more.end());
+    const Outcome outcome = RunWith(words);
+    EXPECT_EQ(outcome.code, 1);
+    EXPECT_FALSE(std::filesystem::exists(folder_.Path("never.gguf")));
+    return outcome.err;
+  };
+  EXPECT_THAT(refusal({"--text", "self"}), HasSubstr("--text: "));
+  EXPECT_THAT(refusal({"--quality"}), HasSubstr("--quality: needs products"));
+  EXPECT_THAT(refusal({"--method", "sparsegpt"}), HasSubstr("--method: needs products"));
+  EXPECT_THAT(refusal({"--method", "magnitude"}), HasSubstr("--moments: this method looks at no"));
+  EXPECT_THAT(refusal({"--activations", "pruned"}), HasSubstr("--activations: "));
+  EXPECT_THAT(refusal({"--tokens", "5"}), HasSubstr("--tokens: "));
+  EXPECT_THAT(refusal({"--skip-first"}), HasSubstr("--skip-first: "));
+  ASSERT_TRUE(
+      WriteMoments(moments, FingerprintOf(*file_), file_->config(), InputMoments(file_->config()))
+          .ok());
+  EXPECT_THAT(refusal({}), HasSubstr("espalier.tokens: expected some, got 0"));
+  ASSERT_TRUE(WriteMoments(moments, "x", file_->config(), gathered).ok());
+  EXPECT_THAT(refusal({}), HasSubstr("made for another model"));
+}
+
+}  // namespace
+}  // namespace espalier
