@@ -154,6 +154,9 @@ class WeightPruning {
     report_.layers.emplace_back();
     moments_.clear();
     hessians_.clear();
+    // Before text runs through it, which would not say where a weight is no number.
+    absl::Status status = Read(layer);
+    if (!status.ok()) return status;
     if (looks_at_inputs_) {
       for (int input = 0; input < kInputs; ++input) {
         const int columns = ColumnsOf(static_cast<Input>(input));
@@ -163,11 +166,8 @@ class WeightPruning {
         }
       }
       const bool onward = !options_.pruned_activations;
-      if (absl::Status status = Sweep(layer, {}, /*watched=*/true, onward); !status.ok()) {
-        return status;
-      }
+      status = Sweep(layer, {}, /*watched=*/true, onward);
     }
-    absl::Status status = Read(layer);
     if (status.ok()) status = Prune();
     if (status.ok()) status = WriteOut();
     const bool last = layer + 1 == config_.layers;
