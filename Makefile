@@ -1,6 +1,6 @@
 # The commands of this tree; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test serve ladder bench bench-serve bench-peers bench-pruning bench-squeeze build debug asan tsan fuzz format format-check tidy \
+.PHONY: help demo test serve ladder bench bench-serve bench-peers bench-prune bench-pruning bench-squeeze build debug asan tsan fuzz format format-check tidy \
   layering lint-proto packages clean
 
 SCRIPTS := tools/scripts
@@ -38,6 +38,10 @@ bench-peers: build ## Beside llama.cpp and OpenVINO GenAI, TURNS=3 in turns; ins
 bench-pruning: build ## What pruning costs and saves, beside the published methods; TEXT=prose for one-kind rows
 	@model=$$($(SCRIPTS)/fetch_model.sh) && ESPALIER_TEXT="$(or $(TEXT),$$ESPALIER_TEXT)" exec python3 \
 	  tests/bench/pruning/pruning.py --model "$$model" $(ARGS)
+
+bench-prune: build ## SwiftPrune of weights, beside Wanda and SparseGPT: seconds, perplexity; TEXT=prose
+	@model=$$($(SCRIPTS)/fetch_model.sh) && ESPALIER_TEXT="$(or $(TEXT),$$ESPALIER_TEXT)" exec python3 \
+	  tests/bench/prune/prune.py --model "$$model" $(ARGS)
 
 bench-squeeze: build ## Goodput under overload and less memory: the full model, fixed rungs, the policy
 	@model=$$($(SCRIPTS)/fetch_model.sh) && name=$$(basename "$${model%.gguf}").ladder && exec python3 \

@@ -108,18 +108,21 @@ absl::StatusOr<WeightPruningOptions> Plan(const Options& options) {
 absl::Status CheckMoments(const Options& options, const WeightPruningOptions& plan, bool looks) {
   if (!looks) return Contradiction("--moments", "this method looks at no inputs");
   if (!options.texts.empty()) {
-    return Contradiction("--text", "--moments says what inputs are; leave one of the two out");
+    return Contradiction("--calibration",
+                         "--moments says what inputs are; leave one of the two out");
   }
   if (plan.method != WeightMethod::kScores) {
     return Contradiction(options.quality ? "--quality" : "--method",
                          "needs products of columns, --moments has sums of each alone; name a "
-                         "--text");
+                         "--calibration");
   }
   if (options.activations == "pruned") {
-    return Contradiction("--activations", "--moments are of the dense model's; name a --text");
+    return Contradiction("--activations",
+                         "--moments are of the dense model's; name a --calibration");
   }
-  if (options.tokens > 0) return Contradiction("--tokens", "of --text; --moments are taken whole");
-  if (options.skip_first) return Contradiction("--skip-first", "of --text");
+  if (options.tokens > 0)
+    return Contradiction("--tokens", "of --calibration; --moments are taken whole");
+  if (options.skip_first) return Contradiction("--skip-first", "of --calibration");
   return absl::OkStatus();
 }
 
@@ -179,56 +182,87 @@ BlockType TypeToStore(const Options& options, const ModelFile& file) {
   return is_float ? pruned->type : BlockType::kF16;
 }
 
+struct ForwardSeconds {
+  double load = 0, forward = 0, statistics = 0;
+};
+
+ForwardSeconds ForwardOf(const WeightPruningReport& report) {
+  ForwardSeconds sum;
+  for (const WeightPruningReport::Layer& layer : report.layers) {
+    sum.load += layer.load;
+    sum.forward += layer.forward;
+    sum.statistics += layer.statistics;
+  }
+  return sum;
+}
+
+// Sites of all layers together; the report as JSON has them one by one.
 void PrintTable(const WeightPruningReport& report, double finish_s) {
-  fmt::print("{:14}{:>14}{:>10}{:>16}\n", "matrix", "weights", "zeros", "saliency kept");
-  WeightPruningReport::Kind all;
-  const auto row = [](std::string_view name, const WeightPruningReport::Kind& kind, bool saliency) {
-    fmt::print("{:14}{:14}{:9.2f}%{:>16}\n", name, kind.weights,
-               100.0 * static_cast<double>(kind.zeros) / static_cast<double>(kind.weights),
-               saliency ? fmt::format("{:.2f}%", 100 * kind.kept / kind.saliency) : "");
+  using Site = WeightPruningReport::Site;
+  fmt::print("{:13}{:>12}{:>9}{:>15}{:>10}{:>10}{:>10}{:>10}\n", "matrix", "weights", "zeros",
+             "saliency kept", "read, s", "select, s", "update, s", "write, s");
+  const auto row = [](std::string_view name, const Site& site, bool saliency) {
+    fmt::print("{:13}{:12}{:8.2f}%{:>15}{:10.3f}{:10.3f}{:10.3f}{:10.3f}\n", name, site.weights,
+               100.0 * static_cast<double>(site.zeros) / static_cast<double>(site.weights),
+               saliency && site.saliency > 0
+                   ? fmt::format("{:.2f}%", 100 * site.kept / site.saliency)
+                   : "",
+               site.read, site.select, site.update, site.write);
   };
   for (size_t kind = 0; kind < kPrunedKinds.size(); ++kind) {
-    row(kPrunedKinds[kind], report.kinds[kind], true);
-    all.weights += report.kinds[kind].weights;
-    all.zeros += report.kinds[kind].zeros;
+    row(kPrunedKinds[kind], report.Sum(kind), true);
   }
-  row("all", all, false);
-  const auto& s = report.seconds;
+  // Scores of different matrices do not add up.
+  row("all", report.Sum(), false);
+  const ForwardSeconds forward = ForwardOf(report);
   fmt::print(
-      "\nseconds: load {:.2f}, forward {:.2f}, statistics {:.2f}, read {:.2f}, score and select "
-      "{:.3f}, update {:.3f}, write {:.2f}; all {:.2f}\n",
-      s.load, s.forward, s.statistics, s.read, s.select, s.update, s.write + finish_s,
-      report.total_s + finish_s);
+      "\nto see their inputs: load {:.2f} s, forward {:.2f} s, statistics {:.2f} s; to finish the "
+      "file {:.2f} s; all {:.2f} s\n",
+      forward.load, forward.forward, forward.statistics, finish_s, report.total_s + finish_s);
 }
 
 nlohmann::ordered_json ToJson(const Options& options, const WeightPruningReport& report,
                               double finish_s) {
   using Json = nlohmann::ordered_json;
-  const auto& s = report.seconds;
+  const auto site_json = [](const WeightPruningReport::Site& site) {
+    return Json{{"weights", site.weights},
+                {"zeros", site.zeros},
+                {"saliency_kept", site.saliency > 0 ? site.kept / site.saliency : 0},
+                {"read_s", site.read},
+                {"select_s", site.select},
+                {"update_s", site.update},
+                {"write_s", site.write}};
+  };
+  const WeightPruningReport::Site all = report.Sum();
+  const ForwardSeconds forward = ForwardOf(report);
   Json json = {{"method", options.method},
                {"pattern", options.pattern},
                {"tokens", report.tokens},
                {"machine", MachineName()},
+               {"sparsity", static_cast<double>(all.zeros) / static_cast<double>(all.weights)},
                {"seconds",
-                {{"load", s.load},
-                 {"forward", s.forward},
-                 {"statistics", s.statistics},
-                 {"read", s.read},
-                 {"select", s.select},
-                 {"update", s.update},
-                 {"write", s.write + finish_s},
+                {{"load", forward.load},
+                 {"forward", forward.forward},
+                 {"statistics", forward.statistics},
+                 {"read", all.read},
+                 {"select", all.select},
+                 {"update", all.update},
+                 {"write", all.write + finish_s},
                  {"all", report.total_s + finish_s}}}};
-  int64_t weights = 0, zeros = 0;
   for (size_t kind = 0; kind < kPrunedKinds.size(); ++kind) {
-    const WeightPruningReport::Kind& of = report.kinds[kind];
-    json["kinds"][std::string(kPrunedKinds[kind])] = {
-        {"weights", of.weights},
-        {"zeros", of.zeros},
-        {"saliency_kept", of.saliency > 0 ? of.kept / of.saliency : 0}};
-    weights += of.weights;
-    zeros += of.zeros;
+    json["kinds"][std::string(kPrunedKinds[kind])] = site_json(report.Sum(kind));
   }
-  json["sparsity"] = static_cast<double>(zeros) / static_cast<double>(weights);
+  json["layers"] = Json::array();
+  for (const WeightPruningReport::Layer& layer : report.layers) {
+    Json sites;
+    for (size_t kind = 0; kind < kPrunedKinds.size(); ++kind) {
+      sites[std::string(kPrunedKinds[kind])] = site_json(layer.sites[kind]);
+    }
+    json["layers"].push_back({{"load_s", layer.load},
+                              {"forward_s", layer.forward},
+                              {"statistics_s", layer.statistics},
+                              {"sites", sites}});
+  }
   return json;
 }
 
@@ -242,7 +276,7 @@ absl::Status Run(const Options& options) {
   if (gathered) {
     if (absl::Status status = CheckMoments(options, *plan, looks); !status.ok()) return status;
   } else if (looks && options.texts.empty()) {
-    return Contradiction("--text", "this method looks at inputs: name a text, or self");
+    return Contradiction("--calibration", "this method looks at inputs: name a text, or self");
   }
   const absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options.model.model);
   if (!file.ok()) return file.status();
@@ -331,7 +365,7 @@ void AddPrune(CLI::App& root, Action* action) {
       ->type_name("SHARE|N:M")
       ->check(IsPattern())
       ->capture_default_str();
-  sub->add_option("--text", options->texts,
+  sub->add_option("--calibration,--text", options->texts,
                   "Text to calibrate with: files or folders, which count alike; self: what the "
                   "model makes up")
       ->type_name("PATH");

@@ -23,7 +23,7 @@ namespace espalier {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-using Phases = WeightPruningReport::Phases;
+using Site = WeightPruningReport::Site;
 
 constexpr size_t kKinds = kPrunedKinds.size();
 
@@ -40,10 +40,10 @@ class Timed {
   Clock::time_point begin_ = Clock::now();
 };
 
-// Where a matrix's inputs are seen: q, k and v share theirs, so do gate and up.
-// In the order of MatrixInput.
-enum Input : uint8_t { kQkv, kO, kGateUp, kDown, kInputs };
-constexpr std::array<Input, kKinds> kInputOf = {kQkv, kQkv, kQkv, kO, kGateUp, kGateUp, kDown};
+using enum MatrixInput;
+constexpr std::array<MatrixInput, kKinds> kInputOf = {kQkv,    kQkv,    kQkv, kO,
+                                                      kGateUp, kGateUp, kDown};
+constexpr size_t kInputs = kMatrixInputNames.size();
 
 std::string NameOf(int layer, size_t kind) {
   return fmt::format("blk.{}.{}.weight", layer, kPrunedKinds[kind]);
@@ -151,13 +151,17 @@ class WeightPruning {
   }
 
   absl::Status Layer(int layer) {
+    report_.layers.emplace_back();
     moments_.clear();
     hessians_.clear();
-    for (int input = 0; input < kInputs && options_.moments != nullptr; ++input) {
+    // Before text runs through it, which would not say where a weight is no number.
+    absl::Status status = Read(layer);
+    if (!status.ok()) return status;
+    for (size_t input = 0; input < kInputs && options_.moments != nullptr; ++input) {
       moments_.push_back(options_.moments->of(layer, static_cast<MatrixInput>(input)));
     }
     if (runs()) {
-      for (int input = 0; input < kInputs; ++input) {
+      for (size_t input = 0; input < kInputs; ++input) {
         const int columns = ColumnsOf(config_, static_cast<MatrixInput>(input));
         moments_.emplace_back(columns, options_.method == WeightMethod::kBlockObs);
         if (options_.method == WeightMethod::kSparseGpt) {
@@ -165,11 +169,8 @@ class WeightPruning {
         }
       }
       const bool onward = !options_.pruned_activations;
-      if (absl::Status status = Sweep(layer, {}, /*watched=*/true, onward); !status.ok()) {
-        return status;
-      }
+      status = Sweep(layer, {}, /*watched=*/true, onward);
     }
-    absl::Status status = Read(layer);
     if (status.ok()) status = Prune();
     if (status.ok()) status = WriteOut();
     const bool last = layer + 1 == config_.layers;
@@ -187,7 +188,7 @@ class WeightPruning {
         .type = kv, .pages = 1, .kv_heads = config_.kv_heads, .head_dim = config_.head_dim};
     std::unique_ptr<ModelExecutor> executor;
     {
-      const Timed timed(&report_.seconds.load);
+      const Timed timed(&report_.layers.back().load);
       const LayerFile one(file_, layer, values);
       absl::StatusOr<std::unique_ptr<ModelExecutor>> loaded =
           ModelExecutor::Load(one, backend_,
@@ -202,7 +203,8 @@ class WeightPruning {
     double watching = 0;
     int start = 0;
     if (watched) {
-      const auto watch = [&](Input input, ConstMatrix rows) {
+      const auto watch = [&](MatrixInput of, ConstMatrix rows) {
+        const auto input = static_cast<size_t>(of);
         const Timed timed(&watching);
         const int skipped = options_.skip_first && start == 0 ? 1 : 0;
         const ConstMatrix counted(rows.data + skipped * rows.stride, rows.rows - skipped, rows.cols,
@@ -238,17 +240,17 @@ class WeightPruning {
       }
       start = 0;
     }
-    report_.seconds.forward +=
+    report_.layers.back().forward +=
         std::chrono::duration<double>(Clock::now() - begin).count() - watching;
-    report_.seconds.statistics += watching;
+    report_.layers.back().statistics += watching;
     status.Update(seen);
     return status;
   }
 
   absl::Status Read(int layer) {
-    const Timed timed(&report_.seconds.read);
     const WeightLoops& loops = BestWeightLoops();
     for (size_t kind = 0; kind < kKinds; ++kind) {
+      const Timed timed(&SiteOf(kind).read);
       const std::string name = NameOf(layer, kind);
       const auto tensor = std::ranges::lower_bound(file_.tensors(), name, {}, &StoredTensor::name);
       if (tensor == file_.tensors().end() || tensor->name != name) {
@@ -277,6 +279,8 @@ class WeightPruning {
     return absl::OkStatus();
   }
 
+  Site& SiteOf(size_t kind) { return report_.layers.back().sites[kind]; }
+
   Matrix ValuesOf(size_t kind) {
     return {values_[kind].data(), tensors_[kind]->rows, tensors_[kind]->cols};
   }
@@ -286,41 +290,43 @@ class WeightPruning {
     std::vector<std::optional<BlockObs>> blocks(kInputs);
     const WeightLoops& loops = BestWeightLoops();
     for (size_t kind = 0; kind < kKinds; ++kind) {
-      const Input input = kInputOf[kind];
+      const auto input = static_cast<size_t>(kInputOf[kind]);
       const Matrix weights = ValuesOf(kind);
+      Site& told = SiteOf(kind);
       std::optional<MeanCompensation> compensation;
       if (options_.compensate_mean) {
-        const Timed timed(&report_.seconds.update);
+        const Timed timed(&told.update);
         compensation.emplace(moments_[input], weights, backend_);
       }
       const std::vector<float> squares =
           looks_at_inputs_ ? moments_[input].Squares() : std::vector<float>();
-      WeightPruningReport::Kind& told = report_.kinds[kind];
       if (options_.method == WeightMethod::kScores) {
-        const Timed timed(&report_.seconds.select);
+        const Timed timed(&told.select);
         const ColumnWeights columns(options_.metric, squares, weights, backend_);
         const Saliency saliency = MaskWeights(options_.mask, columns, weights, backend_);
         told.saliency += saliency.all;
         told.kept += saliency.kept;
       } else {
         const std::vector<float> before = values_[kind];
-        const Timed timed(&report_.seconds.update);
         absl::Status status;
-        if (options_.method == WeightMethod::kSparseGpt) {
-          if (factors[input].empty()) {
-            factors[input] = hessians_[input].Mean();
-            status = ToInverseFactor(weights.cols, kSparseGptDamping, backend_, &factors[input]);
+        {
+          const Timed timed(&told.update);
+          if (options_.method == WeightMethod::kSparseGpt) {
+            if (factors[input].empty()) {
+              factors[input] = hessians_[input].Mean();
+              status = ToInverseFactor(weights.cols, kSparseGptDamping, backend_, &factors[input]);
+            }
+            if (status.ok()) {
+              status = SparseGpt(options_.mask.pattern, factors[input], weights, backend_);
+            }
+          } else {
+            if (!blocks[input].has_value()) {
+              absl::StatusOr<BlockObs> made = BlockObs::Create(moments_[input], backend_);
+              status = made.status();
+              if (status.ok()) blocks[input] = *std::move(made);
+            }
+            if (status.ok()) blocks[input]->Prune(options_.mask.pattern, weights, backend_);
           }
-          if (status.ok()) {
-            status = SparseGpt(options_.mask.pattern, factors[input], weights, backend_);
-          }
-        } else {
-          if (!blocks[input].has_value()) {
-            absl::StatusOr<BlockObs> made = BlockObs::Create(moments_[input], backend_);
-            status = made.status();
-            if (status.ok()) blocks[input] = *std::move(made);
-          }
-          if (status.ok()) blocks[input]->Prune(options_.mask.pattern, weights, backend_);
         }
         if (!status.ok()) {
           return absl::Status(status.code(), fmt::format("{}: tensor {}: {}", file_.path(),
@@ -329,7 +335,7 @@ class WeightPruning {
         Compare(before, weights, squares, &told);
       }
       if (compensation.has_value()) {
-        const Timed timed(&report_.seconds.update);
+        const Timed timed(&told.update);
         compensation->Apply(weights, backend_);
       }
       told.weights += static_cast<int64_t>(values_[kind].size());
@@ -340,7 +346,7 @@ class WeightPruning {
 
   // w^2 x^2 of what was there, and of what of it stays.
   static void Compare(std::span<const float> before, Matrix weights, std::span<const float> squares,
-                      WeightPruningReport::Kind* told) {
+                      Site* told) {
     for (int r = 0; r < weights.rows; ++r) {
       double all = 0, kept = 0;
       for (int j = 0; j < weights.cols; ++j) {
@@ -355,8 +361,8 @@ class WeightPruning {
   }
 
   absl::Status WriteOut() {
-    const Timed timed(&report_.seconds.write);
     for (size_t kind = 0; kind < kKinds; ++kind) {
+      const Timed timed(&SiteOf(kind).write);
       const absl::Status status = rewriter_->Write(*tensors_[kind], values_[kind]);
       if (!status.ok()) return status;
     }
@@ -381,6 +387,30 @@ class WeightPruning {
 };
 
 }  // namespace
+
+Site& Site::operator+=(const Site& other) {
+  weights += other.weights;
+  zeros += other.zeros;
+  saliency += other.saliency;
+  kept += other.kept;
+  read += other.read;
+  select += other.select;
+  update += other.update;
+  write += other.write;
+  return *this;
+}
+
+Site WeightPruningReport::Sum(size_t kind) const {
+  Site sum;
+  for (const Layer& layer : layers) sum += layer.sites[kind];
+  return sum;
+}
+
+Site WeightPruningReport::Sum() const {
+  Site sum;
+  for (size_t kind = 0; kind < kKinds; ++kind) sum += Sum(kind);
+  return sum;
+}
 
 bool IsPruned(const StoredTensor& tensor) {
   const std::string_view name = tensor.name;

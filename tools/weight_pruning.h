@@ -52,25 +52,32 @@ inline constexpr std::array<std::string_view, 7> kPrunedKinds = {
     "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"};
 
 struct WeightPruningReport {
-  struct Kind {
+  // One matrix of one layer, or the sum of some. Seconds.
+  struct Site {
     int64_t weights = 0;
     int64_t zeros = 0;    // after pruning
     double saliency = 0;  // sum of scores before: the metric's, or w^2 x^2 where there is none
     double kept = 0;      // of what stays, by its values before
-  };
-  std::array<Kind, kPrunedKinds.size()> kinds;  // of all layers
-  // Seconds. A score is part of the loop that selects, so they are one phase.
-  struct Phases {
-    double load = 0;        // packing layers to run them
-    double forward = 0;     // running them
-    double statistics = 0;  // sums over what they met
-    double read = 0;        // weights from the file, as fp32
-    double select = 0;      // scores and zeros
-    double update = 0;      // compensation; factors, masks and updates of the other two methods
+    double read = 0;      // weights from the file, as fp32
+    double select = 0;    // scores and zeros: a score is part of the loop that selects
+    double update = 0;    // compensation; factors, masks and updates of the other two methods
     double write = 0;
-  } seconds;
+
+    Site& operator+=(const Site& other);
+  };
+  struct Layer {
+    double load = 0;        // packing it to run it, seconds
+    double forward = 0;     // running it
+    double statistics = 0;  // sums over what its matrices met
+    std::array<Site, kPrunedKinds.size()> sites;
+  };
+  std::vector<Layer> layers;
   double total_s = 0;  // wall time of all layers
   int64_t tokens = 0;
+
+  // Of a kind over all layers; of all kinds.
+  Site Sum(size_t kind) const;
+  Site Sum() const;
 };
 
 // Whether a tensor is one of kPrunedKinds.

@@ -137,7 +137,7 @@ TEST_F(PruneMomentsTest, CommandPrunesWithoutAText) {
     EXPECT_FALSE(std::filesystem::exists(folder_.Path("never.gguf")));
     return outcome.err;
   };
-  EXPECT_THAT(refusal({"--text", "self"}), HasSubstr("--text: "));
+  EXPECT_THAT(refusal({"--text", "self"}), HasSubstr("--calibration: "));
   EXPECT_THAT(refusal({"--quality"}), HasSubstr("--quality: needs products"));
   EXPECT_THAT(refusal({"--method", "sparsegpt"}), HasSubstr("--method: needs products"));
   EXPECT_THAT(refusal({"--method", "magnitude"}), HasSubstr("--moments: this method looks at no"));

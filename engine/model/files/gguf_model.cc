@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "engine/model/files/architecture.h"
+#include "engine/model/files/checksum.h"
 #include "engine/model/files/file_error.h"
 #include "engine/model/files/gguf.h"
 
@@ -194,6 +195,7 @@ class GgufModel final : public ModelFile {
           static_cast<int>(std::min<size_t>(vocabulary_.tokens.size(), kMaxVocabulary));
     }
     tensors_ = std::move(gguf->tensors);
+    checksum_ = keys.String(kChecksumKey, "");
     return keys.status();
   }
 

@@ -202,7 +202,8 @@ class HfModel final : public ModelFile {
   absl::Status AddShard(const std::string& path) {
     absl::StatusOr<MappedFile> file = MappedFile::Open(path);
     if (!file.ok()) return file.status();
-    absl::StatusOr<std::vector<StoredTensor>> tensors = ParseSafetensors(path, file->bytes());
+    absl::StatusOr<std::vector<StoredTensor>> tensors =
+        ParseSafetensors(path, file->bytes(), &checksum_);
     if (!tensors.ok()) return tensors.status();
     files_.push_back(*std::move(file));
     for (StoredTensor& tensor : *tensors) {

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "engine/model/files/architecture.h"
+#include "engine/model/files/checksum.h"
 #include "engine/model/files/file_error.h"
 #include "engine/model/files/gguf_model.h"
 #include "engine/model/files/hf_folder.h"
@@ -40,6 +41,13 @@ absl::StatusOr<std::unique_ptr<ModelFile>> ModelFile::Open(const std::string& pa
   absl::Status status = CheckConfig(path, (*file)->config(), (*file)->vocabulary());
   if (status.ok()) status = CheckTensors(**file);
   if (!status.ok()) return status;
+  const std::string& told = (*file)->checksum_;
+  if (told.empty()) return file;
+  if (const std::string sum = ModelChecksum((*file)->tensors()); sum != told) {
+    return Mismatch(path, "tensors",
+                    fmt::format("their checksum to be {}, as written", Quoted(told)),
+                    fmt::format("{}: the file is damaged", sum));
+  }
   return file;
 }
 

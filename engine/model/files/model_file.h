@@ -36,8 +36,8 @@ class ModelFile {
   virtual ~ModelFile() = default;
 
   // `path`: a .gguf file, or a folder with config.json, *.safetensors and tokenizer.json. Every
-  // size and offset is checked against the file before use. An error is one line: file, tensor or
-  // key, expected, got.
+  // size and offset is checked against the file before use, and the tensors against a checksum if
+  // the file has one (checksum.h). An error is one line: file, tensor or key, expected, got.
   static absl::StatusOr<std::unique_ptr<ModelFile>> Open(const std::string& path);
 
   const ModelConfig& config() const { return config_; }
@@ -53,6 +53,7 @@ class ModelFile {
   ModelConfig config_;
   Vocabulary vocabulary_;
   std::vector<StoredTensor> tensors_;  // sorted by name
+  std::string checksum_;               // as the file has it; empty if it has none
 };
 
 }  // namespace espalier

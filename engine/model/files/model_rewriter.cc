@@ -16,6 +16,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "engine/model/files/checksum.h"
 #include "engine/model/files/file_error.h"
 #include "engine/model/files/gguf.h"
 #include "engine/model/files/hf_folder.h"
@@ -41,6 +42,13 @@ struct Place {
   bool written = false;
   uint64_t offset = 0;  // in the file
   uint64_t bytes = 0;
+  uint64_t sum = 0;  // of what was written
+};
+
+// A file's beginning, but for the digits of its checksum.
+struct Header {
+  std::string bytes;
+  size_t checksum_at = 0;
 };
 
 // A file of a header and tensors at known places.
@@ -54,16 +62,20 @@ class FileRewriter final : public ModelRewriter {
     std::remove(aside().c_str());
   }
 
-  absl::Status Begin(const std::string& header, std::map<std::string, Place> places) {
+  absl::Status Begin(Header header, std::map<std::string, Place> places) {
+    header_ = std::move(header);
     places_ = std::move(places);
     file_ = open(aside().c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (file_ < 0) return SystemError("open");
-    absl::Status status = WriteAt(0, header.data(), header.size());
     for (auto& [name, place] : places_) {
-      if (place.replaced || !status.ok()) continue;
-      status = WriteAt(place.offset, place.tensor->data, place.tensor->bytes);
+      if (place.replaced) continue;
+      const absl::Status status = WriteAt(place.offset, place.tensor->data, place.tensor->bytes);
+      if (!status.ok()) return status;
+      Checksum sum;
+      sum.Add(place.tensor->data, place.tensor->bytes);
+      place.sum = sum.value();
     }
-    return status;
+    return absl::OkStatus();
   }
 
   absl::Status Write(const StoredTensor& tensor, std::span<const float> values) override {
@@ -76,13 +88,16 @@ class FileRewriter final : public ModelRewriter {
     Place& place = found->second;
     constexpr size_t kChunk = 1 << 18;  // values: of a cache's size
     rounded_.resize(std::min(values.size(), kChunk) * BlockBytes(type_));
+    Checksum sum;
     for (size_t done = 0; done < values.size(); done += kChunk) {
       const size_t count = std::min(kChunk, values.size() - done);
       RoundTo(type_, values.data() + done, static_cast<int64_t>(count), rounded_.data());
       const absl::Status status = WriteAt(place.offset + done * BlockBytes(type_), rounded_.data(),
                                           count * BlockBytes(type_));
       if (!status.ok()) return status;
+      sum.Add(rounded_.data(), count * BlockBytes(type_));
     }
+    place.sum = sum.value();
     place.written = true;
     return absl::OkStatus();
   }
@@ -97,6 +112,13 @@ class FileRewriter final : public ModelRewriter {
       end = std::max(end, place.offset + place.bytes);
     }
     if (ftruncate(file_, static_cast<off_t>(end)) != 0) return SystemError("truncate");
+    std::vector<NamedSum> sums;
+    for (const auto& [name, place] : places_) sums.push_back({name, place.sum});
+    header_.bytes.replace(header_.checksum_at, kChecksumDigits, ModelChecksum(sums));
+    if (absl::Status status = WriteAt(0, header_.bytes.data(), header_.bytes.size());
+        !status.ok()) {
+      return status;
+    }
     const int file = std::exchange(file_, -1);
     const bool closed = close(file) == 0;
     if (!closed || std::rename(aside().c_str(), path_.c_str()) != 0) {
@@ -131,6 +153,7 @@ class FileRewriter final : public ModelRewriter {
   std::string path_;
   BlockType type_;
   int file_ = -1;
+  Header header_;
   std::map<std::string, Place> places_;
   std::vector<std::byte> rounded_;
 };
@@ -155,8 +178,8 @@ void Put(Value value, std::string* to) {
   to->append(reinterpret_cast<const char*>(&value), sizeof(value));
 }
 
-absl::StatusOr<std::string> GgufHeader(const ModelFile& file, BlockType type,
-                                       std::vector<Place>* places) {
+absl::StatusOr<Header> GgufHeader(const ModelFile& file, BlockType type,
+                                  std::vector<Place>* places) {
   const absl::StatusOr<MappedFile> mapped = MappedFile::Open(file.path());
   if (!mapped.ok()) return mapped.status();
   const std::string_view bytes = mapped->bytes();
@@ -165,7 +188,7 @@ absl::StatusOr<std::string> GgufHeader(const ModelFile& file, BlockType type,
   GgufKeys keys(file.path(), *gguf);
   const auto alignment = static_cast<uint64_t>(
       keys.Integer("general.alignment", 1, INT32_MAX, static_cast<int64_t>(kGgufAlignment)));
-  constexpr size_t kFixed = 4 + 4 + 8 + 8;  // magic, version, counts
+  constexpr size_t kKeyCount = 4 + 4 + 8, kFixed = kKeyCount + 8;  // magic, version, counts
   const char* end = bytes.data() + kFixed;
   for (const auto& [key, value] : gguf->metadata) {
     end = std::max(end, value.bytes.data() + value.bytes.size());
@@ -176,6 +199,22 @@ absl::StatusOr<std::string> GgufHeader(const ModelFile& file, BlockType type,
     const uint32_t number = FileTypeOf(type);
     std::memcpy(header.data() + (found->second.bytes.data() - bytes.data()), &number,
                 sizeof(number));
+  }
+  size_t checksum_at = 0;
+  if (const std::string_view old = keys.String(kChecksumKey, ""); old.size() == kChecksumDigits) {
+    checksum_at = old.data() - bytes.data();
+  } else if (keys.Has(kChecksumKey)) {
+    return Mismatch(file.path(), fmt::format("key {}", Quoted(kChecksumKey)),
+                    fmt::format("{} digits", kChecksumDigits), Quoted(old));
+  } else {
+    const uint64_t count = gguf->metadata.size() + 1;
+    std::memcpy(header.data() + kKeyCount, &count, sizeof(count));
+    Put<uint64_t>(kChecksumKey.size(), &header);
+    header += kChecksumKey;
+    Put(GgufType::kString, &header);
+    Put<uint64_t>(kChecksumDigits, &header);
+    checksum_at = header.size();
+    header.append(kChecksumDigits, '0');
   }
   uint64_t data = 0;
   for (Place& place : *places) {
@@ -192,16 +231,17 @@ absl::StatusOr<std::string> GgufHeader(const ModelFile& file, BlockType type,
   }
   header.resize((header.size() + alignment - 1) / alignment * alignment);
   for (Place& place : *places) place.offset += header.size();
-  return header;
+  return Header{std::move(header), checksum_at};
 }
 
 std::string_view SafetensorsName(BlockType type) {
   return type == BlockType::kF32 ? "F32" : type == BlockType::kF16 ? "F16" : "BF16";
 }
 
-std::string SafetensorsHeader(BlockType type, std::vector<Place>* places) {
+Header SafetensorsHeader(BlockType type, std::vector<Place>* places) {
+  const std::string digits(kChecksumDigits, '0');
   nlohmann::ordered_json table;
-  table["__metadata__"] = {{"format", "pt"}};
+  table["__metadata__"] = {{"format", "pt"}, {kChecksumKey, digits}};
   uint64_t data = 0;
   for (Place& place : *places) {
     const StoredTensor& tensor = *place.tensor;
@@ -221,7 +261,8 @@ std::string SafetensorsHeader(BlockType type, std::vector<Place>* places) {
   Put<uint64_t>(text.size(), &header);
   header += text;
   for (Place& place : *places) place.offset += header.size();
-  return header;
+  const size_t checksum_at = header.find(digits, header.find(kChecksumKey));
+  return Header{std::move(header), checksum_at};
 }
 
 // Config and tokenizer, which are small, but no weights.
@@ -273,7 +314,7 @@ absl::StatusOr<std::unique_ptr<ModelRewriter>> ModelRewriter::Create(
     }
   }
   std::vector<Place> places = PlacesOf(file, type, replaced);
-  absl::StatusOr<std::string> header;
+  absl::StatusOr<Header> header;
   if (folder) {
     header = SafetensorsHeader(type, &places);
   } else {
@@ -283,7 +324,8 @@ absl::StatusOr<std::unique_ptr<ModelRewriter>> ModelRewriter::Create(
   std::map<std::string, Place> named;
   for (const Place& place : places) named.emplace(place.tensor->name, place);
   auto rewriter = std::make_unique<FileRewriter>(weights.string(), type);
-  if (absl::Status status = rewriter->Begin(*header, std::move(named)); !status.ok()) return status;
+  if (absl::Status status = rewriter->Begin(*std::move(header), std::move(named)); !status.ok())
+    return status;
   return rewriter;
 }
 

@@ -23,7 +23,9 @@ class ModelRewriter {
   // new values, in `type`: kF32, kF16 or kBF16; all others are copied as they lie.
   //
   // The weights are written beside `out`, as PATH.new, which Finish renames and the destructor
-  // removes: at `out` there is either nothing new or all of it. `file` must outlive the rewriter.
+  // removes: at `out` there is either nothing new or all of it, and what a killed process leaves
+  // beside it opens as no model, for the header goes in last. It has a checksum (checksum.h), so
+  // that damage is seen when it is opened. `file` must outlive the rewriter.
   // InvalidArgument if `out` is of the other format, or is the model itself; Unavailable, with the
   // path and the system's words, if it cannot be written.
   static absl::StatusOr<std::unique_ptr<ModelRewriter>> Create(

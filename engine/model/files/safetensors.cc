@@ -9,6 +9,7 @@
 #include <iterator>
 #include <utility>
 
+#include "engine/model/files/checksum.h"
 #include "engine/model/files/file_error.h"
 #include "engine/model/files/json_keys.h"
 
@@ -68,7 +69,8 @@ absl::StatusOr<StoredTensor> ReadTensor(const std::string& path, const std::stri
 }  // namespace
 
 absl::StatusOr<std::vector<StoredTensor>> ParseSafetensors(const std::string& path,
-                                                           std::string_view bytes) {
+                                                           std::string_view bytes,
+                                                           std::string* checksum) {
   uint64_t header_size = 0;
   if (bytes.size() < sizeof(header_size)) {
     return Mismatch(path, "offset 0", "the 8 bytes of a header length",
@@ -87,7 +89,11 @@ absl::StatusOr<std::vector<StoredTensor>> ParseSafetensors(const std::string& pa
 
   std::vector<StoredTensor> tensors;
   for (const auto& [name, facts] : header->items()) {
-    if (name == "__metadata__") continue;
+    if (name == "__metadata__") {
+      const Json& sum = At(facts, std::string(kChecksumKey));
+      if (checksum != nullptr && sum.is_string()) *checksum = sum.get<std::string>();
+      continue;
+    }
     absl::StatusOr<StoredTensor> tensor = ReadTensor(path, name, facts, data);
     if (!tensor.ok()) return tensor.status();
     tensors.push_back(*std::move(tensor));

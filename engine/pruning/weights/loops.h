@@ -19,6 +19,8 @@ inline constexpr int kObsWidth = 128;
 inline constexpr int kEwmaRows = 16;
 inline constexpr int kObsRows = 16;
 
+inline constexpr float kFarStanding = 64;
+
 // Sums of scores.
 struct Saliency {
   double all = 0;
@@ -41,9 +43,9 @@ struct EwmaArgs {
   float alpha = 0.125f;
   float beta = 0.125f;
   float k = 0;
-  // If there is room, weights stay and (score - mean) / deviation of each goes here, column by
-  // column: [columns, kEwmaRows], of which the first `rows` of each column are written. What is
-  // below k would be pruned.
+  // If there is room, weights stay and (score - mean) / deviation + kFarStanding of each goes here,
+  // at least 0 and at most twice that, column by column: [columns, kEwmaRows], where only the first
+  // `rows` of each column mean something. What is below k + kFarStanding would be pruned.
   float* standing = nullptr;
 };
 
@@ -70,9 +72,16 @@ struct WeightLoops {
   // Prunes two of every 4 (four of every 8) weights in place, by those scores; n is whole groups.
   Saliency (*mask_2_4)(float* w, const float* c, int n);
   Saliency (*mask_4_8)(float* w, const float* c, int n);
+  // The largest that no more than `count` of n < 2^31 scores are below. `start`: where to begin
+  // looking, or 0.
+  float (*threshold_of)(const float* scores, int64_t n, int64_t count, float start);
   // w[j] = 0 for the `count` least scores of n < 2^31. `threshold`: where to begin looking, or 0;
   // then what was found.
   Saliency (*zero_least)(float* w, const float* scores, int64_t n, int64_t count, float* threshold);
+  // A row of which some went, `original` before: of too many, by their scores original[j]^2 * c[j],
+  // the best come back, of too few the least go too. `scores`: room for n.
+  Saliency (*settle)(float* w, const float* original, const float* c, int n, int64_t count,
+                     float* scores, float* threshold);
   Saliency (*ewma)(const EwmaArgs& args);
   // sums[j] += x[r, j] and squares[j] += x[r, j]^2 over rows, `stride` apart, of n columns.
   void (*add_moments)(const float* x, int64_t stride, int rows, int n, float* sums, float* squares);

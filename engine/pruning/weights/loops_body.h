@@ -104,19 +104,84 @@ inline Ints Losses(Ints score) {
 }
 
 template <int kKeep, int kGroup>
+inline Floats MaskVector(Floats values, Floats columns, Floats* all, Floats* kept) {
+  const Floats score = values * values * columns;
+  const Ints stays = Losses<kGroup>(Bits(score)) > -kKeep;
+  *all += score;
+  *kept += Where(stays, score);
+  return Where(stays, values);
+}
+
+template <int kKeep, int kGroup>
 Saliency MaskGroups(float* w, const float* c, int n) {
   Floats all = {}, kept = {};
-  const auto mask = [&](Floats values, Floats columns) {
-    const Floats score = values * values * columns;
-    const Ints stays = Losses<kGroup>(Bits(score)) > -kKeep;
+  int j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    Store(w + j, MaskVector<kKeep, kGroup>(Load(w + j), Load(c + j), &all, &kept));
+  }
+  if (j < n) {
+    StoreSome(
+        w + j,
+        MaskVector<kKeep, kGroup>(LoadSome(w + j, n - j), LoadSome(c + j, n - j), &all, &kept),
+        n - j);
+  }
+  return {.all = Sum(all), .kept = Sum(kept)};
+}
+
+// Lanes of each four in another order.
+template <int k0, int k1, int k2, int k3>
+inline Ints Within4(Ints v) {
+  return __builtin_shufflevector(v, v, k0, k1, k2, k3, 4 + k0, 4 + k1, 4 + k2, 4 + k3, 8 + k0,
+                                 8 + k1, 8 + k2, 8 + k3, 12 + k0, 12 + k1, 12 + k2, 12 + k3);
+}
+inline Ints Less(Ints a, Ints b) { return a < b ? a : b; }
+inline Ints More(Ints a, Ints b) { return a < b ? b : a; }
+// A comparator between each lane of a four and its partner: the left of both takes the less.
+template <int k0, int k1, int k2, int k3>
+inline Ints Layer(Ints v) {
+  const Ints other = Within4<k0, k1, k2, k3>(v);
+  constexpr auto from = [](int i, int partner) { return i <= partner ? i : i + kLanes; };
+  return __builtin_shufflevector(Less(v, other), More(v, other), from(0, k0), from(1, k1),
+                                 from(2, k2), from(3, k3), 4 + from(0, k0), 4 + from(1, k1),
+                                 4 + from(2, k2), 4 + from(3, k3), 8 + from(0, k0), 8 + from(1, k1),
+                                 8 + from(2, k2), 8 + from(3, k3), 12 + from(0, k0),
+                                 12 + from(1, k1), 12 + from(2, k2), 12 + from(3, k3));
+}
+
+// The fourth from above of each 8 lanes, in all of them: a network of comparators sorts both
+// halves; of the two sorted ones the four greatest are the greater of each pair from opposite ends.
+inline Ints FourthOf8(Ints v) {
+  v = Layer<1, 0, 3, 2>(v);
+  v = Layer<2, 3, 0, 1>(v);
+  v = Layer<0, 2, 1, 3>(v);
+  const Ints back =
+      __builtin_shufflevector(v, v, 7, 6, 5, 4, 3, 2, 1, 0, 15, 14, 13, 12, 11, 10, 9, 8);
+  v = More(v, back);
+  v = Less(v, Within4<1, 0, 3, 2>(v));
+  return Less(v, Within4<2, 3, 0, 1>(v));
+}
+
+// Less work than comparing all pairs, but equal scores all stay: of a row that has such in a group,
+// what then stays goes by pairs.
+Saliency Mask48(float* w, const float* c, int n) {
+  Floats all = {}, kept = {};
+  Ints staying = {};
+  int j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    const Floats values = Load(w + j);
+    const Floats score = values * values * Load(c + j);
+    const Ints stays = Bits(score) >= FourthOf8(Bits(score));
     all += score;
     kept += Where(stays, score);
-    return Where(stays, values);
-  };
-  int j = 0;
-  for (; j + kLanes <= n; j += kLanes) Store(w + j, mask(Load(w + j), Load(c + j)));
-  if (j < n) StoreSome(w + j, mask(LoadSome(w + j, n - j), LoadSome(c + j, n - j)), n - j);
-  return {.all = Sum(all), .kept = Sum(kept)};
+    staying -= stays;
+    Store(w + j, Where(stays, values));
+  }
+  int64_t count = 0;
+  for (int i = 0; i < kLanes; ++i) count += staying[i];
+  Saliency saliency = {.all = Sum(all), .kept = Sum(kept)};
+  if (count != j / 2) saliency.kept = MaskGroups<4, 8>(w, c, j).kept;
+  saliency += MaskGroups<4, 8>(w + j, c + j, n - j);
+  return saliency;
 }
 
 int64_t CountBelow(const float* scores, int64_t n, float threshold) {
@@ -158,20 +223,26 @@ Saliency ZeroBelow(float* w, const float* scores, int64_t n, float threshold) {
   return {.all = all_of_it, .kept = kept_of_it};
 }
 
-Saliency ZeroLeast(float* w, const float* scores, int64_t n, int64_t count, float* threshold) {
-  if (count >= n) {
-    Saliency saliency = ZeroBelow(w, scores, n, 0);
-    for (int64_t j = 0; j < n; ++j) w[j] = 0;
-    saliency.kept = 0;
-    return saliency;
-  }
+int64_t Zeros(const float* w, int64_t n) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; ++j) count += w[j] == 0 ? 1 : 0;
+  return count;
+}
+
+// The largest threshold that no more than `count` < n scores are below, and how many are; looked
+// for from `next` on, if that is above 0.
+struct Threshold {
+  float at;
+  int64_t below;
+};
+Threshold FindThreshold(const float* scores, int64_t n, int64_t count, float next) {
   const auto bits = [](float value) {
     uint32_t of;
     __builtin_memcpy(&of, &value, sizeof(of));
     return of;
   };
   const float infinity = __builtin_inff();
-  float low = 0, high = infinity, next = *threshold;
+  float low = 0, high = infinity;
   int64_t below_low = 0, below_high = n;
   if (!(next > 0 && next < infinity)) {
     const int64_t some = n < 64 ? n : 64;
@@ -202,26 +273,75 @@ Saliency ZeroLeast(float* w, const float* scores, int64_t n, int64_t count, floa
       next = 0;
     }
   }
-  *threshold = low;
-  Saliency saliency = ZeroBelow(w, scores, n, low);
+  return {low, below_low};
+}
+
+float ThresholdOf(const float* scores, int64_t n, int64_t count, float start) {
+  return count < n ? FindThreshold(scores, n, count, start).at : __builtin_inff();
+}
+
+Saliency ZeroLeast(float* w, const float* scores, int64_t n, int64_t count, float* threshold) {
+  if (count >= n) {
+    Saliency saliency = ZeroBelow(w, scores, n, 0);
+    for (int64_t j = 0; j < n; ++j) w[j] = 0;
+    saliency.kept = 0;
+    return saliency;
+  }
+  const Threshold found = FindThreshold(scores, n, count, *threshold);
+  *threshold = found.at;
+  Saliency saliency = ZeroBelow(w, scores, n, found.at);
   // What is left in between is all the same.
-  for (int64_t j = 0, more = count - below_low; more > 0 && j < n; ++j) {
-    if (scores[j] != low) continue;
+  for (int64_t j = 0, more = count - found.below; more > 0 && j < n; ++j) {
+    if (scores[j] != found.at) continue;
     w[j] = 0;
-    saliency.kept -= low;
+    saliency.kept -= found.at;
     --more;
   }
   return saliency;
 }
 
+Saliency Settle(float* w, const float* original, const float* c, int n, int64_t count,
+                float* scores, float* threshold) {
+  Score(original, c, n, scores);
+  const int64_t pruned = Zeros(w, n);
+  // Weights of 0 are pruned either way.
+  const bool too_many = pruned > count;
+  if (pruned != count) {
+    const Floats infinity = Floats{} + __builtin_inff();
+    const auto settle = [&](int j, int some) {
+      const Floats weights = LoadSome(w + j, some);
+      const Ints in_question = too_many ? weights == 0 : weights != 0;
+      StoreSome(scores + j, in_question ? LoadSome(scores + j, some) : infinity, some);
+      if (too_many) StoreSome(w + j, LoadSome(original + j, some), some);
+    };
+    int j = 0;
+    for (; j + kLanes <= n; j += kLanes) settle(j, kLanes);
+    if (j < n) settle(j, n - j);
+    ZeroLeast(w, scores, n, too_many ? count : count - pruned, threshold);
+    Score(original, c, n, scores);
+  }
+  Floats all = {}, kept = {};
+  const auto sum = [&](int j, int some) {
+    const Floats score = LoadSome(scores + j, some);
+    all += score;
+    kept += Where(LoadSome(w + j, some) != 0, score);
+  };
+  int j = 0;
+  for (; j + kLanes <= n; j += kLanes) sum(j, kLanes);
+  if (j < n) sum(j, n - j);
+  return {.all = Sum(all), .kept = Sum(kept)};
+}
+
 Saliency Ewma(const EwmaArgs& args) {
   Floats mean = {}, deviation = {}, all = {}, kept = {};
+  Ints bit;  // of a column, in what each row loses
+  for (int i = 0; i < kLanes; ++i) bit[i] = 1 << i;
   for (int begin = 0; begin < args.columns; begin += kLanes) {
     const int count = args.columns - begin < kLanes ? args.columns - begin : kLanes;
-    Floats column[kLanes], score[kLanes];
-    LoadColumns(args.weights + begin, args.stride, args.rows, count, column);
+    Floats score[kLanes];
+    LoadColumns(args.weights + begin, args.stride, args.rows, count, score);
     for (int j = 0; j < count; ++j) {
-      score[j] = column[j] * column[j] * args.column_weights[begin + j];
+      score[j] = score[j] * score[j] * args.column_weights[begin + j];
     }
     if (begin == 0) {
       for (int j = 0; j < count; ++j) mean += score[j];
@@ -229,25 +349,40 @@ Saliency Ewma(const EwmaArgs& args) {
       for (int j = 0; j < count; ++j) deviation += Abs(score[j] - mean);
       deviation /= static_cast<float>(count);
     }
-    for (int j = 0; j < count; ++j) {
+    Ints lost = {};
+    const auto step = [&](int j) {
       const Floats off = score[j] - mean;
-      const Ints goes = score[j] < mean + args.k * deviation;
+      const Ints goes = off < args.k * deviation;
       all += score[j];
       kept += Where(~goes, score[j]);
-      column[j] = Where(~goes, column[j]);
+      lost |= goes & (1 << j);
       if (args.standing != nullptr) {
+        constexpr float kFar = kFarStanding;
         Floats standing = off / deviation;
-        for (int i = 0; i < kLanes; ++i) {  // below `mean + k * 0` is what is below the mean
-          if (deviation[i] == 0) standing[i] = off[i] < 0 ? -__builtin_inff() : __builtin_inff();
-        }
-        Store(args.standing + int64_t{begin + j} * kLanes, standing);
+        // Below a mean that nothing deviates from is below it by any measure.
+        standing = deviation == 0 ? (off < 0 ? Floats{} - kFar : Floats{} + kFar) : standing;
+        standing = standing > -kFar ? standing : Floats{} - kFar;
+        standing = standing < kFar ? standing : Floats{} + kFar;
+        Store(args.standing + int64_t{begin + j} * kLanes, standing + kFar);
       }
       deviation = (1 - args.beta) * deviation + args.beta * Abs(off);
-      mean = (1 - args.alpha) * mean + args.alpha * score[j];
+      mean += args.alpha * off;
+    };
+    if (count == kLanes) {
+      for (int j = 0; j < kLanes; ++j) step(j);
+    } else {
+      for (int j = 0; j < count; ++j) step(j);
     }
     if (args.standing != nullptr) continue;
-    for (int j = count; j < kLanes; ++j) column[j] = Floats{};
-    StoreColumns(column, args.weights + begin, args.stride, args.rows, count);
+    for (int r = 0; r < args.rows; ++r) {
+      float* const row = args.weights + r * args.stride + begin;
+      const Ints stays = (bit & lost[r]) == 0;
+      if (count == kLanes) {
+        Store(row, Where(stays, Load(row)));
+      } else {
+        StoreSome(row, Where(stays, LoadSome(row, count)), count);
+      }
+    }
   }
   Saliency sums;
   for (int r = 0; r < args.rows; ++r) sums += {.all = all[r], .kept = kept[r]};
@@ -384,12 +519,6 @@ void AddKept(float* w, const float* a, float scale, int n) {
   for (int j = 0; j < n; ++j) w[j] = w[j] != 0 ? w[j] + scale * a[j] : w[j];
 }
 
-int64_t Zeros(const float* w, int64_t n) {
-  int64_t count = 0;
-  for (int64_t j = 0; j < n; ++j) count += w[j] == 0 ? 1 : 0;
-  return count;
-}
-
 int64_t FirstNotFinite(const float* w, int64_t n) {
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) {
@@ -407,8 +536,10 @@ int64_t FirstNotFinite(const float* w, int64_t n) {
 constexpr WeightLoops kLoops = {
     .score = Score,
     .mask_2_4 = MaskGroups<2, 4>,
-    .mask_4_8 = MaskGroups<4, 8>,
+    .mask_4_8 = Mask48,
+    .threshold_of = ThresholdOf,
     .zero_least = ZeroLeast,
+    .settle = Settle,
     .ewma = Ewma,
     .add_moments = AddMoments,
     .add_block = AddBlock,

@@ -118,6 +118,39 @@ TEST(Mask, LoopsOfEveryInstructionSetAgree) {
   }
 }
 
+// Scores of few kinds, whole groups of zeros among them: the lower column leaves.
+TEST(Mask, TiesInGroupsLeaveFromTheLeft) {
+  std::mt19937 random(21);
+  for (const Isa isa : SupportedIsas()) {
+    const WeightLoops& loops = WeightLoopsOf(isa);
+    for (int turn = 0; turn < 200; ++turn) {
+      const int columns = 8 * (1 + static_cast<int>(random() % 40)), kinds = 1 + turn % 7;
+      WeightMatrix dense(1, columns, 1);
+      for (float& value : dense.values) {
+        value = (random() % 2 == 0 ? 1.0f : -1.0f) * static_cast<float>(random() % kinds);
+      }
+      const std::vector<float> ones(columns, 1.0f);
+      const ColumnWeights same(Metric::kMagnitude, {}, dense.view(), nullptr);
+      for (const char* text : {"2:4", "4:8"}) {
+        WeightMatrix pruned = dense, expected = dense;
+        const auto mask = text[0] == '2' ? loops.mask_2_4 : loops.mask_4_8;
+        const Saliency saliency = mask(pruned.values.data(), ones.data(), columns);
+        double all = 0, kept = 0;
+        for (const auto& [i, j] : LeastBySorting(*ParsePattern(text), dense, same)) {
+          expected.values[j] = 0;
+        }
+        for (int j = 0; j < columns; ++j) {
+          all += dense.values[j] * dense.values[j];
+          kept += expected.values[j] * expected.values[j];
+        }
+        ASSERT_EQ(pruned.values, expected.values) << IsaName(isa) << ' ' << text << ' ' << turn;
+        EXPECT_NEAR(saliency.all, all, 1e-4 * all);
+        EXPECT_NEAR(saliency.kept, kept, 1e-4 * all);
+      }
+    }
+  }
+}
+
 // (a) of the notes' tests: inputs that are all alike leave the weights to decide.
 TEST(Metric, LScoreOfConstantInputsRanksAsMagnitude) {
   const auto backend = TwoThreads();
@@ -238,7 +271,7 @@ TEST(Ewma, LanesAreTheSequentialRecurrence) {
           const std::vector<bool> book = EwmaByTheBook(scores, 0.125, 0.125, k);
           for (int j = 0; j < columns; ++j) {
             odd += (pruned[r * columns + j] == 0) != book[j] ? 1 : 0;
-            odd += (standing[j * kEwmaRows + r] < k) != book[j] ? 1 : 0;
+            odd += (standing[j * kEwmaRows + r] < k + kFarStanding) != book[j] ? 1 : 0;
           }
         }
         // Rounding may decide for a score on the very threshold.

@@ -1,0 +1,46 @@
+// Whether a model's tensors are still what was written: of files that carry a checksum, as those of
+// ModelRewriter do, ModelFile::Open compares it.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "engine/model/files/model_file.h"
+
+namespace espalier {
+
+// A GGUF's key, or a safetensors file's in __metadata__: ModelChecksum's digits.
+inline constexpr std::string_view kChecksumKey = "espalier.checksum";
+inline constexpr size_t kChecksumDigits = 16;
+
+// Of bytes that come in pieces, of which all but the last are multiples of 64 bytes. FNV-1a over
+// words, in eight lanes that do not wait for each other: 20 GB/s. Any one word that differs is
+// seen.
+class Checksum {
+ public:
+  void Add(const void* bytes, size_t size);
+  uint64_t value() const;
+
+ private:
+  static constexpr int kLanes = 8;
+  uint64_t size_ = 0;
+  std::array<uint64_t, kLanes> lanes_ = {1, 2, 3, 4, 5, 6, 7, 8};
+};
+
+// Of all tensors: their names and the sums of their bytes, in order of names; kChecksumDigits
+// hexadecimal digits.
+struct NamedSum {
+  std::string_view name;
+  uint64_t sum = 0;
+};
+std::string ModelChecksum(std::span<const NamedSum> sums);
+
+// Of tensors sorted by name, which are read whole.
+std::string ModelChecksum(const std::vector<StoredTensor>& tensors);
+
+}  // namespace espalier

@@ -1,0 +1,253 @@
+// `espalier prune` in this process: what it writes is what pruning in memory makes, it opens and is
+// scored as any model, and nothing in a model or its inputs makes it a NaN.
+#include "tools/weight_pruning.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <map>
+#include <random>
+#include <span>
+#include <string>
+#include <vector>
+
+#include <nlohmann/json.hpp>
+
+#include "kernels/cpu/cpu_backend.h"
+#include "tests/support/model_writer.h"
+#include "tools/command.h"
+
+namespace espalier {
+namespace {
+
+using testing::HasSubstr;
+
+const std::string kModel = ESPALIER_SOURCE_DIR "/tests/golden/data/tiny-llama.gguf";
+const std::string kFolder = ESPALIER_SOURCE_DIR "/tests/golden/data/tiny-llama";
+const std::string kText = ESPALIER_SOURCE_DIR "/README.md";
+
+struct Outcome {
+  int code = 0;
+  std::string out;
+  std::string err;
+};
+
+Outcome RunWith(const std::vector<std::string>& arguments) {
+  std::vector<const char*> argv = {"espalier"};
+  for (const std::string& argument : arguments) argv.push_back(argument.c_str());
+  testing::internal::CaptureStdout();
+  testing::internal::CaptureStderr();
+  Outcome outcome;
+  outcome.code = RunCommand(static_cast<int>(argv.size()), argv.data());
+  outcome.out = testing::internal::GetCapturedStdout();
+  outcome.err = testing::internal::GetCapturedStderr();
+  return outcome;
+}
+
+Outcome Prune(const std::string& model, const std::string& out,
+              const std::vector<std::string>& more = {}) {
+  std::vector<std::string> arguments = {"prune", "--model",       model, "--out",
+                                        out,     "--calibration", kText, "--window",
+                                        "32",    "--tokens",      "256"};
+  arguments.insert(arguments.end(), more.begin(), more.end());
+  return RunWith(arguments);
+}
+
+std::vector<float> ValuesOf(const StoredTensor& tensor) {
+  std::vector<float> values(static_cast<size_t>(tensor.rows) * tensor.cols);
+  for (int r = 0; r < tensor.rows; ++r) {
+    tensor.ReadRow(r, values.data() + static_cast<size_t>(r) * tensor.cols);
+  }
+  return values;
+}
+
+// Keeps what it is given.
+class InMemory final : public ModelRewriter {
+ public:
+  absl::Status Write(const StoredTensor& tensor, std::span<const float> values) override {
+    written[tensor.name].assign(values.begin(), values.end());
+    return absl::OkStatus();
+  }
+  absl::Status Finish() override { return absl::OkStatus(); }
+
+  std::map<std::string, std::vector<float>> written;
+};
+
+class WeightPruningTest : public testing::Test {
+ protected:
+  TemporaryFolder folder_;
+};
+
+TEST_F(WeightPruningTest, WritesWhatPruningInMemoryMakes) {
+  // Without inputs to look at, so that both have the same.
+  ASSERT_EQ(Prune(kModel, folder_.Path("m.gguf"),
+                  {"--method", "magnitude", "--pattern", "2:4", "--store", "f32"})
+                .code,
+            0);
+  const auto dense = ModelFile::Open(kModel).value();
+  const auto backend = CreateCpuBackend({.threads = 2}).value();
+  InMemory memory;
+  const auto report =
+      PruneWeights({.metric = Metric::kMagnitude, .mask = {.pattern = *ParsePattern("2:4")}},
+                   *dense, {}, &memory, backend.get(), [](int, int) { return true; });
+  ASSERT_TRUE(report.ok()) << report.status();
+  EXPECT_EQ(report->layers.size(), static_cast<size_t>(dense->config().layers));
+  EXPECT_EQ(2 * report->Sum().zeros, report->Sum().weights);
+  const auto pruned = ModelFile::Open(folder_.Path("m.gguf"));
+  ASSERT_TRUE(pruned.ok()) << pruned.status();
+  ASSERT_EQ((*pruned)->tensors().size(), dense->tensors().size());
+  for (size_t i = 0; i < dense->tensors().size(); ++i) {
+    const StoredTensor& tensor = (*pruned)->tensors()[i];
+    const auto found = memory.written.find(tensor.name);
+    EXPECT_EQ(found != memory.written.end(), IsPruned(tensor)) << tensor.name;
+    const std::vector<float> expected =
+        found == memory.written.end() ? ValuesOf(dense->tensors()[i]) : found->second;
+    EXPECT_EQ(ValuesOf(tensor), expected) << tensor.name;
+  }
+}
+
+// As a GGUF and as a folder, by every method and pattern: the zeros asked for, and a score.
+TEST_F(WeightPruningTest, ServesWhatItWrote) {
+  const std::vector<std::vector<std::string>> methods = {
+      {"--method", "swift"},     {"--method", "swift", "--quality"},
+      {"--method", "wanda"},     {"--method", "sparsegpt"},
+      {"--method", "magnitude"}, {"--method", "ria", "--activations", "dense", "--skip-first"}};
+  double dense_nll = 0;
+  const auto score = [&](const std::string& model) {
+    const Outcome scored = RunWith(
+        {"score", "--json", "--model", model, "--file", kText, "--window", "64", "--windows", "8"});
+    EXPECT_EQ(scored.code, 0) << scored.err;
+    return nlohmann::json::parse(scored.out, nullptr, false)["mean_nll"].get<double>();
+  };
+  dense_nll = score(kModel);
+  for (const std::vector<std::string>& method : methods) {
+    for (const char* pattern : {"0.5", "4:8", "2:4"}) {
+      for (const bool folder : {false, true}) {
+        SCOPED_TRACE(testing::Message() << method[1] << ' ' << pattern << ' ' << folder);
+        const std::string out = folder_.Path(folder ? "folder" : "m.gguf");
+        std::vector<std::string> more = method;
+        more.insert(more.end(), {"--pattern", pattern, "--json", folder_.Path("report")});
+        const Outcome outcome = Prune(folder ? kFolder : kModel, out, more);
+        ASSERT_EQ(outcome.code, 0) << outcome.err;
+        EXPECT_THAT(outcome.out, HasSubstr("ffn_down"));
+        std::ifstream file(folder_.Path("report"));
+        const nlohmann::json report = nlohmann::json::parse(file, nullptr, false);
+        EXPECT_NEAR(report["sparsity"].get<double>(), 0.5, 0.005);
+        ASSERT_EQ(report["layers"].size(), 2u);
+        const nlohmann::json& site = report["layers"][1]["sites"]["attn_v"];
+        EXPECT_EQ(site["weights"], 64 * 32);
+        EXPECT_GT(site["saliency_kept"].get<double>(), 0.5);
+        EXPECT_LT(site["saliency_kept"].get<double>(), 1);
+        EXPECT_GT(report["seconds"]["all"].get<double>(), 0);
+        const double nll = score(out);
+        EXPECT_TRUE(std::isfinite(nll));
+        EXPECT_NE(nll, dense_nll);
+      }
+    }
+  }
+}
+
+TEST_F(WeightPruningTest, CalibratesOnWhatTheModelMakesUp) {
+  const auto prune = [&](const char* name, const char* seed) {
+    return RunWith({"prune", "--model", kModel, "--out", folder_.Path(name), "--calibration",
+                    "self", "--window", "32", "--tokens", "128", "--seed", seed});
+  };
+  for (const auto& [name, seed] : {std::pair{"a.gguf", "1"}, {"b.gguf", "1"}, {"c.gguf", "2"}}) {
+    const Outcome outcome = prune(name, seed);
+    ASSERT_EQ(outcome.code, 0) << outcome.err;
+    EXPECT_THAT(outcome.out, HasSubstr("128 tokens of calibration"));
+  }
+  const auto bytes = [&](const char* name) {
+    std::ifstream file(folder_.Path(name), std::ios::binary);
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  };
+  EXPECT_EQ(bytes("a.gguf"), bytes("b.gguf"));
+  EXPECT_NE(bytes("a.gguf"), bytes("c.gguf"));
+}
+
+void SetValue(GgufParts* parts, const std::string& tensor, size_t index, float value) {
+  std::memcpy(parts->tensor(tensor).data.data() + index * sizeof(value), &value, sizeof(value));
+}
+
+TEST_F(WeightPruningTest, NamesTheWeightThatIsNoNumber) {
+  for (const float value :
+       {std::numeric_limits<float>::quiet_NaN(), -std::numeric_limits<float>::infinity()}) {
+    GgufParts parts = TinyGguf();
+    SetValue(&parts, "blk.1.ffn_up.weight", 3 * 16 + 5, value);
+    const std::string model = folder_.Write("m.gguf", parts.Bytes());
+    for (const char* method : {"swift", "magnitude", "sparsegpt"}) {
+      const Outcome outcome = Prune(model, folder_.Path("out.gguf"), {"--method", method});
+      EXPECT_EQ(outcome.code, 1);
+      EXPECT_THAT(outcome.err, HasSubstr("tensor blk.1.ffn_up.weight, row 3, column 5: expected a "
+                                         "finite weight"));
+      EXPECT_FALSE(std::filesystem::exists(folder_.Path("out.gguf")));
+      EXPECT_FALSE(std::filesystem::exists(folder_.Path("out.gguf.new")));
+    }
+  }
+}
+
+// A column of weights that are zero, an input that is always zero, a row of zeros, a whole matrix.
+TEST_F(WeightPruningTest, ZerosMakeNoNaN) {
+  GgufParts parts = TinyGguf();
+  for (int r = 0; r < 16; ++r) SetValue(&parts, "blk.0.attn_q.weight", r * 16 + 3, 0);
+  for (int j = 0; j < 16; ++j) SetValue(&parts, "blk.0.ffn_gate.weight", 7 * 16 + j, 0);
+  for (int i = 0; i < 8 * 16; ++i) SetValue(&parts, "blk.1.attn_v.weight", i, 0);
+  SetValue(&parts, "blk.0.attn_norm.weight", 2, 0);
+  SetValue(&parts, "blk.1.ffn_norm.weight", 9, 0);
+  const std::string model = folder_.Write("m.gguf", parts.Bytes()), out = folder_.Path("out.gguf");
+  for (const std::vector<std::string>& method : std::vector<std::vector<std::string>>{
+           {"--method", "swift"},
+           {"--method", "swift", "--quality"},
+           {"--method", "swift", "--metric", "lscore", "--select", "ewma"},
+           {"--method", "ria"},
+           {"--method", "sparsegpt"},
+           {"--method", "magnitude"}}) {
+    for (const char* pattern : {"0.5", "2:4"}) {
+      SCOPED_TRACE(testing::Message() << testing::PrintToString(method) << pattern);
+      if (std::ranges::count(method, "ewma") > 0 && pattern[1] == ':') continue;
+      std::vector<std::string> more = method;
+      more.insert(more.end(), {"--pattern", pattern});
+      const Outcome outcome = Prune(model, out, more);
+      ASSERT_EQ(outcome.code, 0) << outcome.err;
+      const auto file = ModelFile::Open(out);
+      ASSERT_TRUE(file.ok()) << file.status();
+      for (const StoredTensor& tensor : (*file)->tensors()) {
+        const std::vector<float> values = ValuesOf(tensor);
+        EXPECT_TRUE(std::ranges::all_of(values, [](float v) { return std::isfinite(v); }))
+            << tensor.name;
+        if (!IsPruned(tensor)) continue;
+        EXPECT_GE(2 * std::ranges::count(values, 0.0f), std::ssize(values)) << tensor.name;
+      }
+    }
+  }
+}
+
+TEST_F(WeightPruningTest, SaysWhatContradicts) {
+  const auto error = [&](std::vector<std::string> more) {
+    const Outcome outcome = Prune(kModel, folder_.Path("m.gguf"), more);
+    EXPECT_NE(outcome.code, 0);
+    EXPECT_FALSE(std::filesystem::exists(folder_.Path("m.gguf")));
+    return outcome.err;
+  };
+  EXPECT_THAT(error({"--method", "wanda", "--metric", "ria"}), HasSubstr("--metric"));
+  EXPECT_THAT(error({"--method", "wanda", "--quality"}), HasSubstr("--quality"));
+  EXPECT_THAT(error({"--pattern", "2:4", "--select", "ewma"}), HasSubstr("--select"));
+  EXPECT_THAT(error({"--pattern", "4:4"}), HasSubstr("--pattern"));
+  EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", folder_.Path("m.gguf")}).err,
+              HasSubstr("--calibration"));
+  EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", kModel, "--method", "magnitude"}).err,
+              HasSubstr("another than the model's own"));
+  EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", folder_.Path("folder"), "--method",
+                       "magnitude"})
+                  .err,
+              HasSubstr("a .gguf, as the model is"));
+}
+
+}  // namespace
+}  // namespace espalier
