@@ -188,7 +188,8 @@ class Server {
       network_ = std::make_unique<QNetwork>(std::move(file->network));
       learned_ =
           std::make_unique<DqnPolicy>(LevelPolicyOptions{.ttft_target_s = rule_.ttft_target_s,
-                                                         .tpot_target_s = rule_.tpot_target_s},
+                                                         .tpot_target_s = rule_.tpot_target_s,
+                                                         .load_loss = rule_.load_loss},
                                       network_.get());
       chosen_ = std::make_unique<Shield>(learned_.get(), rule_);
     }
@@ -474,7 +475,8 @@ class Server {
   std::unique_ptr<PromptEncoder> encoder_;
   const LadderPolicyOptions rule_{
       .ttft_target_s = std::chrono::duration<double>(options_.ttft_target).count(),
-      .tpot_target_s = std::chrono::duration<double>(options_.tpot_target).count()};
+      .tpot_target_s = std::chrono::duration<double>(options_.tpot_target).count(),
+      .load_loss = options_.load_loss};
   std::unique_ptr<DecisionLog> decisions_;
   std::unique_ptr<QNetwork> network_;
   std::unique_ptr<Policy> learned_, chosen_, logged_;
