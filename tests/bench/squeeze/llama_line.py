@@ -44,7 +44,20 @@ class Call(threading.Thread):
     def __init__(self, port, prompt, output, ttft, tpot):
         super().__init__(daemon=True)
         self.port, self.prompt, self.output, self.ttft, self.tpot = port, prompt, output, ttft, tpot
+        self.began = self.first = None
         self.finished = self.good = self.failed = False
+
+    def may_be_good(self):
+        """As `espalier load --give-up` has it."""
+        age = time.perf_counter() - self.began - 0.5
+        first = self.first
+        return not (self.finished or self.failed) and (
+            age <= self.ttft if first is None else
+            first <= self.ttft and age <= first + self.tpot * (self.output - 1))
+
+    def start(self):
+        self.began = time.perf_counter()
+        super().start()
 
     def run(self):
         try:
@@ -53,7 +66,6 @@ class Call(threading.Thread):
             self.failed = True
 
     def _call(self):
-        began, first = time.perf_counter(), None
         with contextlib.closing(engines.connect(self.port)) as connection:
             connection.request("POST", "/completion", json.dumps({
                 "prompt": self.prompt, "n_predict": self.output, "stream": True,
@@ -67,8 +79,9 @@ class Call(threading.Thread):
                     raise ValueError(line)
                 if not line.startswith(b"data: "):
                     continue
-                last = time.perf_counter()
-                first = first or last
+                last = time.perf_counter() - self.began
+                if self.first is None:
+                    self.first = last
                 message = json.loads(line[len(b"data: "):])
                 if not message.get("stop"):
                     continue
@@ -76,16 +89,16 @@ class Call(threading.Thread):
                 # A context that is full to the last place ends it a token early: let it.
                 if tokens < self.output - 1:
                     raise ValueError(f"{tokens} tokens")
+                self.good = (self.first <= self.ttft
+                             and (last - self.first) / max(1, tokens - 1) <= self.tpot)
                 self.finished = True
-                self.good = (first - began <= self.ttft
-                             and (last - first) / max(1, tokens - 1) <= self.tpot)
                 return
         raise ValueError("ended before its last message")
 
 
-def run(setup, kind, traffic, kv_tokens, shape, targets, seconds):
-    """{calls, good, finished, failed} of the traffic's calls after `seconds`, when what still runs
-    can no longer become good. shape: (streams, prompt, output); targets: (ttft, tpot)."""
+def run(setup, kind, traffic, kv_tokens, shape, targets):
+    """{calls, good, finished, failed} of the traffic's calls, when none that still runs can become
+    good. shape: (streams, prompt, output); targets: (ttft, tpot)."""
     streams, prompt, output = shape
     ids = random.Random(1)
     with engines.llama_server(setup, "on",
@@ -105,8 +118,8 @@ def run(setup, kind, traffic, kv_tokens, shape, targets, seconds):
             calls.append(call())
             time.sleep(max(0, began + at - time.perf_counter()))
             calls[-1].start()
-        for each in calls:
-            each.join(max(0, began + seconds - time.perf_counter()))
+        while any(each.may_be_good() for each in calls):
+            time.sleep(0.1)
         return {"calls": len(calls), "good": sum(each.good for each in calls),
                 "finished": sum(each.finished for each in calls),
                 "failed": sum(each.failed for each in calls)}

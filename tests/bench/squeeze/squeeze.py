@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -59,22 +58,21 @@ def server(options, policy, kv_bytes, *more):
             process.wait()
 
 
-def load(options, address, *arguments, until=None):
-    """What `espalier load` saw; `until`: it is stopped after so many seconds."""
-    with subprocess.Popen(
-            [f"{options.bin}/espalier", "load", "--address", address, "--prompt-tokens",
-             str(PROMPT), "--max-tokens", str(OUTPUT), "--json", "--ttft-target",
-             str(options.ttft), "--tpot-target", str(options.tpot), *map(str, arguments)],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            told, _ = process.communicate(timeout=until)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            told, _ = process.communicate()
-    report = json.loads(told)
+def load(options, address, *arguments):
+    done = subprocess.run(
+        [f"{options.bin}/espalier", "load", "--address", address, "--prompt-tokens", str(PROMPT),
+         "--max-tokens", str(OUTPUT), "--json", "--ttft-target", str(options.ttft),
+         "--tpot-target", str(options.tpot), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    report = json.loads(done.stdout)
     report["refused"] = sum(each["calls"] for code, each in report["refusals"].items()
                             if code == "RESOURCE_EXHAUSTED")
     return report
+
+
+def seconds_of(options, times):
+    """Of arrivals: beyond its capacity a line that queues looks good until the queue is long."""
+    return options.seconds * (1 if times <= 1 else 2.5)
 
 
 class Bench:
@@ -82,8 +80,6 @@ class Bench:
 
     def __init__(self, options, token_bytes, rungs, need):
         self.options, self.token_bytes, self.need = options, token_bytes, need
-        # Nothing that still runs then can become good: it came within the arrivals.
-        self.until = options.seconds + options.ttft + (OUTPUT - 1) * options.tpot + 0.5
         self.policies = {FULL: "fixed:0"} | {line: f"fixed:{rung}" for line, rung in rungs.items()}
         self.policies[LADDER] = "ladder"
         if pathlib.Path(options.ladder).with_suffix(".dqn").exists():
@@ -104,33 +100,32 @@ class Bench:
         self.llama = engines.Setup(model, len(os.sched_getaffinity(0)), None, peers)
 
     def cell(self, taken, times, capacity, llama):
+        seconds = seconds_of(self.options, times)
         kv_bytes = int(self.need * (1 - taken))
         reports = {}
         for line, policy in self.policies.items():
             with server(self.options, policy, kv_bytes) as address:
                 report = load(self.options, address, "--rate", capacity * times, "--duration",
-                              self.options.seconds, "--seed", 7, "--traffic-out", self.traffic,
-                              until=self.until)
-            reports[line] = {"goodput": report["good"] / self.options.seconds,
+                              seconds, "--seed", 7, "--traffic-out", self.traffic, "--give-up")
+            reports[line] = {"goodput": report["good"] / seconds,
                              "refused": report["refused"], "calls": report["calls"],
                              "loss": report["told_loss"]}
         if self.options.costs.exists() and reports[LADDER]["goodput"] > 0:
-            predicted = simulated(self.options, self.traffic, kv_bytes) / self.options.seconds
+            predicted = simulated(self.options, self.traffic, kv_bytes) / seconds
             self.simulator_errors.append(abs(predicted / reports[LADDER]["goodput"] - 1))
         if llama:
-            reports[LLAMA] = self.llama_report(taken, kv_bytes)
+            reports[LLAMA] = self.llama_report(taken, kv_bytes, seconds)
         return reports
 
-    def llama_report(self, taken, kv_bytes):
+    def llama_report(self, taken, kv_bytes, seconds):
         """The better of its two ways to share the KV, which with all of it are one."""
         import llama_line  # noqa: E402
         reports = [llama_line.run(self.llama, kind, self.traffic, int(kv_bytes / self.token_bytes),
-                                  (STREAMS, PROMPT, OUTPUT), (self.options.ttft, self.options.tpot),
-                                  self.until)
+                                  (STREAMS, PROMPT, OUTPUT), (self.options.ttft, self.options.tpot))
                    for kind in llama_line.KINDS[:2 if taken > 0 else 1]]
         best = max(reports, key=lambda report: (report["good"], report["finished"]))
         # It refuses none: what fails, fails because its KV is full.
-        return {"goodput": best["good"] / self.options.seconds, "refused": best["failed"],
+        return {"goodput": best["good"] / seconds, "refused": best["failed"],
                 "calls": best["calls"], "loss": 0}
 
 
@@ -216,12 +211,12 @@ def told_over_measured(options, rate, kv_bytes):
     return json.loads(done.stdout)
 
 
-def finish(figures, cells, seconds):
+def finish(figures, cells):
     """Writes figures, table and picture, and tells them."""
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
     FIGURES.with_suffix(".md").write_text(summary.markdown(cells))
     FIGURES.with_suffix(".svg").write_text(
-        squeeze_picture.draw(cells, figures["machine"], seconds))
+        squeeze_picture.draw(cells, f"{figures['machine']}, commit {figures['commit']}"))
     told = figures.keys() - summary.flat(cells).keys()
     for name, value in figures.items():
         if name in told and isinstance(value, float):
@@ -236,7 +231,8 @@ def main():
     parser.add_argument("--ladder", required=True)
     parser.add_argument("--bin", default="build/release/bin")
     parser.add_argument("--peers", default="build/peers", help="where llama.cpp is, or will be")
-    parser.add_argument("--seconds", type=float, default=6, help="of arrivals, for each figure")
+    parser.add_argument("--seconds", type=float, default=6,
+                        help="of arrivals, for each figure; 2.5 times that beyond the capacity")
     parser.add_argument("--live-seconds", type=float, default=30,
                         help="in which texts are scored under load, for told_over_measured")
     parser.add_argument("--ttft", type=float, default=2)
@@ -271,6 +267,8 @@ def main():
     cells = {}
     for share in taken:
         for times in map(float, options.loads.split(",")):
+            if share not in (min(taken), max(taken)) and times not in (1, 2):
+                continue  # what lies between is told by fewer
             # llama-server: with all memory and at the worst squeeze.
             llama = bench.llama is not None and share in (min(taken), max(taken))
             cells[share, times] = bench.cell(share, times, capacity, llama)
@@ -278,7 +276,7 @@ def main():
                 f" {line} {report['goodput']:.2f} {report['refused']} {report['loss']:.3f}"
                 for line, report in cells[share, times].items()), flush=True)
     figures = {"capacity_calls_per_s": capacity, "seconds": options.seconds}
-    figures |= summary.flat(cells) | summary.ratios(cells, options.seconds)
+    figures |= summary.flat(cells) | summary.ratios(cells, lambda times: seconds_of(options, times))
     if bench.simulator_errors:
         figures["simulator_error"] = max(bench.simulator_errors)
         figures["simulator_error_median"] = sorted(bench.simulator_errors)[
@@ -302,7 +300,7 @@ def main():
             print(f"{figure} is left out: `espalier train --task {task}` has not run here")
     # With the machine and the commit.
     figures = json.loads(FIGURES.with_name("bench-policy.json").read_text()) | figures
-    finish(figures, cells, options.seconds)
+    finish(figures, cells)
 
 
 if __name__ == "__main__":

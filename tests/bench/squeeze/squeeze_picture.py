@@ -18,8 +18,8 @@ def _points(cells, taken, line):
             if each == taken and line in lines]
 
 
-def draw(cells, machine, seconds):
-    """SVG of the first and the last share of memory taken."""
+def draw(cells, where):
+    """SVG of the first and the last share of memory taken; `where` it was measured."""
     taken = sorted({each for each, _ in cells})
     panels = taken[:1] + taken[1:][-1:]
     loads = [load for _, load in cells]
@@ -60,6 +60,5 @@ def draw(cells, machine, seconds):
     width = MARGIN + len(panels) * (WIDTH + MARGIN)
     parts.append(picture.text(MARGIN, BASE + 36, "calls a second that came in time, over the load as "
                               "a multiple of what the full model can serve", 11, "start"))
-    parts.append(picture.text(MARGIN, HEIGHT - 6, f"{machine}; {seconds:g} s of arrivals a point",
-                              10, "start"))
+    parts.append(picture.text(MARGIN, HEIGHT - 6, where, 10, "start"))
     return picture.svg(width, HEIGHT, "Goodput over load of six ways to serve", parts)

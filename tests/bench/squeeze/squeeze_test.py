@@ -39,7 +39,7 @@ class SummaryTest(unittest.TestCase):
         self.assertEqual([summary.rung_of(left_out, share) for share in (0.2, 0.4)], [3, 4])
 
     def test_ratios(self):
-        ratios = summary.ratios(CELLS, seconds=10)
+        ratios = summary.ratios(CELLS, lambda load: 5 * load)
         self.assertEqual(ratios["goodput_vs_dense"], 50)  # none counts as one call in 10 s
         self.assertEqual(ratios["goodput_vs_best_fixed"], 1)
         self.assertEqual(ratios["loss_vs_best_fixed"], 0.3 / (0.2 + 0.4))
@@ -57,7 +57,7 @@ class SummaryTest(unittest.TestCase):
         self.assertIn("**5.00** (0.300), 9 of 60 refused", table[3])
 
     def test_picture_is_xml_with_every_line(self):
-        root = xml.etree.ElementTree.fromstring(squeeze_picture.draw(CELLS, "a <machine>", 6))
+        root = xml.etree.ElementTree.fromstring(squeeze_picture.draw(CELLS, "a <machine>"))
         lines = [each for each in root if each.tag.endswith("polyline")]
         self.assertEqual(len(lines), 5 + 6)
 

@@ -52,9 +52,9 @@ def cells_of(figures):
 
 def ratios(cells, seconds):
     """The figures that compare lines. A line that finished no call in time counts as one that
-    finished one in the `seconds` of a run: no ratio is made of nothing."""
+    finished one in the seconds(load) of a run: no ratio is made of nothing."""
     def goodput(line, cell):
-        return max(cells[cell][line]["goodput"], 1 / seconds)
+        return max(cells[cell][line]["goodput"], 1 / seconds(cell[1]))
 
     figures = {}
     worst = max(taken for taken, _ in cells)
