@@ -211,12 +211,15 @@ def told_over_measured(options, rate, kv_bytes):
     return json.loads(done.stdout)
 
 
+def picture_of(figures, cells):
+    return squeeze_picture.draw(cells, f"{figures['machine']}, commit {figures['commit']}")
+
+
 def finish(figures, cells):
     """Writes figures, table and picture, and tells them."""
     FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
     FIGURES.with_suffix(".md").write_text(summary.markdown(cells))
-    FIGURES.with_suffix(".svg").write_text(
-        squeeze_picture.draw(cells, f"{figures['machine']}, commit {figures['commit']}"))
+    FIGURES.with_suffix(".svg").write_text(picture_of(figures, cells))
     told = figures.keys() - summary.flat(cells).keys()
     for name, value in figures.items():
         if name in told and isinstance(value, float):
@@ -241,10 +244,14 @@ def main():
     parser.add_argument("--taken", default="0,0.35,0.7", help="shares of the KV memory taken away")
     parser.add_argument("--no-llama", action="store_true", help="leave out llama-server")
     parser.add_argument("--markdown", action="store_true",
-                        help="print the last run's table as the README has it, and run nothing")
+                        help="run nothing: print the last run's table as the README has it, and "
+                        "make its picture the README's")
     options = parser.parse_args()
     if options.markdown:
-        sys.stdout.write(summary.markdown(summary.cells_of(json.loads(FIGURES.read_text()))))
+        figures = json.loads(FIGURES.read_text())
+        cells = summary.cells_of(figures)
+        sys.stdout.write(summary.markdown(cells))
+        (HERE / "squeeze.svg").write_text(picture_of(figures, cells))
         return
     options.costs = pathlib.Path(options.ladder).with_suffix(".costs")
     token_bytes, left_out = summary.ladder_of(pathlib.Path(options.ladder).read_text())

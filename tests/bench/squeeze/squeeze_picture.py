@@ -42,7 +42,7 @@ def draw(cells, where):
                 parts.append(picture.text(left - 6, y + 4, f"{tick}", 10, "end"))
         for load in sorted(set(loads)):
             parts.append(picture.text(at(load, 0)[0], BASE + 16, f"{load:g}x", 10))
-        for line, colour in COLOURS.items():
+        for line, colour in reversed(COLOURS.items()):  # the rule lies on top
             points = [at(*point) for point in _points(cells, share, line)]
             if points:
                 path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
