@@ -137,13 +137,16 @@ TEST(LadderPolicy, IsNotMovedBeyondTheLadderOrBoundsByGarbage) {
     quiet = i / 40 % 2 == 0;
     const int before = policy.level();
     silent = random() % 20 == 0 ? silent + 1 : 0;
-    policy.Observe({.time_s = silent > 0 ? std::nan("") : 0.05 * i,
-                    .kv_used = draw(),
-                    .kv_promised = draw(),
-                    .queue_length = draw(),
-                    .oldest_wait_s = draw(),
-                    .step_s = draw()},
-                   ladder);
+    const PressureReport report{.time_s = silent > 0 ? std::nan("") : 0.05 * i,
+                                .kv_used = draw(),
+                                .kv_promised = draw(),
+                                .queue_length = draw(),
+                                .oldest_wait_s = draw(),
+                                .step_s = draw()};
+    policy.Observe(report, ladder);
+    if (policy.level() > before && !(report.kv_used > 1)) {
+      ASSERT_LE(policy.level(), ladder.HardestWithin(0.25)) << "load may not cost that";
+    }
     moves += policy.level() != before ? 1 : 0;
     ASSERT_GE(policy.level(), 0);
     ASSERT_LT(policy.level(), ladder.size());
