@@ -30,4 +30,10 @@ bool Ladder::Append(Rung rung) {
   return true;
 }
 
+int Ladder::HardestWithin(double loss) const {
+  int rung = 0;
+  while (rung + 1 < size() && rungs_[rung + 1].price.quality_loss_nats <= loss) ++rung;
+  return rung;
+}
+
 }  // namespace espalier

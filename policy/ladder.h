@@ -49,6 +49,9 @@ class Ladder {
   // bits count as keeping less), or one too many.
   bool Append(Rung rung);
 
+  // The last rung up to which none is priced at more than `loss` nats per token; 0 if rung 1 is.
+  int HardestWithin(double loss) const;
+
  private:
   std::vector<Rung> rungs_;
 };

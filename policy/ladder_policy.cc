@@ -6,6 +6,8 @@
 namespace espalier {
 namespace {
 
+constexpr std::string_view kMemory = "memory";
+
 // The first rung from `level` on that costs less KV, or the last.
 int NextOfLessKv(const Ladder& ladder, int level) {
   const double bytes = ladder.rung(level).price.kv_bytes_per_token;
@@ -13,6 +15,12 @@ int NextOfLessKv(const Ladder& ladder, int level) {
     ++level;
   }
   return level;
+}
+
+// Whether rung `level` costs less KV than the one before.
+bool FreesKv(const Ladder& ladder, int level) {
+  return level > 0 && ladder.rung(level).price.kv_bytes_per_token <
+                          ladder.rung(level - 1).price.kv_bytes_per_token;
 }
 
 }  // namespace
@@ -34,31 +42,47 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
         return signal.value <= signal.band.lower;
       });
   hardest_ = ladder.size() - 1;
+  load_hardest_ = ladder.HardestWithin(options_.load_loss);
   level_ = std::min(level_, hardest_);
   if (!std::isfinite(report.time_s)) return;
   if (!low) low_since_s_ = report.time_s;
+  if (!(report.kv_used <= (FreesKv(ladder, level_) ? options_.kv_lower : 1))) {
+    kv_low_since_s_ = report.time_s;
+  }
 
   int level = level_;
+  double changed_s = changed_s_;
+  // Of many dwells without a report, idle ones, all count.
+  const auto fall = [&](double since_s, int least) {
+    since_s = std::max(since_s, changed_s);
+    const double dwells = (report.time_s - since_s) / options_.lower_dwell_s;
+    const int rungs = static_cast<int>(std::clamp<double>(dwells, 0, level - least));
+    level -= rungs;
+    changed_s = since_s + rungs * options_.lower_dwell_s;
+  };
   if (report.kv_used > 1) {
     level = NextOfLessKv(ladder, level_);
+  } else if (level_ > load_hardest_) {
+    fall(kv_low_since_s_, load_hardest_);
+    if (low && level == load_hardest_) fall(low_since_s_, 0);
   } else if (high != std::end(signals)) {
-    if (report.time_s - changed_s_ >= options_.raise_dwell_s)
-      level = std::min(level_ + 1, hardest_);
+    if (report.time_s - changed_s_ >= options_.raise_dwell_s) {
+      level = std::min(level_ + 1, load_hardest_);
+    }
   } else if (low) {
-    // Of many dwells without a report, idle ones, all count.
-    const double dwells =
-        (report.time_s - std::max(low_since_s_, changed_s_)) / options_.lower_dwell_s;
-    level -= static_cast<int>(std::clamp<double>(dwells, 0, level_));
+    fall(low_since_s_, 0);
   }
-  refuses_ = level == hardest_ && signals[0].value >= options_.wait.raise;
+  refuses_ = level >= (report.kv_used > 1 ? hardest_ : load_hardest_) &&
+             signals[0].value >= options_.wait.raise;
   if (level == level_) return;
-  if (level > level_) reason_ = report.kv_used > 1 ? "memory" : high->name;
+  if (level > level_) reason_ = report.kv_used > 1 ? kMemory : high->name;
   level_ = level;
   changed_s_ = report.time_s;
 }
 
 int LadderPolicy::ChooseRung(const RequestTraits& traits) const {
-  return RungAtLevel(traits, level_, hardest_);
+  const int most = reason_ == kMemory ? hardest_ : std::max(level_, load_hardest_);
+  return RungAtLevel(traits, level_, most);
 }
 
 }  // namespace espalier

@@ -21,6 +21,9 @@ struct LadderPolicyOptions {
   // Of kv_used, for the level to fall; it rises above 1. That somebody waits for pages is no reason
   // by itself: a short wait costs less than a rung.
   double kv_lower = 0.9;
+  // What waiting and slow steps alone may cost, told nats per token: they raise the level to
+  // Ladder::HardestWithin at most. Memory may go to the last rung. policy/README.md tells why 0.25.
+  double load_loss = 0.25;
   // Of the oldest wait and of a step, as shares of their targets.
   PressureBand wait = {.raise = 0.5, .lower = 0.1};
   PressureBand step = {.raise = 1.0, .lower = 0.75};
@@ -28,11 +31,13 @@ struct LadderPolicyOptions {
   double lower_dwell_s = 0.25;  // for which all signals must have been low before it falls by one
 };
 
-// Rises by one rung a dwell; at once, and to the next rung of less KV, where running sequences hold
-// more pages than there may be. Requests of a higher priority than 0 are served so many rungs
-// milder than the level, those of a lower one so many harder. On the last rung, while the oldest
-// wait is long, newcomers are refused: behind it they would come too late. Of a report that says
-// nothing (NaN) the level stays as it is.
+// Rises by one rung a dwell, as far as load may cost; at once, to the next rung of less KV and
+// beyond that, where running sequences hold more pages than there may be. What memory asked for
+// beyond goes by a rung a dwell once memory asks for it no more, however long requests wait.
+// Requests of a higher priority than 0 are served so many rungs milder than the level, those of a
+// lower one so many harder, within the same limits. Where the level is as high as what presses may
+// raise it and the oldest wait is long, newcomers are refused: behind it they would come too late.
+// Of a report that says nothing (NaN) the level stays as it is.
 class LadderPolicy final : public Policy {
  public:
   explicit LadderPolicy(const LadderPolicyOptions& options) : options_(options) {}
@@ -49,9 +54,11 @@ class LadderPolicy final : public Policy {
  private:
   LadderPolicyOptions options_;
   int level_ = 0;
-  int hardest_ = 0;  // of the ladder
+  int hardest_ = 0;       // of the ladder
+  int load_hardest_ = 0;  // that load may raise the level to
   double changed_s_ = 0;
-  double low_since_s_ = 0;
+  double low_since_s_ = 0;     // since all signals are low
+  double kv_low_since_s_ = 0;  // since memory does not ask for the level
   std::string_view reason_ = "none";
   bool refuses_ = false;
 };

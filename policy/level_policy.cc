@@ -25,7 +25,8 @@ void LevelPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
                             first_ ? 0 : waiting - waiting_,
                             Input(static_cast<double>(level_) / std::max(1, hardest_)),
                             first_ ? 1.0F : 0.0F};
-  level_ = Decide(state, ladder.size());
+  const int hardest = report.kv_used > 1 ? hardest_ : ladder.HardestWithin(options_.load_loss);
+  level_ = Decide(state, hardest + 1);
   decided_s_ = report.time_s;
   waiting_ = waiting;
   first_ = false;

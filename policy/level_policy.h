@@ -23,6 +23,8 @@ struct LevelPolicyOptions {
   double ttft_target_s = 1;
   double tpot_target_s = 0.1;
   double every_s = 0.5;  // between decisions
+  // As LadderPolicyOptions: beyond it only while running sequences hold more KV than there may be.
+  double load_loss = 0.25;
 };
 
 class LevelPolicy : public Policy {
@@ -36,7 +38,8 @@ class LevelPolicy : public Policy {
   std::string_view reason() const override { return level_ == 0 ? "none" : "learned"; }
 
  protected:
-  // The level of a ladder of `rungs` rungs until the next decision, in [0, rungs).
+  // The level until the next decision, in [0, rungs): of a ladder's first `rungs` rungs, which are
+  // those that load, or memory, may raise it to now.
   virtual int Decide(const LevelState& state, int rungs) = 0;
 
  private:

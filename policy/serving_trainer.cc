@@ -6,7 +6,8 @@
 namespace espalier {
 
 int ServingTrainer::Decide(const LevelState& state, int rungs) {
-  const std::vector<uint8_t> allowed(rungs, 1);
+  std::vector<uint8_t> allowed(dqn_->network().shape().actions);
+  std::fill_n(allowed.begin(), rungs, uint8_t{1});
   const int last = step_.action;
   if (!step_.state.empty()) {
     step_.reward = static_cast<float>(reward_);

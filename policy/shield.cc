@@ -23,21 +23,23 @@ void Shield::Observe(const PressureReport& report, const Ladder& ladder) {
   const bool sane = Sane(report, time_s_);
   rule_.Observe(report, ladder);
   if (sane) policy_->Observe(report, ladder);
-  hardest_ = ladder.size() - 1;
-  level_ = std::min(level_, hardest_);
+  const int hardest = ladder.size() - 1;
+  load_hardest_ = ladder.HardestWithin(options_.load_loss);
+  level_ = std::min(level_, hardest);
   const int wanted = policy_->wanted();
-  const bool followed = sane && wanted >= 0 && wanted <= hardest_;
+  const bool followed = sane && wanted >= 0 && wanted <= hardest;
   const bool calm = sane && report.waiting == 0 && report.oldest_wait_s == 0 &&
                     report.step_s < kCalm * options_.tpot_target_s && report.kv_used < kCalm;
   int level = calm ? 0 : followed ? wanted : rule_.level();
   const bool memory = report.kv_used > 1 && rule_.level() > level;
   if (memory) level = rule_.level();
+  level = std::min(level, std::max(load_hardest_, rule_.level()));
   if (!std::isfinite(report.time_s)) return;
   if (level < level_) {
     const bool due = report.time_s - changed_s_ >= options_.lower_dwell_s;
     level = due ? level_ - 1 : level_;
   }
-  refuses_ = level == hardest_ && hardest_ > 0 &&
+  refuses_ = level >= (report.kv_used > 1 ? hardest : load_hardest_) &&
              report.oldest_wait_s >= options_.wait.raise * options_.ttft_target_s;
   if (level > level_) reason_ = followed && !memory ? policy_->reason() : rule_.reason();
   if (level != level_) changed_s_ = report.time_s;

@@ -1,6 +1,7 @@
 // The shield around a learned policy: what it must not get wrong is not left to it.
 #pragma once
 
+#include <algorithm>
 #include <string_view>
 
 #include "policy/ladder_policy.h"
@@ -11,12 +12,14 @@ namespace espalier {
 // Serves at the level that `policy` wants, but
 // - at the rule's, where a report is not finite, is older than the last one, or the policy wants a
 //   rung that is not there;
-// - no milder than the rule's while running sequences hold more KV than there may be;
+// - no milder than the rule's while running sequences hold more KV than there may be, and no harder
+//   than load may cost unless the rule is, for memory;
 // - at the full model in calm: nobody waits, and steps and KV are at less than half of what they
 // may
 //   be. What may come later is no reason to serve worse now;
 // - a level falls by one rung a dwell, as the rule's does, however fast pressure goes;
-// - newcomers are refused as by the rule: on the last rung, while the oldest waits for long.
+// - newcomers are refused as by the rule: at the highest level that what presses may raise it to,
+//   while the oldest waits for long.
 class Shield final : public Policy {
  public:
   // `policy` must outlive the shield.
@@ -25,7 +28,7 @@ class Shield final : public Policy {
 
   void Observe(const PressureReport& report, const Ladder& ladder) override;
   int ChooseRung(const RequestTraits& traits) const override {
-    return RungAtLevel(traits, level_, hardest_);
+    return RungAtLevel(traits, level_, std::max(level_, load_hardest_));
   }
   std::string_view name() const override { return policy_->name(); }
   // The policy's own while it is followed, else the rule's.
@@ -37,7 +40,7 @@ class Shield final : public Policy {
   const LadderPolicyOptions options_;
   LadderPolicy rule_;
   int level_ = 0;
-  int hardest_ = 0;
+  int load_hardest_ = 0;
   double time_s_ = 0;
   double changed_s_ = 0;
   std::string_view reason_ = "none";

@@ -34,12 +34,12 @@ absl::StatusOr<std::unique_ptr<DecisionLog>> DecisionLog::Create(const std::stri
                                                                  std::string_view learned) {
   std::ofstream file(path, std::ios::binary);
   file << fmt::format(
-      R"({{"policy":"{}","network":"{}","version":1,"ttft_target_s":{},"tpot_target_s":{},"kv_lower":{},"wait":{},)"
-      R"("step":{},"raise_dwell_s":{},"lower_dwell_s":{}}})"
+      R"({{"policy":"{}","network":"{}","version":2,"ttft_target_s":{},"tpot_target_s":{},"kv_lower":{},"load_loss":{},)"
+      R"("wait":{},"step":{},"raise_dwell_s":{},"lower_dwell_s":{}}})"
       "\n",
       learned.empty() ? "ladder" : "dqn", learned, options.ttft_target_s, options.tpot_target_s,
-      options.kv_lower, BandText(options.wait), BandText(options.step), options.raise_dwell_s,
-      options.lower_dwell_s);
+      options.kv_lower, options.load_loss, BandText(options.wait), BandText(options.step),
+      options.raise_dwell_s, options.lower_dwell_s);
   file.flush();
   if (!file) {
     return absl::UnavailableError(fmt::format("--decision-log: {}: cannot be written", path));

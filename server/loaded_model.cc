@@ -43,7 +43,8 @@ absl::Status Differs(std::string_view path, std::string_view what, std::string_v
 LoadedModel::LoadedModel(const ServerOptions& options)
     : options_(options),
       rule_{.ttft_target_s = std::chrono::duration<double>(options.ttft_target).count(),
-            .tpot_target_s = std::chrono::duration<double>(options.tpot_target).count()} {}
+            .tpot_target_s = std::chrono::duration<double>(options.tpot_target).count(),
+            .load_loss = options.load_loss} {}
 
 absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Load(const ServerOptions& options,
                                                                const ModelFile& file,
@@ -71,7 +72,8 @@ absl::Status LoadedModel::MakePolicy(const Order& order) {
     version = file->version;
     network_ = std::make_unique<QNetwork>(std::move(file->network));
     learned_ = std::make_unique<DqnPolicy>(LevelPolicyOptions{.ttft_target_s = rule_.ttft_target_s,
-                                                              .tpot_target_s = rule_.tpot_target_s},
+                                                              .tpot_target_s = rule_.tpot_target_s,
+                                                              .load_loss = rule_.load_loss},
                                            network_.get());
     chosen_ = std::make_unique<Shield>(learned_.get(), rule_);
   }

@@ -303,6 +303,10 @@ const std::vector<Setting>& Settings() {
       {kPruning, "ttft-target", "How long a request should wait at most", Seconds(&O::ttft_target)},
       {kPruning, "tpot-target", "How long a token should take at most, when decoding",
        Seconds(&O::tpot_target)},
+      {kPruning, "load-loss",
+       "What waiting and slow steps alone may cost, as told, per token: beyond it\n"
+       "newcomers are refused; memory may cost more",
+       Nats(&O::load_loss)},
       {kPruning, "decision-log",
        "Where the policy's decisions go, a line a step with what it saw,\n"
        "for `espalier replay`",

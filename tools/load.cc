@@ -179,6 +179,8 @@ void AddLoad(CLI::App& root, Action* action) {
          "A call is good if its first token comes within this; 0: whenever");
   target("--tpot-target", shape.tpot_target,
          "And if each token after it takes no longer, on average; 0: however long");
+  sub->add_flag("--give-up", shape.give_up,
+                "After the last call began, end once none that runs can still be good");
   sub->add_option("--traffic-out", options->traffic_out,
                   "Also write the calls as traffic for `espalier simulate`; with --rate")
       ->type_name("PATH")

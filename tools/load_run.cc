@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <memory>
@@ -37,6 +38,9 @@ class Call final : public grpc::ClientReadReactor<v1::GenerateResponse> {
   void OnDone(const grpc::Status& status) override;
   void Cancel() { context_.TryCancel(); }
 
+  bool may_be_good(const LoadShape& shape) const {
+    return MayBeGood(shape, Seconds(Clock::now() - start_), first_token_);
+  }
   const StreamTimes& times() const { return times_; }
   bool past_deadline() const { return past_deadline_; }
   const v1::Finished& finished() const { return finished_; }  // if it did
@@ -49,6 +53,7 @@ class Call final : public grpc::ClientReadReactor<v1::GenerateResponse> {
   double deadline_;
   bool past_deadline_ = false;
   StreamTimes times_;
+  std::atomic<double> first_token_{-1};  // of times_, for others to see
   v1::Finished finished_;
   Clock::time_point start_ = Clock::now();
 };
@@ -93,7 +98,7 @@ void Call::OnReadDone(bool ok) {
   if (!ok) return;
   const double now = Seconds(Clock::now() - start_);
   if (response_.token_ids_size() > 0) {
-    if (times_.tokens == 0) times_.first_token = now;
+    if (times_.tokens == 0) first_token_ = times_.first_token = now;
     times_.last_token = now;
     times_.tokens += response_.token_ids_size();
     past_deadline_ |= deadline_ > 0 && now > deadline_;
@@ -206,12 +211,29 @@ LoadReport Generator::Run(const std::function<void(int64_t, int64_t)>& progress)
   while (!in_flight_.empty()) {
     changed_.wait_for(lock, std::chrono::milliseconds(100));
     progress(ended_, total);
+    if (shape_.give_up && !stopping_ && std::ranges::none_of(in_flight_, [this](Call* call) {
+          return call->may_be_good(shape_);
+        })) {
+      stopping_ = true;
+      for (Call* call : in_flight_) call->Cancel();
+    }
   }
   report_.seconds = Seconds(Clock::now() - begin);
   return report_;
 }
 
 }  // namespace
+
+bool MayBeGood(const LoadShape& shape, double age, double first_token) {
+  constexpr double kLate = 0.5;
+  const auto within = [](double seconds, double target) {
+    return target == 0 || seconds <= target;
+  };
+  if (first_token < 0) return within(age - kLate, shape.ttft_target);
+  return within(first_token, shape.ttft_target) &&
+         (shape.tpot_target == 0 ||
+          age - kLate <= first_token + shape.tpot_target * (shape.max_tokens - 1));
+}
 
 std::string TrafficOf(const LoadShape& shape) {
   std::string text;

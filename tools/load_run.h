@@ -24,6 +24,8 @@ struct LoadShape {
   int rung = -1;            // of the ladder; -1: as the server's policy says
   double ttft_target = 0;   // seconds a call may wait for its first token; 0: any time
   double tpot_target = 0;   // seconds a token after it may take, mean of a call; 0: any time
+  // After the last call began, those that run are cancelled once none can come within the targets.
+  bool give_up = false;
   int vocabulary = 0;
   uint64_t seed = 1;  // of arrivals and prompts
 };
@@ -67,6 +69,10 @@ std::vector<double> PoissonArrivals(double rate, double duration, int requests, 
 
 // The same calls for `espalier simulate`, a line each; of an open loop.
 std::string TrafficOf(const LoadShape& shape);
+
+// Whether a call of `shape`, begun `age` seconds ago, may yet be good: its first token came after
+// `first_token` seconds, or, at -1, has not come. Late messages have half a second to arrive.
+bool MayBeGood(const LoadShape& shape, double age, double first_token);
 
 // Calls progress(done, total) now and then, in calls.
 // Ctrl-C cancels all calls; what came so far is reported.

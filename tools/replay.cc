@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <fstream>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -47,6 +48,9 @@ LadderPolicyOptions OptionsOf(const Json& line) {
   return {.ttft_target_s = line.at("ttft_target_s"),
           .tpot_target_s = line.at("tpot_target_s"),
           .kv_lower = line.at("kv_lower"),
+          // Before version 2 load could cost anything.
+          .load_loss = line.at("version") == 1 ? std::numeric_limits<double>::infinity()
+                                               : line.at("load_loss").get<double>(),
           .wait = band("wait"),
           .step = band("step"),
           .raise_dwell_s = line.at("raise_dwell_s"),
@@ -78,7 +82,8 @@ absl::Status Run(const Options& options) {
       const Json line = Json::parse(text);
       if (policy == nullptr) {
         const std::string name = line.at("policy");
-        if ((name != "ladder" && name != "dqn") || line.at("version") != 1) {
+        if ((name != "ladder" && name != "dqn") ||
+            (line.at("version") != 1 && line.at("version") != 2)) {
           return absl::InvalidArgumentError(
               fmt::format("{}: line 1: of another policy or version", options.log));
         }
@@ -99,7 +104,8 @@ absl::Status Run(const Options& options) {
         network = *std::move(file);
         learned =
             std::make_unique<DqnPolicy>(LevelPolicyOptions{.ttft_target_s = rule.ttft_target_s,
-                                                           .tpot_target_s = rule.tpot_target_s},
+                                                           .tpot_target_s = rule.tpot_target_s,
+                                                           .load_loss = rule.load_loss},
                                         &network->network);
         policy = std::make_unique<Shield>(learned.get(), rule);
         continue;

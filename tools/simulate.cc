@@ -31,6 +31,7 @@ struct Options {
   std::string policy = "ladder";
   std::string policy_file;
   std::string traffic;
+  std::string scenario;
   TrafficOptions made;
   std::string arrivals = "poisson";
   bool json = false;
@@ -56,17 +57,13 @@ class ShieldedDqn final : public Policy {
 };
 
 absl::StatusOr<std::unique_ptr<Policy>> MakePolicy(const Options& options, const Ladder& ladder) {
-  const LadderPolicyOptions rule{.ttft_target_s = options.server.ttft_target,
-                                 .tpot_target_s = options.server.tpot_target};
+  const LadderPolicyOptions rule = RuleOf(options.server);
   if (options.policy == "dqn") {
     absl::StatusOr<PolicyFile> file = OpenPolicy(
         options.policy_file.empty() ? PolicyPathOf(options.server.ladder) : options.policy_file,
         ladder.size());
     if (!file.ok()) return file.status();
-    return std::make_unique<ShieldedDqn>(std::move(file->network),
-                                         LevelPolicyOptions{.ttft_target_s = rule.ttft_target_s,
-                                                            .tpot_target_s = rule.tpot_target_s},
-                                         rule);
+    return std::make_unique<ShieldedDqn>(std::move(file->network), LevelOf(options.server), rule);
   }
   if (options.policy == "ladder") {
     return std::make_unique<LadderPolicy>(rule);
@@ -97,6 +94,30 @@ CLI::Validator IsPolicy() {
       "");
 }
 
+std::string NameOf(const BlockTask& scenario) {
+  return fmt::format("{}x{}", scenario.batch, scenario.length);
+}
+
+std::vector<std::string> ScenarioNames() {
+  std::vector<std::string> names;
+  for (const BlockTask& scenario : RapScenarios()) names.push_back(NameOf(scenario));
+  return names;
+}
+
+// Its batches, so far apart that each is alone even if half of it waits; the server has memory and
+// places for a whole one, at rung 0.
+Traffic ScenarioTraffic(const std::string& name, SimulatedServer* server) {
+  const BlockTask& scenario = *std::ranges::find(RapScenarios(), name, NameOf);
+  KvGeometry& geometry = server->options.geometry;
+  geometry.pages = geometry.layers * scenario.batch * (scenario.length / geometry.page_tokens + 1);
+  int& sequences = server->options.scheduler.max_sequences;
+  sequences = std::max(sequences, scenario.batch);
+  const RungCost& cost = server->costs.rungs.front();
+  const double call = scenario.length * (cost.prefill + cost.decode + cost.fixed +
+                                         server->costs.attended * scenario.length);
+  return RapTraffic(scenario, scenario.batch * call);
+}
+
 absl::StatusOr<Traffic> ReadTraffic(const Options& options) {
   if (options.traffic.empty()) return MakeTraffic(options.made);
   std::ifstream file(options.traffic, std::ios::binary);
@@ -110,12 +131,31 @@ absl::StatusOr<Traffic> ReadTraffic(const Options& options) {
   return traffic;
 }
 
+// Of a scenario: how each budget's batch went.
+void PrintBatches(const SimReport& report) {
+  const size_t batch = report.calls.size() / std::size(kRapBudgets);
+  for (size_t i = 0; i < std::size(kRapBudgets); ++i) {
+    double seconds = 0, loss = 0;
+    int refused = 0;
+    for (size_t call = i * batch; call < (i + 1) * batch; ++call) {
+      const SimOutcome& outcome = report.calls[call];
+      seconds =
+          std::max(seconds, outcome.first_token_s + (outcome.tokens - 1) * outcome.per_token_s);
+      loss += outcome.loss / static_cast<double>(batch);
+      refused += outcome.refused;
+    }
+    fmt::print("in {:.1f} of the memory: {:.2f} s, refused {}, told loss {:.3f} nats/token\n",
+               kRapBudgets[i], seconds, refused, loss);
+  }
+}
+
 absl::Status Run(Options options) {
   options.made.arrivals = static_cast<Arrivals>(std::ranges::find(kArrivalNames, options.arrivals) -
                                                 std::begin(kArrivalNames));
-  const absl::StatusOr<SimulatedServer> server = MakeSimulatedServer(options.server);
+  absl::StatusOr<SimulatedServer> server = MakeSimulatedServer(options.server);
   if (!server.ok()) return server.status();
-  const absl::StatusOr<Traffic> traffic = ReadTraffic(options);
+  const absl::StatusOr<Traffic> traffic =
+      options.scenario.empty() ? ReadTraffic(options) : ScenarioTraffic(options.scenario, &*server);
   if (!traffic.ok()) return traffic.status();
   absl::StatusOr<std::unique_ptr<Policy>> policy = MakePolicy(options, server->ladder);
   if (!policy.ok()) return policy.status();
@@ -164,6 +204,7 @@ absl::Status Run(Options options) {
   fmt::print("first token p50 {:.3f} s, p95 {:.3f} s; per token p50 {:.1f} ms, p95 {:.1f} ms\n",
              Percentile(first, 50), Percentile(first, 95), 1e3 * Percentile(per_token, 50),
              1e3 * Percentile(per_token, 95));
+  if (!options.scenario.empty()) PrintBatches(report);
   fmt::print("tokens by rung:");
   for (const int64_t tokens : report.rung_tokens) fmt::print(" {}", tokens);
   fmt::print("; {} moves, {} preemptions\n", report.rung_moves, report.preemptions);
@@ -189,6 +230,12 @@ void AddSimulate(CLI::App& root, Action* action) {
                   "Calls and memory from a file: lines call SECONDS PROMPT OUTPUT [PRIORITY] and "
                   "memory SECONDS SHARE; in place of what the options below make up")
       ->type_name("PATH");
+  sub->add_option("--scenario", options->scenario,
+                  "RAP's: a batch of so many sequences of so many tokens, in a KV pool that just "
+                  "holds it, then in 0.8 and in 0.6 of that; in place of calls and --kv-memory")
+      ->type_name("NAME")
+      ->check(CLI::IsMember(ScenarioNames()))
+      ->excludes("--traffic");
   sub->add_option("--arrivals", options->arrivals,
                   "poisson; bursts: nine times as many for a quarter of each period; diurnal: a "
                   "sine")

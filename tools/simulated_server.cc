@@ -42,6 +42,20 @@ void AddSimulatedServerOptions(CLI::App& sub, SimulatedServerOptions* options) {
          "Of a server's step beyond the engine's: streams, the network, its clients");
   number("--ttft-target", options->ttft_target, 1e-3, 1e4, "SECONDS", "For a first token");
   number("--tpot-target", options->tpot_target, 1e-4, 1e3, "SECONDS", "For a token after it");
+  number("--load-loss", options->load_loss, 0.0, 100.0, "NATS",
+         "What waiting and slow steps alone may cost a token, as told; memory may cost more");
+}
+
+LadderPolicyOptions RuleOf(const SimulatedServerOptions& options) {
+  return {.ttft_target_s = options.ttft_target,
+          .tpot_target_s = options.tpot_target,
+          .load_loss = options.load_loss};
+}
+
+LevelPolicyOptions LevelOf(const SimulatedServerOptions& options) {
+  return {.ttft_target_s = options.ttft_target,
+          .tpot_target_s = options.tpot_target,
+          .load_loss = options.load_loss};
 }
 
 absl::StatusOr<SimulatedServer> MakeSimulatedServer(const SimulatedServerOptions& options) {

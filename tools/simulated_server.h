@@ -5,6 +5,8 @@
 
 #include "absl/status/statusor.h"
 #include "engine/sim/simulation.h"
+#include "policy/ladder_policy.h"
+#include "policy/level_policy.h"
 
 namespace CLI {
 class App;
@@ -22,7 +24,12 @@ struct SimulatedServerOptions {
   double overhead_ms = 0.3;  // of a server's step beyond the engine's
   double ttft_target = 1;
   double tpot_target = 0.1;
+  double load_loss = LadderPolicyOptions{}.load_loss;  // nats per token
 };
+
+// Of the rule, and of what is learned, for such a server.
+LadderPolicyOptions RuleOf(const SimulatedServerOptions& options);
+LevelPolicyOptions LevelOf(const SimulatedServerOptions& options);
 
 // --ladder, --costs, --kv-memory and so on.
 void AddSimulatedServerOptions(CLI::App& sub, SimulatedServerOptions* options);

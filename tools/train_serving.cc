@@ -122,10 +122,8 @@ absl::Status TrainServing(const TrainServingOptions& options) {
   const absl::StatusOr<SimulatedServer> server = MakeSimulatedServer(options.server);
   if (!server.ok()) return server.status();
   const int rungs = server->ladder.size();
-  const LevelPolicyOptions level{.ttft_target_s = options.server.ttft_target,
-                                 .tpot_target_s = options.server.tpot_target};
-  const LadderPolicyOptions rule{.ttft_target_s = options.server.ttft_target,
-                                 .tpot_target_s = options.server.tpot_target};
+  const LevelPolicyOptions level = LevelOf(options.server);
+  const LadderPolicyOptions rule = RuleOf(options.server);
   DoubleDqn dqn({.inputs = kLevelInputs, .hidden = kHidden, .actions = rungs},
                 {.gamma = 0.97F,
                  .learning_rate = 1e-4F,
@@ -212,9 +210,11 @@ absl::Status TrainServing(const TrainServingOptions& options) {
   figures["dqn_vs_ladder"] = Mean(judged[1].worth) / Mean(judged[0].worth);
 
   const std::string of = fmt::format(
-      "rungs {} ttft-target {} tpot-target {} episodes {} loss-weight {} refusal-cost {} seed {}",
-      rungs, options.server.ttft_target, options.server.tpot_target, options.episodes,
-      options.loss_weight, options.refusal_cost, options.seed);
+      "rungs {} ttft-target {} tpot-target {} load-loss {} episodes {} loss-weight {} refusal-cost "
+      "{} "
+      "seed {}",
+      rungs, options.server.ttft_target, options.server.tpot_target, options.server.load_loss,
+      options.episodes, options.loss_weight, options.refusal_cost, options.seed);
   std::ofstream file(options.out, std::ios::binary);
   file << network.Format(of);
   file.close();

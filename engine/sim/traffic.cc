@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <iterator>
 #include <numbers>
 #include <random>
 #include <span>
@@ -117,6 +118,19 @@ Traffic MakeTraffic(const TrafficOptions& options) {
       const double share = taken ? 1 - options.most_taken * memory.Uniform() : 1;
       traffic.shocks.push_back({.at = At(at), .share = share});
     }
+  }
+  return traffic;
+}
+
+Traffic RapTraffic(const BlockTask& scenario, double gap_s) {
+  const int output = std::max(1, scenario.length / 4);
+  Traffic traffic;
+  for (size_t i = 0; i < std::size(kRapBudgets); ++i) {
+    const Instant at = At(static_cast<double>(i) * gap_s);
+    traffic.shocks.push_back({.at = at, .share = kRapBudgets[i]});
+    traffic.calls.insert(
+        traffic.calls.end(), scenario.batch,
+        {.arrival = at, .prompt = std::max(1, scenario.length - output), .output = output});
   }
   return traffic;
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "engine/scheduling/request.h"
+#include "policy/blocks/block_agent.h"
 
 namespace espalier {
 
@@ -62,6 +63,11 @@ struct TrafficOptions {
 };
 
 Traffic MakeTraffic(const TrafficOptions& options);
+
+// A batch of RAP's memory sweeps (RapScenarios), once in each of these shares of the KV pool, the
+// published budgets: as many calls at once, each of `length` tokens, of which a quarter are drawn.
+inline constexpr double kRapBudgets[] = {1, 0.8, 0.6};
+Traffic RapTraffic(const BlockTask& scenario, double gap_s);
 
 // Lines "call SECONDS PROMPT OUTPUT [PRIORITY]" and "memory SECONDS SHARE", in any order, comments
 // with #. False, with the line and what is wrong with it in *error.

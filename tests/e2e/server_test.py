@@ -245,7 +245,8 @@ class Pruning(unittest.TestCase):
         ladder.write_text(self.refitted.read_text() + "rung 2 loss=0.3 channels=32*2\n")
         shutil.copyfile(f"{self.refitted}.gguf", f"{ladder}.gguf")
         options = ("--ladder", ladder, "--policy", "ladder", "--ttft-target", "0.02",
-                   "--max-sequences", "2", "--metrics-port", "0", "--decision-log", decisions)
+                   "--load-loss", "0.3", "--max-sequences", "2", "--metrics-port", "0",
+                   "--decision-log", decisions)
         with Server(BINARY, MODEL, *options) as server:
             calls = []
             for i in range(40):
@@ -287,6 +288,14 @@ class Pruning(unittest.TestCase):
         self.assertEqual(again.returncode, 0, again.stderr)
         self.assertRegex(again.stdout, r"^\d{3,} decisions, [2-9]\d* changes .*, 0 not as logged")
         lines = decisions.read_text().splitlines(keepends=True)
+        # A log from before --load-loss: waiting could cost any loss, as it could here.
+        old = lines[0].replace('"version":2', '"version":1').replace('"load_loss":0.3,', "")
+        self.assertNotIn("load_loss", old)
+        decisions.write_text(old + "".join(lines[1:]))
+        self.assertEqual(subprocess.run(replay, capture_output=True).returncode, 0)
+        decisions.write_text(lines[0].replace('"version":2', '"version":3'))
+        again = subprocess.run(replay, capture_output=True, text=True)
+        self.assertIn("line 1: of another policy or version", again.stderr)
         decisions.write_text("".join(lines).replace('"rung":1', '"rung":0', 1))
         again = subprocess.run(replay, capture_output=True, text=True)
         self.assertEqual(again.returncode, 1)

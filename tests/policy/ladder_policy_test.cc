@@ -1,7 +1,7 @@
 // The rule policy, by scenarios as text and by reports that nobody would send.
 //
-// A scenario: `kv BYTES...` of the ladder's rungs, then `at SECONDS [SIGNAL=VALUE]... -> LEVEL
-// [REASON]`, of which signals not told are 0.
+// A scenario: `kv BYTES...` of the ladder's rungs, `load_loss NATS` in place of any, then
+// `at SECONDS [SIGNAL=VALUE]... -> LEVEL [REASON [refuses]]`, of which signals not told are 0.
 #include "policy/ladder_policy.h"
 
 #include <cmath>
@@ -38,7 +38,10 @@ class Scenario : public testing::TestWithParam<std::string> {};
 TEST_P(Scenario, GoesAsTold) {
   std::ifstream file(ESPALIER_SOURCE_DIR "/tests/policy/scenarios/" + GetParam() + ".txt");
   ASSERT_TRUE(file.is_open());
-  LadderPolicy policy({.raise_dwell_s = 0.2, .lower_dwell_s = 2});
+  const auto policy_of = [](double load_loss) {
+    return LadderPolicy({.load_loss = load_loss, .raise_dwell_s = 0.2, .lower_dwell_s = 2});
+  };
+  LadderPolicy policy = policy_of(HUGE_VAL);
   Ladder ladder = Ladder::DenseOnly({});
   int reports = 0;
   std::string line;
@@ -48,8 +51,10 @@ TEST_P(Scenario, GoesAsTold) {
     std::string word;
     words >> word;
     if (word == "kv") ladder = LadderOf(words);
+    double load_loss = 0;
+    if (word == "load_loss" && words >> load_loss) policy = policy_of(load_loss);
     if (word != "at") {
-      ASSERT_TRUE(word.empty() || word[0] == '#' || word == "kv");
+      ASSERT_TRUE(word.empty() || word[0] == '#' || word == "kv" || word == "load_loss");
       continue;
     }
     PressureReport report;
@@ -69,19 +74,22 @@ TEST_P(Scenario, GoesAsTold) {
     EXPECT_EQ(policy.level(), level);
     if (words >> word) {
       EXPECT_EQ(policy.reason(), word);
+      const bool refuses = words >> word && word == "refuses";
+      EXPECT_EQ(policy.refuses(), refuses);
     }
     ++reports;
   }
   EXPECT_GT(reports, 5);
 }
 
-INSTANTIATE_TEST_SUITE_P(Files, Scenario, testing::Values("queue", "memory", "latency"),
+INSTANTIATE_TEST_SUITE_P(Files, Scenario,
+                         testing::Values("queue", "memory", "latency", "load_loss"),
                          [](const auto& info) { return info.param; });
 
 TEST(LadderPolicy, PrunesLowPrioritiesFirst) {
   std::istringstream kv("1 1 1 1 1");
   const Ladder ladder = LadderOf(kv);
-  LadderPolicy policy({});
+  LadderPolicy policy({.load_loss = HUGE_VAL});
   const auto choose = [&](int priority, RungSet allowed = 0b11111) {
     return policy.ChooseRung({.allowed = allowed, .priority = priority});
   };
@@ -97,6 +105,18 @@ TEST(LadderPolicy, PrunesLowPrioritiesFirst) {
   EXPECT_EQ(choose(std::numeric_limits<int>::max()), 0);
   EXPECT_EQ(choose(0, 0b00011), 1) << "the hardest milder one that is allowed";
   EXPECT_EQ(policy.wanted(), 2);
+}
+
+TEST(LadderPolicy, PrunesLowPrioritiesNoFurtherThanWhatPressesMayCost) {
+  std::istringstream kv("2 2 2 1 1");
+  const Ladder ladder = LadderOf(kv);
+  LadderPolicy policy({.load_loss = 0.2});
+  policy.Observe({.time_s = 1, .oldest_wait_s = 9}, ladder);
+  EXPECT_EQ(policy.ChooseRung({.allowed = 0b11111}), 1);
+  EXPECT_EQ(policy.ChooseRung({.allowed = 0b11111, .priority = -3}), 2);
+  policy.Observe({.time_s = 2, .kv_used = 1.1}, ladder);
+  EXPECT_EQ(policy.ChooseRung({.allowed = 0b11111}), 3);
+  EXPECT_EQ(policy.ChooseRung({.allowed = 0b11111, .priority = -3}), 4);
 }
 
 TEST(LadderPolicy, IsNotMovedBeyondTheLadderOrBoundsByGarbage) {
@@ -117,13 +137,16 @@ TEST(LadderPolicy, IsNotMovedBeyondTheLadderOrBoundsByGarbage) {
     quiet = i / 40 % 2 == 0;
     const int before = policy.level();
     silent = random() % 20 == 0 ? silent + 1 : 0;
-    policy.Observe({.time_s = silent > 0 ? std::nan("") : 0.05 * i,
-                    .kv_used = draw(),
-                    .kv_promised = draw(),
-                    .queue_length = draw(),
-                    .oldest_wait_s = draw(),
-                    .step_s = draw()},
-                   ladder);
+    const PressureReport report{.time_s = silent > 0 ? std::nan("") : 0.05 * i,
+                                .kv_used = draw(),
+                                .kv_promised = draw(),
+                                .queue_length = draw(),
+                                .oldest_wait_s = draw(),
+                                .step_s = draw()};
+    policy.Observe(report, ladder);
+    if (policy.level() > before && !(report.kv_used > 1)) {
+      ASSERT_LE(policy.level(), ladder.HardestWithin(0.25)) << "load may not cost that";
+    }
     moves += policy.level() != before ? 1 : 0;
     ASSERT_GE(policy.level(), 0);
     ASSERT_LT(policy.level(), ladder.size());
@@ -141,7 +164,7 @@ TEST(LadderPolicy, IsNotMovedBeyondTheLadderOrBoundsByGarbage) {
 TEST(LadderPolicy, RefusesLastOfAll) {
   std::istringstream kv("1 1 1");
   const Ladder ladder = LadderOf(kv);
-  LadderPolicy policy({});
+  LadderPolicy policy({});  // 0.2 nats for rung 2, which load may cost
   const auto observe = [&](double time, double wait) {
     policy.Observe({.time_s = time, .oldest_wait_s = wait}, ladder);
     return policy.refuses();

@@ -47,6 +47,19 @@ TEST(Ladder, TakesOnlyNestedRungs) {
   EXPECT_FALSE(ladder.Append(milder));
 }
 
+TEST(Ladder, HardestWithinALoss) {
+  Ladder ladder = Ladder::DenseOnly(kWidths);
+  Rung rung = ladder.rung(0);
+  for (const double loss : {0.1, 0.3, 0.2}) {
+    rung.price.quality_loss_nats = loss;
+    ASSERT_TRUE(ladder.Append(rung));
+  }
+  EXPECT_EQ(ladder.HardestWithin(-1), 0);
+  EXPECT_EQ(ladder.HardestWithin(0.1), 1);
+  EXPECT_EQ(ladder.HardestWithin(0.25), 1) << "rung 2 on the way loses more";
+  EXPECT_EQ(ladder.HardestWithin(0.3), 3);
+}
+
 TEST(Ladder, ALayerHoldsKvWhileEitherPhaseKeepsAHead) {
   Rung rung = Ladder::DenseOnly(kWidths).rung(0);
   rung.decode.Keep(1, SiteKind::kHeads, 0);

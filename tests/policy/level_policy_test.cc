@@ -27,11 +27,12 @@ class Asked final : public LevelPolicy {
   using LevelPolicy::LevelPolicy;
   std::string_view name() const override { return "asked"; }
   std::vector<LevelState> states;
-  int level = 0;
+  int level = 0, offered = 0;
 
  protected:
-  int Decide(const LevelState& state, int /*rungs*/) override {
+  int Decide(const LevelState& state, int rungs) override {
     states.push_back(state);
+    offered = rungs;
     return level;
   }
 };
@@ -74,6 +75,20 @@ TEST(LevelPolicy, ServesByPriorityAroundTheLevel) {
   EXPECT_EQ(policy.ChooseRung({.allowed = 7, .priority = 5}), 0);
   EXPECT_EQ(policy.ChooseRung({.allowed = 5}), 0);
   EXPECT_EQ(policy.reason(), "learned");
+}
+
+TEST(LevelPolicy, IsOfferedWhatMayBeCost) {
+  const SiteWidths widths{.layers = 1, .heads = 2, .channels = 64};
+  Ladder ladder = Ladder::DenseOnly(widths);
+  for (const double loss : {0.1, 0.2, 0.3}) {
+    ASSERT_TRUE(ladder.Append(
+        {ladder.rung(0).prefill, ladder.rung(0).decode, {.quality_loss_nats = loss}}));
+  }
+  Asked policy({.every_s = 0.2, .load_loss = 0.2});
+  policy.Observe({.time_s = 1, .oldest_wait_s = 9}, ladder);
+  EXPECT_EQ(policy.offered, 3);
+  policy.Observe({.time_s = 2, .kv_used = 1.1}, ladder);
+  EXPECT_EQ(policy.offered, 4);
 }
 
 TEST(DqnPolicy, TakesTheHighestValue) {

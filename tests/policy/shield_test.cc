@@ -46,7 +46,7 @@ class ShieldTest : public testing::Test {
 
   const Ladder ladder_ = Five();
   Told told_;
-  Shield shield_{&told_, {.lower_dwell_s = 0.25}};
+  Shield shield_{&told_, {.load_loss = 9, .lower_dwell_s = 0.25}};
 };
 
 TEST_F(ShieldTest, FollowsUpAtOnceAndDownByARungADwell) {
@@ -91,6 +91,24 @@ TEST_F(ShieldTest, MemoryIsNotThePolicysToIgnore) {
   EXPECT_EQ(shield_.reason(), "memory");
   At(1.01, 0, {.kv_used = 1.2});
   EXPECT_EQ(shield_.wanted(), 2);
+}
+
+TEST_F(ShieldTest, LoadMayCostOnlySoMuch) {
+  Shield shield(&told_, {.load_loss = 0.2, .lower_dwell_s = 0.25});
+  told_.level = 4;
+  shield.Observe({.time_s = 1, .oldest_wait_s = 0.9, .waiting = 1}, ladder_);
+  EXPECT_EQ(shield.wanted(), 2);
+  EXPECT_EQ(shield.ChooseRung({.allowed = 31, .priority = -2}), 2);
+  EXPECT_TRUE(shield.refuses());
+  for (const double time : {2.0, 2.1, 2.2, 2.3}) {
+    shield.Observe({.time_s = time, .kv_used = 1.2, .oldest_wait_s = 0.9, .waiting = 1}, ladder_);
+  }
+  EXPECT_EQ(shield.wanted(), 4) << "memory may cost more";
+  EXPECT_TRUE(shield.refuses());
+  for (int i = 0; i < 20; ++i) {
+    shield.Observe({.time_s = 3 + 0.3 * i, .kv_used = 0.8, .waiting = 1}, ladder_);
+  }
+  EXPECT_EQ(shield.wanted(), 2);
 }
 
 TEST_F(ShieldTest, InCalmTheFullModelIsServed) {

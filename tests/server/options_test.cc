@@ -328,11 +328,12 @@ TEST_F(OptionsTest, PolicyIsFixedAtARungOfTheLadder) {
 TEST_F(OptionsTest, PolicyChoosesByTargets) {
   const ServerOptions options =
       Read({"--ladder=m.ladder", "--policy=ladder", "--policy-mode=shadow", "--ttft-target=0.5",
-            "--tpot-target=0.02"});
+            "--tpot-target=0.02", "--load-loss=0.4"});
   EXPECT_EQ(options.policy, ServerOptions::PolicyKind::kLadder);
   EXPECT_TRUE(options.shadow);
   EXPECT_EQ(options.ttft_target, std::chrono::milliseconds(500));
   EXPECT_EQ(options.tpot_target, std::chrono::milliseconds(20));
+  EXPECT_EQ(options.load_loss, 0.4);
   EXPECT_FALSE(Read({}).shadow);
   EXPECT_EQ(Refusal({"--policy=ladder"}), "--policy: ladder needs a ladder: --ladder");
   EXPECT_EQ(Refusal({"--decision-log=d"}), "--decision-log: a fixed policy decides nothing");

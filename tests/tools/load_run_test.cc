@@ -38,5 +38,16 @@ TEST(PoissonArrivals, SameSeedSameArrivals) {
   EXPECT_NE(PoissonArrivals(10, 0, 50, 7), PoissonArrivals(10, 0, 50, 8));
 }
 
+TEST(MayBeGood, UntilATargetIsMissed) {
+  const LoadShape shape{.max_tokens = 101, .ttft_target = 2, .tpot_target = 0.1};
+  EXPECT_TRUE(MayBeGood(shape, 2.4, -1));
+  EXPECT_FALSE(MayBeGood(shape, 2.6, -1));
+  EXPECT_FALSE(MayBeGood(shape, 3, 2.1));
+  EXPECT_TRUE(MayBeGood(shape, 12.3, 1.9));
+  EXPECT_FALSE(MayBeGood(shape, 12.5, 1.9));
+  EXPECT_TRUE(MayBeGood({.max_tokens = 101, .ttft_target = 2}, 1e6, 1.9));
+  EXPECT_TRUE(MayBeGood({.max_tokens = 101}, 1e6, -1));
+}
+
 }  // namespace
 }  // namespace espalier

@@ -154,19 +154,19 @@ def cold_start_ours(setup):
         return time.perf_counter() - began
 
 
-def _connect(port):
+def connect(port):
     return http.client.HTTPConnection("127.0.0.1", port, timeout=600)
 
 
 @contextlib.contextmanager
-def _llama_server(setup, attention, *options):
+def llama_server(setup, attention, *options):
     """Yields its port once it serves."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
 
     def ready():
-        connection = _connect(port)
+        connection = connect(port)
         with contextlib.suppress(OSError), contextlib.closing(connection):
             connection.request("GET", "/health")
             return connection.getresponse().status == 200
@@ -180,7 +180,7 @@ def _llama_server(setup, attention, *options):
 
 def _complete(port, prompt, tokens):
     """One streamed call; the tokens it brought."""
-    with contextlib.closing(_connect(port)) as connection:
+    with contextlib.closing(connect(port)) as connection:
         connection.request("POST", "/completion", json.dumps({
             "prompt": prompt, "n_predict": tokens, "stream": True, "ignore_eos": True,
             "temperature": 0, "samplers": ["temperature"], "cache_prompt": False}),
@@ -199,8 +199,8 @@ def serve_llama(setup, seed):
 def _serve_llama(setup, seed, attention):
     # A slot has room for prompt and output; nothing is cached between calls.
     context = STREAMS * 2 * (PROMPT + GENERATE)
-    with _llama_server(setup, attention, "-np", STREAMS, "-c", context, "--cache-ram", 0) as port:
-        with contextlib.closing(_connect(port)) as connection:
+    with llama_server(setup, attention, "-np", STREAMS, "-c", context, "--cache-ram", 0) as port:
+        with contextlib.closing(connect(port)) as connection:
             connection.request("GET", "/v1/models")
             models = json.load(connection.getresponse())
         vocabulary = models["data"][0]["meta"]["n_vocab"]
@@ -236,7 +236,7 @@ def cold_start_llama(setup):
 
 def _cold_start_llama(setup, attention):
     began = time.perf_counter()
-    with _llama_server(setup, attention, "--no-warmup", "-np", 1, "-c", 2048) as port:
+    with llama_server(setup, attention, "--no-warmup", "-np", 1, "-c", 2048) as port:
         _complete(port, TEXT, 1)
         server = time.perf_counter() - began
 

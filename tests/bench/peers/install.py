@@ -73,6 +73,13 @@ def install(folder):
     peers.folder.mkdir(parents=True, exist_ok=True)
     requirements = (HERE / "requirements.txt").read_text()
     once(peers.folder / "openvino.installed", requirements, lambda: _install_openvino(peers))
+    return install_llama(folder)
+
+
+def install_llama(folder):
+    """llama.cpp alone into `folder`; returns where it is."""
+    peers = Peers(folder)
+    peers.folder.mkdir(parents=True, exist_ok=True)
     once(peers.folder / "llama.cpp.installed", "\n".join((LLAMA_SOURCE, *LLAMA_PROGRAMS,
                                                           *LLAMA_OPTIONS)),
          lambda: _install_llama(peers))
@@ -115,17 +122,28 @@ def _unpack_llama(peers, source, log):
     shutil.rmtree(download)
 
 
-def convert(peers, model):
-    """The model as each peer runs it best, made once per content of the file `model`."""
-    models = peers.folder / "models"
-    models.mkdir(exist_ok=True)
-    stamp = f"{model.resolve()} {model.stat().st_size} {model.stat().st_mtime_ns}"
-    quantised, folder = peers.llama_model(model), peers.openvino_model(model)
+def _stamp(model):
+    return f"{model.resolve()} {model.stat().st_size} {model.stat().st_mtime_ns}"
+
+
+def convert_llama(peers, model):
+    """The model as llama.cpp runs it best, made once per content of the file `model`."""
+    quantised = peers.llama_model(model)
+    quantised.parent.mkdir(exist_ok=True)
     log = peers.folder / "models.log"
 
     def quantise():
         print("peers: requantising the model to Q4_0 for llama.cpp", flush=True)
         run([peers.llama("quantize"), "--allow-requantize", model, quantised, "Q4_0"], log)
+
+    once(quantised.with_suffix(".made"), f"{_stamp(model)} {LLAMA_SOURCE}", quantise)
+
+
+def convert(peers, model):
+    """As convert_llama, for both peers."""
+    convert_llama(peers, model)
+    folder = peers.openvino_model(model)
+    log = peers.folder / "models.log"
 
     def save():
         print("peers: converting the model for OpenVINO", flush=True)
@@ -137,5 +155,4 @@ def convert(peers, model):
         run([peers.python, HERE / "openvino_engine.py", "--convert", file], log)
         file.unlink()
 
-    once(quantised.with_suffix(".made"), f"{stamp} {LLAMA_SOURCE}", quantise)
-    once(folder.with_suffix(".made"), f"{stamp} {(HERE / 'requirements.txt').read_text()}", save)
+    once(folder.with_suffix(".made"), f"{_stamp(model)} {(HERE / 'requirements.txt').read_text()}", save)

@@ -19,9 +19,17 @@ BAR, GAP, GROUP_GAP, PANEL_GAP, MARGIN = 26, 3, 20, 36, 10
 HEIGHT, TOP, BASE = 306, 82, 266  # bars stand on BASE and reach TOP at most
 
 
-def _text(x, y, text, size=11, anchor="middle", extra=""):
+def text(x, y, words, size=11, anchor="middle", extra=""):
     return (f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}" '
-            f'fill="{TEXT}"{extra}>{escape(text)}</text>')
+            f'fill="{TEXT}"{extra}>{escape(words)}</text>')
+
+
+def svg(width, height, label, parts):
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" font-family="-apple-system, Segoe UI, Helvetica, Arial, sans-serif" '
+        f'role="img" aria-label="{escape(label)}">',
+        *parts, "</svg>\n"])
 
 
 def _bar(x, value, least, most, scale, colour):
@@ -32,7 +40,7 @@ def _bar(x, value, least, most, scale, colour):
     if most > least:
         parts.append(f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="{BASE - least * scale:.1f}" '
                      f'y2="{BASE - most * scale:.1f}" stroke="{TEXT}" stroke-width="1.5"/>')
-    parts.append(_text(middle, BASE - most * scale - 5, f"{value:.0f}", 10))
+    parts.append(text(middle, BASE - most * scale - 5, f"{value:.0f}", 10))
     return parts
 
 
@@ -56,12 +64,12 @@ def draw(result):
                                   colour)
                     x += BAR + GAP
             x -= GAP
-            parts.append(_text((group + x) / 2, BASE + 17, label))
+            parts.append(text((group + x) / 2, BASE + 17, label))
             x += GROUP_GAP
         x -= GROUP_GAP
         parts.append(f'<line x1="{begin - 6}" x2="{x + 6}" y1="{BASE}" y2="{BASE}" '
                      f'stroke="{TEXT}" stroke-width="1"/>')
-        parts.append(_text(begin, 52, title, 13, "start", ' font-weight="600"'))
+        parts.append(text(begin, 52, title, 13, "start", ' font-weight="600"'))
         x += PANEL_GAP
     width = x - PANEL_GAP + MARGIN
 
@@ -69,16 +77,12 @@ def draw(result):
     for engine, colour in COLOURS.items():
         parts.append(f'<rect x="{at}" y="10" width="11" height="11" rx="2" fill="{colour}"/>')
         name = figures.NAMES[engine]
-        parts.append(_text(at + 17, 20, name, 12, "start"))
+        parts.append(text(at + 17, 20, name, 12, "start"))
         at += 40 + 7 * len(name)
-    parts.append(_text(width - MARGIN, 20, "tokens/s, more is better", 12, "end"))
-    parts.append(_text(MARGIN, HEIGHT - 4, f"{result['machine']}; medians of {result['turns']}, "
+    parts.append(text(width - MARGIN, 20, "tokens/s, more is better", 12, "end"))
+    parts.append(text(MARGIN, HEIGHT - 4, f"{result['machine']}; medians of {result['turns']}, "
                        "lines from least to most", 10, "start"))
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT}" width="{width}" '
-        f'height="{HEIGHT}" font-family="-apple-system, Segoe UI, Helvetica, Arial, sans-serif" '
-        'role="img" aria-label="Tokens per second of Espalier, llama.cpp and OpenVINO GenAI">',
-        *parts, "</svg>\n"])
+    return svg(width, HEIGHT, "Tokens per second of Espalier, llama.cpp and OpenVINO GenAI", parts)
 
 
 if __name__ == "__main__":

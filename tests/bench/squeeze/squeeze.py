@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What pruning under pressure is worth: the same open-loop load on a server that always serves the
-full model, on one at each of two fixed rungs, and on one whose policy chooses, with all of the KV
+full model, on two at fixed rungs, on one with each policy, and on llama-server, with all of the KV
 memory that the load needs and with less of it. `make bench-squeeze`.
 
-Goodput: calls that finished with their first token within --ttft and a token every --tpot on
-average, per second of the run. Capacity is measured first: finished calls per second of the full
-model, closed loop, with all memory. Loss is as the server told it, nats per token.
+Goodput: calls with their first token within --ttft and a token every --tpot on average, per second
+of arrivals. Capacity is measured first: finished calls per second of the full model, closed loop,
+with all memory. Loss is as the server told it, nats per token.
 """
 
 import argparse
@@ -19,6 +19,12 @@ import sys
 import tempfile
 import time
 
+import summary
+import squeeze_picture
+from summary import DQN, FIXED, FULL, LADDER, LLAMA
+
+HERE = pathlib.Path(__file__).resolve().parent
+FIGURES = pathlib.Path("build/figures/bench-squeeze.json")
 PROMPT, OUTPUT, STREAMS = 128, 128, 32
 PAGE_TOKENS = 16
 
@@ -59,24 +65,79 @@ def load(options, address, *arguments):
          "--tpot-target", str(options.tpot), *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     report = json.loads(done.stdout)
-    report["refused"] = sum(each["calls"] for each in report["refusals"].values())
-    report["goodput"] = report["good"] / report["seconds"]
+    report["refused"] = sum(each["calls"] for code, each in report["refusals"].items()
+                            if code == "RESOURCE_EXHAUSTED")
     return report
 
 
+def seconds_of(options, times):
+    """Of arrivals: beyond its capacity a line that queues looks good until the queue is long."""
+    return options.seconds * (1 if times <= 1 else 2.5)
+
+
+class Bench:
+    """The grid: what each line makes of each cell."""
+
+    def __init__(self, options, token_bytes, rungs, need):
+        self.options, self.token_bytes, self.need = options, token_bytes, need
+        self.policies = {FULL: "fixed:0"} | {line: f"fixed:{rung}" for line, rung in rungs.items()}
+        self.policies[LADDER] = "ladder"
+        if pathlib.Path(options.ladder).with_suffix(".dqn").exists():
+            self.policies[DQN] = "dqn"
+        self.llama = None
+        self.simulator_errors = []
+        self.traffic = FIGURES.with_name("squeeze.traffic")
+        self.traffic.parent.mkdir(parents=True, exist_ok=True)
+
+    def with_llama(self):
+        """llama.cpp, which is built once where bench-peers has it."""
+        sys.path.insert(0, str(HERE.parent / "peers"))
+        import engines  # noqa: E402
+        import install  # noqa: E402
+        model = pathlib.Path(self.options.model)
+        peers = install.install_llama(pathlib.Path(self.options.peers).resolve())
+        install.convert_llama(peers, model)
+        self.llama = engines.Setup(model, len(os.sched_getaffinity(0)), None, peers)
+
+    def cell(self, taken, times, capacity, llama):
+        seconds = seconds_of(self.options, times)
+        kv_bytes = int(self.need * (1 - taken))
+        reports = {}
+        for line, policy in self.policies.items():
+            with server(self.options, policy, kv_bytes) as address:
+                report = load(self.options, address, "--rate", capacity * times, "--duration",
+                              seconds, "--seed", 7, "--traffic-out", self.traffic, "--give-up")
+            reports[line] = {"goodput": report["good"] / seconds,
+                             "refused": report["refused"], "calls": report["calls"],
+                             "loss": report["told_loss"]}
+        if self.options.costs.exists() and reports[LADDER]["goodput"] > 0:
+            predicted = simulated(self.options, self.traffic, kv_bytes) / seconds
+            self.simulator_errors.append(abs(predicted / reports[LADDER]["goodput"] - 1))
+        if llama:
+            reports[LLAMA] = self.llama_report(taken, kv_bytes, seconds)
+        return reports
+
+    def llama_report(self, taken, kv_bytes, seconds):
+        """The better of its two ways to share the KV, which with all of it are one."""
+        import llama_line  # noqa: E402
+        reports = [llama_line.run(self.llama, kind, self.traffic, int(kv_bytes / self.token_bytes),
+                                  (STREAMS, PROMPT, OUTPUT), (self.options.ttft, self.options.tpot))
+                   for kind in llama_line.KINDS[:2 if taken > 0 else 1]]
+        best = max(reports, key=lambda report: (report["good"], report["finished"]))
+        # It refuses none: what fails, fails because its KV is full.
+        return {"goodput": best["good"] / seconds, "refused": best["failed"],
+                "calls": best["calls"], "loss": 0}
+
+
 def simulated(options, traffic, kv_bytes):
-    """What the simulator says of the policy on the same calls; None without costs."""
-    if not options.costs.exists():
-        return None
+    """Good calls that the simulator says of the rule on the same calls."""
     done = subprocess.run(
         [f"{options.bin}/espalier", "simulate", "--ladder", options.ladder, "--costs",
          options.costs, "--policy", "ladder", "--traffic", traffic, "--kv-memory",
          str(kv_bytes / 2**20), "--max-sequences", str(STREAMS), "--ttft-target",
          str(options.ttft), "--tpot-target", str(options.tpot), "--json"],
         check=True, stdout=subprocess.PIPE, text=True)
-    report = json.loads(done.stdout)
-    # As the load generator counts: over the seconds until the last call ended.
-    return report["good"] / report["seconds"]
+    return json.loads(done.stdout)["good"]
 
 
 def recovery(options, rate, kv_bytes):
@@ -124,10 +185,46 @@ def freed_over_planned(options, kv_bytes):
     return freed / planned
 
 
-def ladder_of(path):
-    """(kv bytes a token of rung 0, number of the last rung)."""
-    rungs = re.findall(r"^rung (\d+) .*?kv_bytes=([\d.]+)", pathlib.Path(path).read_text(), re.M)
-    return float(rungs[0][1]), int(rungs[-1][0])
+def told_over_measured(options, rate, kv_bytes):
+    """live_loss.py on a server with the rule, at 1.5 times the full model's capacity; None without
+    the Python packages, or texts."""
+    python = subprocess.run([HERE.parents[2] / "tools/scripts/python_env.sh"], text=True,
+                            stdout=subprocess.PIPE, check=False)
+    if python.returncode != 0:
+        return None
+    texts = pathlib.Path("build/ladders/texts")
+    if not list(texts.glob("test/*.txt")):
+        subprocess.run([sys.executable, HERE.parent / "pruning/texts.py", texts], check=True,
+                       stdout=subprocess.DEVNULL)
+    paths = sorted(texts.glob("test/*.txt"))
+    if not paths:
+        return None
+    with server(options, "ladder", kv_bytes, "--quality-check", 0) as address:
+        with subprocess.Popen(
+                [f"{options.bin}/espalier", "load", "--address", address, "--prompt-tokens",
+                 str(PROMPT), "--max-tokens", str(OUTPUT), "--rate", str(1.5 * rate), "--duration",
+                 str(options.live_seconds), "--seed", "10", "--json"], stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL):
+            done = subprocess.run([python.stdout.strip(), HERE / "live_loss.py", address,
+                                   str(options.live_seconds), *paths], check=True, text=True,
+                                  stdout=subprocess.PIPE)
+    return json.loads(done.stdout)
+
+
+def picture_of(figures, cells):
+    return squeeze_picture.draw(cells, f"{figures['machine']}, commit {figures['commit']}")
+
+
+def finish(figures, cells):
+    """Writes figures, table and picture, and tells them."""
+    FIGURES.write_text(json.dumps(figures, indent=2) + "\n")
+    FIGURES.with_suffix(".md").write_text(summary.markdown(cells))
+    FIGURES.with_suffix(".svg").write_text(picture_of(figures, cells))
+    told = figures.keys() - summary.flat(cells).keys()
+    for name, value in figures.items():
+        if name in told and isinstance(value, float):
+            print(f"{name} {value:.3f}")
+    print(f"figures: {FIGURES}, table and picture beside it")
 
 
 def main():
@@ -136,95 +233,81 @@ def main():
     parser.add_argument("--model", required=True)
     parser.add_argument("--ladder", required=True)
     parser.add_argument("--bin", default="build/release/bin")
-    parser.add_argument("--seconds", type=float, default=15, help="of arrivals, for each figure")
+    parser.add_argument("--peers", default="build/peers", help="where llama.cpp is, or will be")
+    parser.add_argument("--seconds", type=float, default=6,
+                        help="of arrivals, for each figure; 2.5 times that beyond the capacity")
+    parser.add_argument("--live-seconds", type=float, default=30,
+                        help="in which texts are scored under load, for told_over_measured")
     parser.add_argument("--ttft", type=float, default=2)
     parser.add_argument("--tpot", type=float, default=0.08)
-    parser.add_argument("--loads", default="0.5,1,2", help="shares of the full model's capacity")
-    parser.add_argument("--taken", default="0,0.4,0.7", help="shares of the KV memory taken away")
+    parser.add_argument("--loads", default="0.5,1,2,3", help="shares of the full model's capacity")
+    parser.add_argument("--taken", default="0,0.35,0.7", help="shares of the KV memory taken away")
+    parser.add_argument("--no-llama", action="store_true", help="leave out llama-server")
+    parser.add_argument("--markdown", action="store_true",
+                        help="run nothing: print the last run's table as the README has it, and "
+                        "make its picture the README's")
     options = parser.parse_args()
+    if options.markdown:
+        figures = json.loads(FIGURES.read_text())
+        cells = summary.cells_of(figures)
+        sys.stdout.write(summary.markdown(cells))
+        (HERE / "squeeze.svg").write_text(picture_of(figures, cells))
+        return
     options.costs = pathlib.Path(options.ladder).with_suffix(".costs")
-    token_bytes, last = ladder_of(options.ladder)
+    token_bytes, left_out = summary.ladder_of(pathlib.Path(options.ladder).read_text())
+    rungs = {line: summary.rung_of(left_out, share) for line, share in FIXED.items()}
     need = int(token_bytes * STREAMS * (PROMPT + OUTPUT + PAGE_TOKENS))
-    mild, hard = max(1, last // 4), max(1, last // 2)
-    policies = {"full": "fixed:0", f"fixed {mild}": f"fixed:{mild}", f"fixed {hard}": f"fixed:{hard}",
-                "policy": "ladder"}
-    if pathlib.Path(options.ladder).with_suffix(".dqn").exists():
-        policies["learned"] = "dqn"
+    bench = Bench(options, token_bytes, rungs, need)
+    if not options.no_llama:
+        bench.with_llama()
     with server(options, "fixed:0", need) as address:
         load(options, address, "--requests", STREAMS, "--concurrency", STREAMS, "--seed", 90)
         closed = load(options, address, "--requests", 4 * STREAMS, "--concurrency", STREAMS,
                       "--seed", 91)
     capacity = closed["finished"] / closed["seconds"]
     print(f"capacity of the full model: {capacity:.2f} calls/s of {PROMPT} + {OUTPUT} tokens, "
-          f"{closed['tokens_per_s']:.0f} tokens/s, {need / 1e6:.0f} MB of KV\n")
-    print(f"{'KV taken':>9}{'load':>6}{'':>3}" + "".join(f"{name:>34}" for name in policies))
-    print(f"{'':>18}" + "".join(f"{'good/s':>12}{'refused':>10}{'told loss':>12}" for _ in policies))
-    figures, ratios, off = {"capacity_calls_per_s": capacity}, {}, []
-    for taken in map(float, options.taken.split(",")):
+          f"{closed['tokens_per_s']:.0f} tokens/s, {need / 1e6:.0f} MB of KV\n"
+          + ", ".join(f"{line}: rung {rung}, {left_out[rung]:.1%} of the channels"
+                      for line, rung in rungs.items())
+          + "\ngood calls/s, refused or failed, told loss", flush=True)
+    taken = list(map(float, options.taken.split(",")))
+    cells = {}
+    for share in taken:
         for times in map(float, options.loads.split(",")):
-            line = f"{taken:9.0%}{times:5.1f}x{'':>3}"
-            cells, kv_bytes = {}, int(need * (1 - taken))
-            for name, policy in policies.items():
-                traffic = pathlib.Path("build/figures/squeeze.traffic")
-                traffic.parent.mkdir(parents=True, exist_ok=True)
-                with server(options, policy, kv_bytes) as address:
-                    report = load(options, address, "--rate", capacity * times, "--duration",
-                                  options.seconds, "--seed", 7, "--traffic-out", traffic)
-                if name == "policy":
-                    predicted = simulated(options, traffic, kv_bytes)
-                    if predicted is not None:
-                        off.append(abs(predicted / max(report["goodput"], 1e-9) - 1))
-                cells[name] = report
-                line += f"{report['goodput']:12.2f}{report['refused']:10}{report['told_loss']:12.3f}"
-                key = f"{name.replace(' ', '_')}_kv{round(100 * (1 - taken))}_load{round(100 * times)}"
-                figures[f"goodput_{key}"] = report["goodput"]
-                figures[f"loss_{key}"] = report["told_loss"]
-            print(line, flush=True)
-            ratios[taken, times] = cells
-    worst = ratios[max(taken for taken, _ in ratios), 2.0] if any(
-        times == 2.0 for _, times in ratios) else None
-    fixed = [name for name in policies if name.startswith("fixed")]
-    if worst is not None:
-        figures["goodput_vs_dense"] = worst["policy"]["goodput"] / max(worst["full"]["goodput"], 1e-9)
-    best = [(cells["policy"]["goodput"] / max(cells[name]["goodput"], 1e-9),
-             cells["policy"]["told_loss"] / max(cells[name]["told_loss"], 1e-9))
-            for cells in ratios.values()
-            for name in [max(fixed, key=lambda each: cells[each]["goodput"])]]
-    figures["goodput_vs_best_fixed"] = min(goodput for goodput, _ in best)
-    figures["loss_vs_best_fixed"] = max(loss for _, loss in best)
-    calm = ratios.get((0.0, 0.5))
-    if calm is not None:
-        figures["cost_without_squeeze"] = 1 - (calm["policy"]["goodput"]
-                                               / max(calm["full"]["goodput"], 1e-9))
-    if "learned" in policies:
-        figures["learned_vs_policy_goodput"] = min(
-            cells["learned"]["goodput"] / max(cells["policy"]["goodput"], 1e-9)
-            for cells in ratios.values())
-    if off:
-        figures["simulator_error"] = max(off)
-        figures["simulator_error_median"] = sorted(off)[len(off) // 2]
+            if share not in (min(taken), max(taken)) and times not in (1, 2):
+                continue  # what lies between is told by fewer
+            # llama-server: with all memory and at the worst squeeze.
+            llama = bench.llama is not None and share in (min(taken), max(taken))
+            cells[share, times] = bench.cell(share, times, capacity, llama)
+            print(f"{share:5.0%} {times:4.1f}x " + "".join(
+                f" {line} {report['goodput']:.2f} {report['refused']} {report['loss']:.3f}"
+                for line, report in cells[share, times].items()), flush=True)
+    figures = {"capacity_calls_per_s": capacity, "seconds": options.seconds}
+    figures |= summary.flat(cells) | summary.ratios(cells, lambda times: seconds_of(options, times))
+    if bench.simulator_errors:
+        figures["simulator_error"] = max(bench.simulator_errors)
+        figures["simulator_error_median"] = sorted(bench.simulator_errors)[
+            len(bench.simulator_errors) // 2]
     recovered = recovery(options, capacity, need)
     if recovered is not None:
         figures["recovery_s"], figures["recovery_dwells_s"] = recovered
     figures["rss_freed_over_planned"] = freed_over_planned(options, need)
-    policy_bench = pathlib.Path(options.bin, "policy_bench")
-    subprocess.run([policy_bench], check=True)
+    live = told_over_measured(options, capacity, need)
+    if live is not None:
+        print(f"texts scored under load: {live}")
+        figures["told_over_measured"] = live["told"] / live["measured"]
+        figures["measured_loss_live"] = live["measured"]
+        figures["measured_loss_live_error"] = live["standard_error"]
+    subprocess.run([pathlib.Path(options.bin, "policy_bench")], check=True)
     for task, figure in (("serve", "dqn_vs_ladder"), ("rap", "rap_dqn_vs_greedy")):
         trained = pathlib.Path(f"build/figures/train-{task}.json")
         if trained.exists():  # by `espalier train`, whenever that was
             figures[figure] = json.loads(trained.read_text())[figure]
+        else:
+            print(f"{figure} is left out: `espalier train --task {task}` has not run here")
     # With the machine and the commit.
-    figures = json.loads(pathlib.Path("build/figures/bench-policy.json").read_text()) | figures
-    out = pathlib.Path("build/figures")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "bench-squeeze.json").write_text(json.dumps(figures, indent=2) + "\n")
-    for name in ("goodput_vs_dense", "goodput_vs_best_fixed", "loss_vs_best_fixed",
-                 "cost_without_squeeze", "learned_vs_policy_goodput", "simulator_error",
-                 "simulator_error_median", "recovery_s", "recovery_dwells_s", "rss_freed_over_planned",
-                 "policy_p99_us"):
-        if name in figures:
-            print(f"{name} {figures[name]:.3f}")
-    print(f"figures: {out}/bench-squeeze.json")
+    figures = json.loads(FIGURES.with_name("bench-policy.json").read_text()) | figures
+    finish(figures, cells)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #include "engine/sim/simulation.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -102,6 +103,34 @@ TEST(Simulation, WithoutPressureItIsTheFullModel) {
   const SimReport report = Simulate(Calls(1), Options(), Three(), kCosts, &ladder);
   EXPECT_EQ(report.refused(), 0);
   EXPECT_EQ(report.loss_per_token(), 0);
+}
+
+TEST(Simulation, RapsScenariosAreServedInLessMemory) {
+  for (const BlockTask& scenario : RapScenarios()) {
+    SimOptions options = Options();
+    options.scheduler.max_sequences = scenario.batch;
+    options.geometry.context = 1 << 20;
+    options.geometry.pages =
+        kLayers * scenario.batch * (scenario.length / options.geometry.page_tokens + 1);
+    const Traffic traffic = RapTraffic(scenario, 1e6);
+    FixedPolicy full(0), half(2);  // rung 2 keeps half of the KV
+    const SimReport dense = Simulate(traffic, options, Three(), kCosts, &full);
+    const SimReport pruned = Simulate(traffic, options, Three(), kCosts, &half);
+    const auto last_first_token = [&](const SimReport& report, int budget) {
+      double last = 0;
+      for (int i = 0; i < scenario.batch; ++i) {
+        const SimOutcome& call = report.calls[budget * scenario.batch + i];
+        // A sequence is accepted only if it fits as a whole at rung 0.
+        EXPECT_EQ(call.refused, scenario.batch == 1 && budget > 0);
+        last = std::max(last, call.first_token_s);
+      }
+      return last;
+    };
+    if (scenario.batch == 1) continue;
+    // In 0.6 of the memory some calls of the full model wait until others end.
+    EXPECT_EQ(last_first_token(pruned, 0), last_first_token(pruned, 2)) << scenario.batch;
+    EXPECT_GT(last_first_token(dense, 2), 1.2 * last_first_token(dense, 0)) << scenario.batch;
+  }
 }
 
 TEST(Simulation, LessMemoryIsFelt) {

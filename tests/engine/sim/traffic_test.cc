@@ -74,6 +74,21 @@ TEST(Traffic, SameSeedSameTraffic) {
   EXPECT_NE(first.calls, MakeTraffic(options).calls);
 }
 
+TEST(Traffic, HasRapsTenScenariosAtTheirBudgets) {
+  ASSERT_EQ(RapScenarios().size(), 10U);
+  for (const BlockTask& scenario : RapScenarios()) {
+    const Traffic traffic = RapTraffic(scenario, 100);
+    ASSERT_EQ(traffic.shocks.size(), 3U);
+    EXPECT_EQ(traffic.shocks[1], (MemoryShock{std::chrono::seconds(100), 0.8}));
+    EXPECT_EQ(traffic.shocks[2], (MemoryShock{std::chrono::seconds(200), 0.6}));
+    int64_t tokens = 0;
+    for (const SimCall& call : traffic.calls) tokens += call.prompt + call.output;
+    EXPECT_EQ(tokens, 3 * scenario.tokens());
+    EXPECT_EQ(traffic.calls.size(), 3U * scenario.batch);
+    EXPECT_EQ(traffic.calls.back().arrival, std::chrono::seconds(200));
+  }
+}
+
 TEST(Traffic, IsReadFromText) {
   Traffic traffic;
   std::string error;
