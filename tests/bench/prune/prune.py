@@ -48,6 +48,7 @@ ROWS = {
 UNGROUPED = ("lscore-ewma", "wanda-ewma", "wanda-ewma-02")
 TIMED, TIMED_PATTERN, TURNS = ("swift", "quality", "sparsegpt"), "2:4", 5
 PHASES = ("load", "forward", "statistics", "read", "select", "update", "write")
+WIDTH = 11
 FIGURES = pathlib.Path("build/figures")
 
 
@@ -105,15 +106,15 @@ class Bench:
 def line_of(row, swift):
     seconds = row["seconds"]
     return (f"{row['name']:28}{row['pattern']:>5}{row['tokens']:7}"
-            + "".join(f"{seconds[phase]:8.2f}" for phase in PHASES)
+            + "".join(f"{seconds[phase]:{WIDTH}.2f}" for phase in PHASES)
             + f"{alone(seconds):8.2f}{alone(seconds) / alone(swift['seconds']):8.2f}x"
             + f"{row['wall']:8.2f}{row['wall'] / swift['wall']:8.2f}x"
             + f"{100 * row['sparsity']:9.2f}%{row['ppl']:10.2f}")
 
 
 def table(rows):
-    lines = [f"{'':28}{'':>5}{'':>7}{'seconds of a turn, by phase':^56}{'alone':^17}{'end to end':^17}",
-             f"{'method':28}{'':>5}{'tokens':>7}" + "".join(f"{phase:>8}" for phase in PHASES)
+    lines = [f"{'':28}{'':>5}{'':>7}{'seconds, by phase':^{7 * WIDTH}}{'alone':^17}{'end to end':^17}",
+             f"{'method':28}{'':>5}{'tokens':>7}" + "".join(f"{phase:>{WIDTH}}" for phase in PHASES)
              + f"{'s':>8}{'to ours':>9}{'s':>8}{'to ours':>9}{'zeros':>10}{'ppl':>10}"]
     for pattern in PATTERNS:
         swift = rows.get(f"swift {pattern}")
