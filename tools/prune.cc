@@ -43,7 +43,7 @@ struct Options {
   std::vector<std::string> texts;
   std::string moments;
   int64_t tokens = 0;  // 0: the method's
-  int window = 512;
+  int window = 0;      // 0: the method's
   uint64_t seed = 1;
   std::string out;
   std::string store = "auto";
@@ -128,7 +128,15 @@ absl::Status CheckMoments(const Options& options, const WeightPruningOptions& pl
 
 int64_t TokensOf(const Options& options) {
   if (options.tokens > 0) return options.tokens;
-  return options.method == "swift" ? 2048 : options.method == "sparsegpt" ? 4096 : 8192;
+  if (options.method == "sparsegpt") return 4096;
+  return options.method == "swift" && !options.quality ? 2048 : 8192;
+}
+
+// Of 2,048 tokens, windows of 128 are 16 places of the text in place of 4: 2:4 loses 3 % less in
+// perplexity. With 8,192 longer ones are better, by as much.
+int WindowOf(const Options& options) {
+  if (options.window > 0) return options.window;
+  return options.method == "swift" && !options.quality ? 128 : 512;
 }
 
 // Windows to calibrate with, kinds in turns.
@@ -136,24 +144,25 @@ absl::StatusOr<std::vector<std::vector<int32_t>>> ReadWindows(const Options& opt
                                                               const ModelFile& file) {
   const auto tokenizer = Tokenizer::Create(file.vocabulary());
   if (!tokenizer.ok()) return tokenizer.status();
-  const int64_t windows = std::max<int64_t>(1, TokensOf(options) / options.window);
+  const int window = WindowOf(options);
+  const int64_t windows = std::max<int64_t>(1, TokensOf(options) / window);
   const auto kinds = static_cast<int64_t>(options.texts.size());
   std::vector<std::string> paths;
   std::ranges::copy_if(options.texts, std::back_inserter(paths),
                        [](const std::string& path) { return path != kSelf; });
   const int64_t each = (windows + kinds - 1) / kinds;
   absl::StatusOr<std::vector<TextKind>> read =
-      ReadKinds(paths, **tokenizer, options.window, static_cast<int>(each));
+      ReadKinds(paths, **tokenizer, window, static_cast<int>(each));
   if (!read.ok()) return read.status();
   if (paths.size() < options.texts.size()) {
     // The whole model in memory, for as long as it writes.
     const absl::StatusOr<LocalModel> model =
-        LoadLocalModel(options.model, kSelfBatch * PagedTokens(options.window + 1), 512);
+        LoadLocalModel(options.model, kSelfBatch * PagedTokens(window + 1), 512);
     if (!model.ok()) return model.status();
     Progress bar("making up text");
     absl::StatusOr<std::vector<std::vector<int32_t>>> texts =
-        MakeUpTexts(model->executor.get(), **tokenizer, static_cast<int>(each), options.window,
-                    kSelfBatch, options.seed, [&](int64_t done, int64_t total) {
+        MakeUpTexts(model->executor.get(), **tokenizer, static_cast<int>(each), window, kSelfBatch,
+                    options.seed, [&](int64_t done, int64_t total) {
                       bar.Update(done, total);
                       return !Interrupt::raised();
                     });
@@ -375,13 +384,15 @@ void AddPrune(CLI::App& root, Action* action) {
       ->type_name("PATH");
   sub->add_option("--tokens", options->tokens,
                   "Tokens to calibrate with, of all texts; 0: 2048 for swift, 4096 for sparsegpt, "
-                  "8192 for the others")
+                  "8192 for the others and --quality")
       ->type_name("TOKENS")
       ->check(CLI::Range(int64_t{0}, int64_t{100'000'000}))
       ->capture_default_str();
-  sub->add_option("--window", options->window, "Tokens of a window, which starts a text of its own")
+  sub->add_option("--window", options->window,
+                  "Tokens of a window, which starts a text of its own; 0: 128 for swift, 512 for "
+                  "the others and --quality")
       ->type_name("TOKENS")
-      ->check(CLI::Range(2, 1 << 20))
+      ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
   sub->add_option("--seed", options->seed, "Of the text that the model makes up")
       ->type_name("NUMBER")

@@ -321,7 +321,8 @@ class WeightPruning {
             }
           } else {
             if (!blocks[input].has_value()) {
-              absl::StatusOr<BlockObs> made = BlockObs::Create(moments_[input], backend_);
+              absl::StatusOr<BlockObs> made =
+                  BlockObs::Create(moments_[input], options_.compensate_mean, backend_);
               status = made.status();
               if (status.ok()) blocks[input] = *std::move(made);
             }

@@ -17,7 +17,8 @@ constexpr int64_t kFactor = int64_t{kMomentBlock} * kObsWidth;
 
 }  // namespace
 
-absl::StatusOr<BlockObs> BlockObs::Create(const ColumnMoments& moments, Backend* backend) {
+absl::StatusOr<BlockObs> BlockObs::Create(const ColumnMoments& moments, bool centred,
+                                          Backend* backend) {
   BlockObs obs(moments.columns());
   obs.factors_.resize(moments.block_count() * kFactor);
   obs.column_weights_.resize(moments.columns());
@@ -25,12 +26,22 @@ absl::StatusOr<BlockObs> BlockObs::Create(const ColumnMoments& moments, Backend*
   const double damping =
       kDamping * std::accumulate(squares.begin(), squares.end(), 0.0) /
       (static_cast<double>(std::max<int64_t>(moments.tokens(), 1)) * moments.columns());
+  const std::vector<float> means = centred ? moments.Mean() : std::vector<float>(obs.columns_);
   std::vector<uint8_t> failed(moments.block_count());
   backend->ParallelFor(moments.block_count(), [&](int b) {
     const int width = moments.block_width(b);
     float* const factor = obs.factors_.data() + b * kFactor;
-    failed[b] =
-        !ToSmallInverseFactor(width, damping, moments.Block(b).data(), kObsWidth, factor) ? 1 : 0;
+    std::vector<float> block = moments.Block(b);
+    const float* const mean = means.data() + int64_t{b} * kMomentBlock;
+    for (int i = 0; i < width; ++i) {
+      for (int j = 0; j < width; ++j) block[i * width + j] -= mean[i] * mean[j];
+    }
+    // A mean far beyond its deviation leaves rounding in its place.
+    bool done = false;
+    for (const double times : {1.0, 10.0, 100.0}) {
+      done = done || ToSmallInverseFactor(width, times * damping, block.data(), kObsWidth, factor);
+    }
+    failed[b] = done ? 0 : 1;
     for (int j = 0; j < width; ++j) {
       const float diagonal = factor[j * kObsWidth + j];
       obs.column_weights_[b * kMomentBlock + j] = 1 / (diagonal * diagonal);

@@ -160,7 +160,7 @@ int Run(const std::string& path, int threads) {
       for (int layer = 0; layer < layers; ++layer) {
         std::map<std::string, BlockObs> obs;
         for (const auto& [name, each] : blocks) {
-          obs.emplace(name, BlockObs::Create(each, backend.get()).value());
+          obs.emplace(name, BlockObs::Create(each, /*centred=*/true, backend.get()).value());
         }
         const std::string prefix = fmt::format("blk.{}.", layer);
         each_matrix([&](const BenchMatrix& matrix, Matrix view) {

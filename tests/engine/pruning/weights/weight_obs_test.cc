@@ -210,7 +210,7 @@ TEST(BlockObs, IsSparseGptOfIndependentBlocks) {
     ColumnMoments moments(columns, true);
     WeightMatrix copy = x;
     moments.Add(copy.view(), backend.get());
-    const absl::StatusOr<BlockObs> obs = BlockObs::Create(moments, backend.get());
+    const absl::StatusOr<BlockObs> obs = BlockObs::Create(moments, false, backend.get());
     ASSERT_TRUE(obs.ok()) << obs.status();
     WeightMatrix pruned = dense;
     obs->Prune(pattern, pruned.view(), backend.get());
@@ -258,7 +258,7 @@ TEST(BlockObs, OfNothingSeenIsMagnitude) {
   std::ranges::fill(x.values, 0.0f);
   ColumnMoments moments(70, true);
   moments.Add(x.view(), backend.get());
-  const absl::StatusOr<BlockObs> obs = BlockObs::Create(moments, backend.get());
+  const absl::StatusOr<BlockObs> obs = BlockObs::Create(moments, false, backend.get());
   ASSERT_TRUE(obs.ok()) << obs.status();
   WeightMatrix by_magnitude = weights;
   obs->Prune(*ParsePattern("2:4"), weights.view(), backend.get());
@@ -266,6 +266,40 @@ TEST(BlockObs, OfNothingSeenIsMagnitude) {
               {Metric::kMagnitude, {}, by_magnitude.view(), backend.get()}, by_magnitude.view(),
               backend.get());
   EXPECT_EQ(weights.values, by_magnitude.values);
+}
+
+// Where means outweigh deviations, centred blocks with the mean's compensation lose less than blocks
+// of second moments with it; and inputs that are all mean, which leave nothing to factor but
+// rounding, do no harm.
+TEST(BlockObs, LeavesMeansToTheirCompensation) {
+  const auto backend = TwoThreads();
+  const int rows = 48, columns = 192;
+  const WeightMatrix dense(rows, columns, 14);
+  WeightMatrix x = Inputs(900, columns, 15);
+  for (int i = 0; i < x.rows * columns; ++i) x.values[i] += 2;
+  ColumnMoments moments(columns, true);
+  moments.Add(x.view(), backend.get());
+  const MeanCompensation compensation(moments, ConstMatrix(dense.values.data(), rows, columns),
+                                      backend.get());
+  double error[2];
+  for (const bool centred : {false, true}) {
+    WeightMatrix pruned = dense;
+    const absl::StatusOr<BlockObs> obs = BlockObs::Create(moments, centred, backend.get());
+    ASSERT_TRUE(obs.ok()) << obs.status();
+    obs->Prune(*ParsePattern("2:4"), pruned.view(), backend.get());
+    compensation.Apply(pruned.view(), backend.get());
+    error[centred ? 1 : 0] = OutputError(dense, pruned, x);
+  }
+  EXPECT_LT(error[1], error[0]);
+
+  for (float& value : x.values) value = 1000;
+  ColumnMoments constant(columns, true);
+  constant.Add(x.view(), backend.get());
+  const absl::StatusOr<BlockObs> obs = BlockObs::Create(constant, true, backend.get());
+  ASSERT_TRUE(obs.ok()) << obs.status();
+  WeightMatrix pruned = dense;
+  obs->Prune(*ParsePattern("2:4"), pruned.view(), backend.get());
+  for (const float value : pruned.values) ASSERT_TRUE(std::isfinite(value));
 }
 
 TEST(MeanCompensation, GivesBackWhatTheMeanLost) {
