@@ -355,7 +355,8 @@ const std::vector<Setting>& Settings() {
        Whole(&O::metrics_port, -1, 65535)},
       {kNetwork, "max-message-bytes", "Largest message received",
        Bytes(&O::max_message_bytes, 1 << 10, 1 << 30, "1KiB to 1GiB", false)},
-      {kNetwork, "admin", "Let callers change the memory budget (SetMemoryBudget)",
+      {kNetwork, "admin",
+       "Let callers change the memory budget and replace the model (SetMemoryBudget,\nReloadModel)",
        Flag(&O::admin)},
       {kNetwork, "max-connection-age",
        "Age at which a connection is asked to reconnect, for balancers\n"

@@ -96,7 +96,7 @@ struct ServerOptions {
   // What its streams get to finish after that, seconds; 0: without limit.
   std::chrono::milliseconds max_connection_age_grace{0};
 
-  // Callers may change the memory budget.
+  // Callers may change the memory budget and replace the model.
   bool admin = false;
 
   // --- Scheduling.

@@ -387,7 +387,7 @@ TEST_F(EngineThreadTest, ReplacedEngineFinishesWhatItHas) {
   Start();
   paced_->executor.set_step_time(milliseconds(1));
   PacedEngine next;
-  const auto running = Offer(Prompt(1, 200));
+  const auto running = Offer(Prompt(1, 2000));
   ASSERT_TRUE(running->WaitForTokens(5));
   absl::StatusOr<Reservation> place = thread_->inbox().Reserve();
   ASSERT_TRUE(place.ok());
@@ -399,7 +399,11 @@ TEST_F(EngineThreadTest, ReplacedEngineFinishesWhatItHas) {
   ASSERT_TRUE(newcomer->WaitForEnd().has_value());
   EXPECT_EQ(newcomer->tokens(), Expected(2, 30));
   EXPECT_EQ(next.executor.rows(), 4 + 29);
-  const LoadSnapshot load = thread_->load();
+  LoadSnapshot load = thread_->load();
+  for (int i = 0; i < 20'000 && load.stats.running != 1; ++i) {  // told after the step
+    std::this_thread::sleep_for(milliseconds(1));
+    load = thread_->load();
+  }
   EXPECT_EQ(load.stats.running, 1);
   EXPECT_EQ(load.stats.pages_total, 4096);
   EXPECT_EQ(load.stats.pages_free + load.stats.pages_used + load.stats.pages_cached, 4096);
