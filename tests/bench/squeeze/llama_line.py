@@ -17,8 +17,8 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "peers"))
 import engines  # noqa: E402
 
-# Of a slot with a KV of its own: llama.cpp rounds it up to such a multiple.
-SLOT_TOKENS = 256
+# llama.cpp rounds a KV, and a slot's of its own, up to a multiple of this: it is given one that fits.
+PIECE = 256
 KINDS = ("unified", "slots")
 
 
@@ -26,8 +26,8 @@ def options(kind, kv_tokens, streams, call_tokens):
     """The server's options, of `kv_tokens` tokens of KV in all."""
     kv = ["-ctk", "q8_0", "-ctv", "q8_0", "--cache-ram", 0]
     if kind == "unified":  # all sequences share it
-        return [*kv, "--kv-unified", "-np", streams, "-c", kv_tokens]
-    slot = -(-call_tokens // SLOT_TOKENS) * SLOT_TOKENS
+        return [*kv, "--kv-unified", "-np", streams, "-c", max(1, kv_tokens // PIECE) * PIECE]
+    slot = -(-call_tokens // PIECE) * PIECE
     slots = max(1, min(streams, kv_tokens // slot))
     return [*kv, "--no-kv-unified", "-np", slots, "-c", slots * slot]
 

@@ -68,7 +68,7 @@ class LlamaTest(unittest.TestCase):
         self.assertEqual(slots[slots.index("-np") + 1], 10)
         self.assertEqual(slots[slots.index("-c") + 1], 2560)
         self.assertEqual(llama_line.options("slots", 2611, 32, 257)[-3:], [5, "-c", 2560])
-        self.assertEqual(llama_line.options("unified", 2611, 32, 256)[-3:], [32, "-c", 2611])
+        self.assertEqual(llama_line.options("unified", 2611, 32, 256)[-3:], [32, "-c", 2560])
 
 
 if __name__ == "__main__":
