@@ -39,19 +39,34 @@ int MemoryKeeper::pages() const {
   return pages_;
 }
 
+uint64_t MemoryKeeper::kv_bytes() const {
+  std::lock_guard lock(mutex_);
+  return options_.page_bytes * static_cast<uint64_t>(KvPagesLocked(sources_.released()));
+}
+
+int MemoryKeeper::KvPagesLocked(uint64_t released) const {
+  const int64_t pages = pages_ + static_cast<int64_t>(released / options_.page_bytes);
+  return static_cast<int>(std::clamp<int64_t>(pages, 0, options_.pages));
+}
+
 void MemoryKeeper::LookLocked(int worth_it) {
   const MachineMemory machine = sources_.machine();
-  const uint64_t resident = sources_.resident();
+  const uint64_t resident = sources_.resident(), released = sources_.released();
   const uint64_t left = machine.total / kLeftShare;
   // Nothing could be read: no reason to think that there is none.
   uint64_t bytes = UINT64_MAX;
   if (machine.total > 0) bytes = resident + std::max(machine.available, left) - left;
   if (budget_ > 0) bytes = std::min(bytes, budget_);
   // What has been added to the process since is no KV either, beyond what the pool can hold.
-  const uint64_t most_kv = options_.page_bytes * static_cast<uint64_t>(pages_);
-  const uint64_t other = std::max(options_.other_bytes, resident - std::min(resident, most_kv));
+  const uint64_t held = resident + released;
+  const uint64_t most_kv = options_.page_bytes * static_cast<uint64_t>(KvPagesLocked(released));
+  const uint64_t other = std::max(options_.other_bytes, held - std::min(held, most_kv));
   const uint64_t fit = (bytes - std::min(bytes, other)) / options_.page_bytes;
-  const int pages = static_cast<int>(std::min<uint64_t>(fit, options_.pages));
+  const uint64_t missing =
+      (other - std::min(bytes, other) + options_.page_bytes - 1) / options_.page_bytes;
+  const int pages =
+      static_cast<int>(std::min<uint64_t>(fit, options_.pages)) -
+      static_cast<int>(std::min<uint64_t>(missing, static_cast<uint64_t>(options_.weight_pages)));
   const bool told = pages <= pages_ - std::max(1, worth_it / 10) || pages >= pages_ + worth_it ||
                     (pages == options_.pages && pages > pages_);
   if (!told) return;

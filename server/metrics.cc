@@ -236,6 +236,15 @@ struct Metrics::Instruments : prometheus::Collectable {
   Counter& stalls =
       AddCounter(r, "espalier_engine_stalls_total", "Times the engine stopped making progress.");
   Gauge& weights = Memory("weights");
+  Gauge& weights_released = Memory("weights_released");
+  Gauge& grpc = Memory("grpc");
+  Gauge& weight_return = AddGauge(
+      r, "espalier_weights_return_seconds",
+      "What steps waited for the last return of weights to memory, all its pieces together.");
+  Counter& weight_returns = AddCounter(r, "espalier_weights_returns_total",
+                                       "Times that weights came back to memory.");
+  Counter& weight_releases = AddCounter(r, "espalier_weights_releases_total",
+                                        "Times that weights of rungs not in use left memory.");
   Gauge& kv_used = Memory("kv_used");
   Gauge& kv_reusable = Memory("kv_reusable");
   Gauge& kv_free = Memory("kv_free");
@@ -312,6 +321,11 @@ void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, const S
   m.oldest.Set(times.oldest_wait);
   m.kv_usage.Set(load.kv_utilization());
   m.weights.Set(static_cast<double>(load.ledger.weights));
+  m.weights_released.Set(static_cast<double>(load.ledger.weights_released));
+  m.grpc.Set(static_cast<double>(load.ledger.grpc));
+  m.weight_return.Set(load.weights.return_s);
+  Advance(&m.weight_returns, load.weights.returns);
+  Advance(&m.weight_releases, load.weights.releases);
   m.kv_used.Set(static_cast<double>(load.ledger.kv_used));
   m.kv_reusable.Set(static_cast<double>(load.ledger.kv_reusable));
   m.kv_free.Set(static_cast<double>(load.ledger.kv_free));

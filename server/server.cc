@@ -20,6 +20,7 @@
 
 #include "engine/engine.h"
 #include "engine/machine_memory.h"
+#include "engine/model/decoder.h"
 #include "engine/model/down_norms.h"
 #include "engine/model/files/model_file.h"
 #include "engine/model/history_file.h"
@@ -121,13 +122,14 @@ class Server {
   }
 
   absl::Status Load() {
-    absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options_.model);
-    if (!file.ok()) return file.status();
+    absl::StatusOr<std::unique_ptr<ModelFile>> opened_file = ModelFile::Open(options_.model);
+    if (!opened_file.ok()) return opened_file.status();
+    const std::shared_ptr<const ModelFile> file = *std::move(opened_file);
     const Instant opened = SteadyNow();
     // Beside the weights: a tenth of their time, on one core.
     std::future<absl::Status> text =
-        std::async(std::launch::async, [&] { return LoadText((*file)->vocabulary()); });
-    absl::Status status = LoadWeights(**file);
+        std::async(std::launch::async, [&] { return LoadText(file->vocabulary()); });
+    absl::Status status = LoadWeights(file);
     const Instant packed = SteadyNow();
     absl::Status text_status = text.get();
     if (status.ok()) status = std::move(text_status);
@@ -215,7 +217,8 @@ class Server {
     return absl::OkStatus();
   }
 
-  absl::Status LoadWeights(const ModelFile& file) {
+  absl::Status LoadWeights(const std::shared_ptr<const ModelFile>& opened) {
+    const ModelFile& file = *opened;
     absl::StatusOr<std::unique_ptr<Backend>> backend =
         CreateCpuBackend({.isa = options_.isa, .threads = options_.threads});
     if (!backend.ok()) return backend.status();
@@ -246,6 +249,11 @@ class Server {
       absl::Status status = executor_->SetLadder(std::move(ladder->ladder), *ladder->channels);
       if (status.ok() && options_.probe.has_value()) status = MakeProbe(file);
       if (!status.ok()) return status;
+      // Weights that rungs do not need may leave memory, and are read again from here.
+      WeightSources sources{
+          .model = opened, .channels = ladder->channels, .files = file.files()};
+      sources.files.insert(sources.files.end(), ladder->files.begin(), ladder->files.end());
+      executor_->KeepSources(std::move(sources));
     }
 
     // A learned policy is of a ladder of so many rungs, so not before there is one.
@@ -335,11 +343,17 @@ class Server {
     thread_ = std::make_unique<EngineThread>(
         engine_.get(), ready_.get(), options_.max_waiting,
         EngineHooks{
-            .ledger = [this](const SchedulerStats& s) { return executor_->ledger(s); },
+            .ledger =
+                [this](const SchedulerStats& stats) {
+                  const Ledger ledger = executor_->ledger(stats);
+                  released_.store(ledger.weights_released, std::memory_order_relaxed);
+                  return ledger;
+                },
             .on_step =
                 [this](const StepReport& report, const LoadSnapshot& load, const StepTimes& times) {
                   metrics_->OnStep(report, load, times);
                   TellPolicy(load);
+                  TellWeights(load);
                 },
             .on_lost = [this](const absl::Status& lost) { Lose(lost); },
             .quality = quality_.get(),
@@ -349,8 +363,11 @@ class Server {
         MemoryKeeper::Options{.budget = options_.memory_budget,
                               .page_bytes = kv_bytes / static_cast<uint64_t>(kv.pages),
                               .pages = kv.pages,
-                              .other_bytes = ResidentMemoryBytes()},
-        [this](int pages) { LimitPages(pages); });
+                              .other_bytes = ResidentMemoryBytes(),
+                              .weight_pages = executor_->ReleasablePages(0)},
+        [this](int pages) { LimitPages(pages); },
+        MemoryKeeper::Sources{
+            .released = [this] { return released_.load(std::memory_order_relaxed); }});
     memory_->Look();
     backstage_ = {.model = &model_,
                   .encoder = encoder_.get(),
@@ -378,6 +395,22 @@ class Server {
          {"kv", load.kv_utilization()},
          {"running", load.stats.running},
          {"waiting", load.stats.waiting}});
+  }
+
+  // On the engine's thread.
+  void TellWeights(const LoadSnapshot& load) {
+    const WeightsReport& now = load.weights;
+    const WeightsReport before = std::exchange(told_weights_, now);
+    if (now.releases == before.releases && now.returns == before.returns) return;
+    std::string rungs;
+    for (int rung = 0; rung < model_.ladder.size(); ++rung) {
+      if ((now.rungs >> rung & 1) != 0) rungs += fmt::format("{}{}", rungs.empty() ? "" : ",", rung);
+    }
+    Log(LogLevel::kInfo, "weights",
+        {{"rungs", rungs},
+         {"bytes", load.ledger.weights},
+         {"released", load.ledger.weights_released},
+         {"return_seconds", now.returns > before.returns ? now.return_s : 0.0}});
   }
 
   // On the engine's thread, between steps, as the policy is asked.
@@ -486,6 +519,8 @@ class Server {
   std::unique_ptr<Probe> probe_;
   std::string fingerprint_;  // of the model, if there is a probe
   int told_rung_ = 0;        // engine thread
+  WeightsReport told_weights_;           // engine thread
+  std::atomic<uint64_t> released_{0};    // bytes of weights that are out of memory
   int hardest_ = 0;          // engine thread; that may be served
   std::unique_ptr<ModelExecutor> executor_;
   std::unique_ptr<Engine> engine_;
