@@ -212,6 +212,9 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
     if (cache_.users(node) > 0) needed -= static_cast<int64_t>(kv_layers_[head->rung].size());
   }
   if (needed > *unpromised && !running_.empty()) return false;
+  // It was accepted for what there would be without weights that it does not need.
+  const int64_t most = PagesAtMost(head->request.prompt.size(), head->request.stop.max_tokens);
+  if (most > pool_.total()) pool_.SetLimit(static_cast<int>(most));
 
   *unpromised -= needed;
   if (newcomer) {
