@@ -11,9 +11,8 @@ Engine::Engine(const SchedulerOptions& options, const KvGeometry& geometry, cons
       executor_(executor),
       pages_whole_(geometry.pages),
       pages_wanted_(geometry.pages),
-      keeper_({}, ladder.size(), [executor](RungSet rungs) {
-        return executor->ReleasablePages(rungs);
-      }) {
+      keeper_({}, ladder.size(),
+              [executor](RungSet rungs) { return executor->ReleasablePages(rungs); }) {
   weights_.rungs = keeper_.all();
 }
 
@@ -42,9 +41,8 @@ void Engine::FitMemory(Instant now) {
   const RungUse use = scheduler_.rung_use();
   if (use.pages_used > Pages(coming_ != 0 ? coming_ : keeper_.present())) {
     const RungSet least = keeper_.Least(use);
-    const bool helps =
-        coming_ != 0 ||
-        executor_->ReleasablePages(least) > executor_->ReleasablePages(keeper_.present());
+    const bool helps = coming_ != 0 || executor_->ReleasablePages(least) >
+                                           executor_->ReleasablePages(keeper_.present());
     coming_ = 0;
     if (helps) Exchange(least, now);
   }
@@ -86,8 +84,7 @@ Instant Engine::TendWeights(Instant now) {
   if (!lost_.ok() || settled) return kNever;
   if (coming_ == 0) {
     const RungSet before = keeper_.present();
-    const RungSet rungs =
-        keeper_.Decide(now, scheduler_.rung_use(), pages_wanted_, pages_whole_);
+    const RungSet rungs = keeper_.Decide(now, scheduler_.rung_use(), pages_wanted_, pages_whole_);
     if (rungs == before) return keeper_.next();
     if ((before & ~rungs) != 0) {
       if (Exchange(rungs, now)) FitMemory(now);

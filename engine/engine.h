@@ -27,11 +27,11 @@ struct StepReport {
 
 // Weights in memory, as of now; counts are since start.
 struct WeightsReport {
-  RungSet rungs = 0;         // that can be served
-  uint64_t releases = 0;     // times that weights left
-  uint64_t returns = 0;      // times that some came back
-  double return_s = 0;       // what the last return took of steps' time
-  double return_s_sum = 0;   // and all of them
+  RungSet rungs = 0;        // that can be served
+  uint64_t releases = 0;    // times that weights left
+  uint64_t returns = 0;     // times that some came back
+  double return_s = 0;      // what the last return took of steps' time
+  double return_s_sum = 0;  // and all of them
 };
 
 class Engine {
@@ -52,6 +52,9 @@ class Engine {
   // weights that have left memory are worth: they leave where that is needed, first of all, and
   // where `pages` is below 0.
   void LimitPages(int pages, Instant now);
+
+  // The machine's memory was looked at; policies are told how long ago.
+  void SawMemory(Instant at) { scheduler_.set_memory_seen(at); }
 
   // Lets weights leave, or come back for some milliseconds, as it is due. Part of Step; who has no
   // step to do is told when to ask again: `now` if at once, kNever if something has to happen
@@ -78,8 +81,8 @@ class Engine {
   const int pages_whole_;
   int pages_wanted_;
   WeightKeeper keeper_;
-  RungSet coming_ = 0;        // coming back, and those that are there; 0: none
-  double coming_s_ = 0;       // taken so far
+  RungSet coming_ = 0;   // coming back, and those that are there; 0: none
+  double coming_s_ = 0;  // taken so far
   WeightsReport weights_;
   absl::Status lost_;  // weights that cannot come back
   StepResult result_;

@@ -30,9 +30,10 @@ class WeightKeeper {
 
   WeightKeeper(const Options& options, int rungs, Releasable releasable);
 
-  // What is to be in memory; `present` if all is as it should be. Where it is more than now there is
-  // room for it; where it is something else all who run can be at rungs of it. `pages` there may be
-  // with all weights in memory, so many fewer than none as weights are too many, of `pages_whole`.
+  // What is to be in memory; `present` if all is as it should be. Where it is more than now there
+  // is room for it; where it is something else all who run can be at rungs of it. `pages` there may
+  // be with all weights in memory, so many fewer than none as weights are too many, of
+  // `pages_whole`.
   RungSet Decide(Instant now, const RungUse& use, int64_t pages, int pages_whole);
 
   // What those who run can do with, and nothing else: where even their pages do not fit.
@@ -56,7 +57,7 @@ class WeightKeeper {
   const RungSet all_;
   const Releasable releasable_;
   RungSet present_;
-  Instant changed_ = kNever;        // last; kNever: not yet
+  Instant changed_ = kNever;      // last; kNever: not yet
   Instant roomy_since_ = kNever;  // kNever: there is no room for all
   double return_s_ = 0;           // that the last return took
 };

@@ -9,8 +9,9 @@
 namespace espalier {
 
 // Serves at the level that `policy` wants, but
-// - at the rule's, where a report is not finite, is older than the last one, or the policy wants a
-//   rung that is not there;
+// - at the rule's, where a report is not finite, is older than the last one, knows memory by what
+// it
+//   was some seconds ago, or the policy wants a rung that is not there;
 // - no milder than the rule's while running sequences hold more KV than there may be;
 // - at the full model in calm: nobody waits, and steps and KV are at less than half of what they
 // may

@@ -78,16 +78,20 @@ void EngineThread::Run() {
       Publish(SteadyNow());
       if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, {});
       if (idle_since == kNever) idle_since = SteadyNow();
-      wait = closed                                                     ? Instant::zero()
+      wait = closed                                                ? Instant::zero()
              : hooks_.quality != nullptr && engine_->all_weights() ? hooks_.quality->Due(idle_since)
-                                                                        : kNever;
+                                                                   : kNever;
       if (!closed) wait = std::min(wait, engine_->TendWeights(SteadyNow()));
       last_progress_.store(0, std::memory_order_relaxed);
     }
     inbox_.Take(next_load_.stats.waiting, wait, &commands);
     // First: who comes after a limit was told is measured by it.
-    if (const int pages = pages_wanted_.exchange(-1, std::memory_order_acquire); pages >= 0) {
+    if (const int pages = pages_wanted_.exchange(kAsTheyAre, std::memory_order_acquire);
+        pages != kAsTheyAre) {
       engine_->LimitPages(pages, SteadyNow());
+    }
+    if (const int64_t seen = memory_seen_.load(std::memory_order_relaxed); seen != 0) {
+      engine_->SawMemory(Instant(seen));
     }
     for (Command& command : commands) Obey(command);
     if (closed) EndCheck(SteadyNow());
@@ -244,8 +248,8 @@ void EngineThread::EndAll(const StreamEnd& end) {
 void EngineThread::Publish(Instant now) {
   next_load_.weights = engine_->weights();
   if (hooks_.ledger) next_load_.ledger = hooks_.ledger(next_load_.stats);
-  next_load_.ledger.grpc = kCallBytes * static_cast<uint64_t>(next_load_.stats.running +
-                                                              next_load_.stats.waiting);
+  next_load_.ledger.grpc =
+      kCallBytes * static_cast<uint64_t>(next_load_.stats.running + next_load_.stats.waiting);
   next_load_.arriving = inbox_.arriving();
   next_load_.draining = inbox_.closed();
   std::lock_guard lock(load_mutex_);

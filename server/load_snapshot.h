@@ -13,10 +13,10 @@ namespace espalier {
 struct LoadSnapshot {
   SchedulerStats stats;  // of the last step
   WeightsReport weights;
-  Ledger ledger;         // `foreign` is filled by who reads the machine, not by the engine thread
-  int arriving = 0;      // admitted, but in no step so far: they wait too
-  int max_waiting = 0;   // bound on waiting + arriving
-  uint64_t steps = 0;    // since start
+  Ledger ledger;        // `foreign` is filled by who reads the machine, not by the engine thread
+  int arriving = 0;     // admitted, but in no step so far: they wait too
+  int max_waiting = 0;  // bound on waiting + arriving
+  uint64_t steps = 0;   // since start
   double generated_tokens_per_second = 0;  // decaying means, time constant 5 s
   double finished_per_second = 0;          // requests ended, for whatever reason
   bool draining = false;

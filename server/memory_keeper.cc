@@ -7,7 +7,9 @@ namespace espalier {
 namespace {
 
 // Of the machine's memory, left to others: a kernel that reclaims takes longer than we look.
-constexpr uint64_t kLeftShare = 32;
+constexpr uint64_t kLeftShare = 32, kLeftShareStalled = 8;
+// Of MachineMemory::stalled: from where on the latter, and until where.
+constexpr double kStalled = 0.1, kFlows = 0.02;
 
 }  // namespace
 
@@ -18,9 +20,9 @@ MemoryKeeper::MemoryKeeper(const Options& options, std::function<void(int)> limi
       budget_(options.budget),
       pages_(options.pages) {}
 
-void MemoryKeeper::Look() {
+bool MemoryKeeper::Look() {
   std::lock_guard lock(mutex_);
-  LookLocked(std::max(1, options_.pages / 20));
+  return LookLocked(std::max(1, options_.pages / 20));
 }
 
 void MemoryKeeper::SetBudget(uint64_t bytes) {
@@ -49,10 +51,11 @@ int MemoryKeeper::KvPagesLocked(uint64_t released) const {
   return static_cast<int>(std::clamp<int64_t>(pages, 0, options_.pages));
 }
 
-void MemoryKeeper::LookLocked(int worth_it) {
+bool MemoryKeeper::LookLocked(int worth_it) {
   const MachineMemory machine = sources_.machine();
   const uint64_t resident = sources_.resident(), released = sources_.released();
-  const uint64_t left = machine.total / kLeftShare;
+  stalled_ = machine.stalled.value_or(0) >= (stalled_ ? kFlows : kStalled);
+  const uint64_t left = machine.total / (stalled_ ? kLeftShareStalled : kLeftShare);
   // Nothing could be read: no reason to think that there is none.
   uint64_t bytes = UINT64_MAX;
   if (machine.total > 0) bytes = resident + std::max(machine.available, left) - left;
@@ -69,9 +72,11 @@ void MemoryKeeper::LookLocked(int worth_it) {
       static_cast<int>(std::min<uint64_t>(missing, static_cast<uint64_t>(options_.weight_pages)));
   const bool told = pages <= pages_ - std::max(1, worth_it / 10) || pages >= pages_ + worth_it ||
                     (pages == options_.pages && pages > pages_);
-  if (!told) return;
-  pages_ = pages;
-  limit_(pages);
+  if (told) {
+    pages_ = pages;
+    limit_(pages);
+  }
+  return machine.total > 0;
 }
 
 }  // namespace espalier

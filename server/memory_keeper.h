@@ -34,8 +34,12 @@ class MemoryKeeper {
   MemoryKeeper(const Options& options, std::function<void(int pages)> limit, Sources sources);
 
   // Tells a limit that is smaller by a two-hundredth of the pool, or larger by a twentieth, or all
-  // of it: a machine that breathes does not move pages to and fro. Any thread.
-  void Look();
+  // of it: a machine that breathes does not move pages to and fro. False if the machine's memory
+  // could not be seen. Any thread.
+  //
+  // While tasks wait for memory for a tenth of their time (MachineMemory::stalled), whatever the
+  // machine says is available, four times as much is left to others, until it is a fiftieth.
+  bool Look();
 
   // Bytes for the process from now on; 0: what the machine has. Looks, and tells the pages even if
   // they are few more. Any thread.
@@ -47,7 +51,7 @@ class MemoryKeeper {
   uint64_t kv_bytes() const;
 
  private:
-  void LookLocked(int worth_it);
+  bool LookLocked(int worth_it);
   int KvPagesLocked(uint64_t released) const;
 
   const Options options_;
@@ -56,6 +60,7 @@ class MemoryKeeper {
   mutable std::mutex mutex_;
   uint64_t budget_;
   int pages_;
+  bool stalled_ = false;
 };
 
 }  // namespace espalier

@@ -132,6 +132,10 @@ struct Metrics::Instruments : prometheus::Collectable {
   Gauge& Memory(const char* part) {
     return AddGauge(r, "espalier_memory_bytes", "The ledger: where memory is.", {{"part", part}});
   }
+  Gauge& DeviceMemory(const char* part) {
+    return AddGauge(r, "espalier_device_memory_bytes",
+                    "Memory of the first NVIDIA device, whoever holds it.", {{"part", part}});
+  }
   Counter& Finished(std::string_view outcome) {
     return AddCounter(r, "espalier_requests_finished_total",
                       "Requests that were queued, by how they ended.",
@@ -241,8 +245,8 @@ struct Metrics::Instruments : prometheus::Collectable {
   Gauge& weight_return = AddGauge(
       r, "espalier_weights_return_seconds",
       "What steps waited for the last return of weights to memory, all its pieces together.");
-  Counter& weight_returns = AddCounter(r, "espalier_weights_returns_total",
-                                       "Times that weights came back to memory.");
+  Counter& weight_returns =
+      AddCounter(r, "espalier_weights_returns_total", "Times that weights came back to memory.");
   Counter& weight_releases = AddCounter(r, "espalier_weights_releases_total",
                                         "Times that weights of rungs not in use left memory.");
   Gauge& kv_used = Memory("kv_used");
@@ -405,6 +409,11 @@ void Metrics::OnFinished(const RequestSummary& summary) {
     if (summary.rung_tokens[rung] > 0) m.TokensByRung(rung).Increment(summary.rung_tokens[rung]);
   }
   if (summary.output_tokens > 1) m.per_token.Observe(summary.per_token_s());
+}
+
+void Metrics::OnDeviceMemory(uint64_t total, uint64_t free) {
+  instruments_->DeviceMemory("total").Set(static_cast<double>(total));
+  instruments_->DeviceMemory("free").Set(static_cast<double>(free));
 }
 
 void Metrics::OnStall(bool stuck) {

@@ -29,6 +29,7 @@
 #include "engine/model/pruning_file.h"
 #include "engine/pruning/probe.h"
 #include "kernels/cpu/cpu_backend.h"
+#include "kernels/nvml.h"
 #include "policy/capped_policy.h"
 #include "policy/ladder_policy.h"
 #include "policy/level_policy.h"
@@ -250,8 +251,7 @@ class Server {
       if (status.ok() && options_.probe.has_value()) status = MakeProbe(file);
       if (!status.ok()) return status;
       // Weights that rungs do not need may leave memory, and are read again from here.
-      WeightSources sources{
-          .model = opened, .channels = ladder->channels, .files = file.files()};
+      WeightSources sources{.model = opened, .channels = ladder->channels, .files = file.files()};
       sources.files.insert(sources.files.end(), ladder->files.begin(), ladder->files.end());
       executor_->KeepSources(std::move(sources));
     }
@@ -365,10 +365,12 @@ class Server {
                               .pages = kv.pages,
                               .other_bytes = ResidentMemoryBytes(),
                               .weight_pages = executor_->ReleasablePages(0)},
-        [this](int pages) { LimitPages(pages); },
-        MemoryKeeper::Sources{
-            .released = [this] { return released_.load(std::memory_order_relaxed); }});
+        [this](int pages) { LimitPages(pages); }, MemoryKeeper::Sources{.released = [this] {
+          return released_.load(std::memory_order_relaxed);
+        }});
     memory_->Look();
+    thread_->SawMemory(SteadyNow());  // or from now on it has not been
+    FindMemorySources();
     backstage_ = {.model = &model_,
                   .encoder = encoder_.get(),
                   .engine = thread_.get(),
@@ -382,6 +384,17 @@ class Server {
          {"port", front_->port()},
          {"ready_seconds", Seconds(SteadyNow() - began_)}});
     return absl::OkStatus();
+  }
+
+  void FindMemorySources() {
+    absl::StatusOr<std::unique_ptr<Nvml>> nvml = Nvml::Open();
+    const std::string device = nvml.ok() ? "nvml" : std::string(Text(nvml.status()));
+    if (nvml.ok()) nvml_ = *std::move(nvml);
+    const MachineMemory machine = ReadMachineMemory();
+    Log(LogLevel::kInfo, "memory sources",
+        {{"machine_bytes", machine.total},
+         {"stalls", machine.stalled.has_value() ? "psi" : "absent: no pressure stall information"},
+         {"device", nvml_ != nullptr ? device : "absent: " + device}});
   }
 
   // On the engine's thread; a change of mind is rare beside steps.
@@ -404,7 +417,8 @@ class Server {
     if (now.releases == before.releases && now.returns == before.returns) return;
     std::string rungs;
     for (int rung = 0; rung < model_.ladder.size(); ++rung) {
-      if ((now.rungs >> rung & 1) != 0) rungs += fmt::format("{}{}", rungs.empty() ? "" : ",", rung);
+      if ((now.rungs >> rung & 1) != 0)
+        rungs += fmt::format("{}{}", rungs.empty() ? "" : ",", rung);
     }
     Log(LogLevel::kInfo, "weights",
         {{"rungs", rungs},
@@ -440,7 +454,9 @@ class Server {
   void Supervise() {
     Watchdog watchdog(options_.stall_timeout);
     while (!stop_->WaitFor(std::min(watchdog.interval(), kMemoryInterval))) {
-      memory_->Look();
+      if (memory_->Look()) thread_->SawMemory(SteadyNow());
+      const auto device = nvml_ == nullptr ? std::nullopt : nvml_->Read();
+      if (device.has_value()) metrics_->OnDeviceMemory(device->total, device->free);
       const double still = thread_->seconds_without_progress();
       if (!watchdog.Look(still)) continue;
       SetHealth(&Health::stuck, watchdog.stuck());
@@ -517,16 +533,17 @@ class Server {
   Policy* policy_ = nullptr;  // the outermost of these
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Probe> probe_;
-  std::string fingerprint_;  // of the model, if there is a probe
-  int told_rung_ = 0;        // engine thread
-  WeightsReport told_weights_;           // engine thread
-  std::atomic<uint64_t> released_{0};    // bytes of weights that are out of memory
-  int hardest_ = 0;          // engine thread; that may be served
+  std::string fingerprint_;            // of the model, if there is a probe
+  int told_rung_ = 0;                  // engine thread
+  WeightsReport told_weights_;         // engine thread
+  std::atomic<uint64_t> released_{0};  // bytes of weights that are out of memory
+  int hardest_ = 0;                    // engine thread; that may be served
   std::unique_ptr<ModelExecutor> executor_;
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<ReadyQueue> ready_;
   std::unique_ptr<EngineThread> thread_;
   std::unique_ptr<MemoryKeeper> memory_;
+  std::unique_ptr<Nvml> nvml_;  // null: no such device
   Backstage backstage_;
   ApiService service_;
   std::unique_ptr<Front> front_;

@@ -38,8 +38,9 @@ absl::Status Run(const Options& options) {
     memory = load.memory();
   }
   const std::string released =
-      memory.weights_released() > 0 ? fmt::format(" (and {} released)", MiB(memory.weights_released()))
-                                    : "";
+      memory.weights_released() > 0
+          ? fmt::format(" (and {} released)", MiB(memory.weights_released()))
+          : "";
   fmt::print("budget {}, resident {}: weights {}{}, workspace {}, KV {} of {} that it may have\n",
              memory.budget() > 0 ? MiB(memory.budget()) : "none", MiB(memory.resident()),
              MiB(memory.weights()), released, MiB(memory.workspace()),

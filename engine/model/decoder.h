@@ -248,7 +248,7 @@ class Decoder {
   std::vector<Releasable> releasable_;  // by layer; in each what others are gathered from is first
   WeightSources sources_;
   uint64_t released_bytes_ = 0;
-  int released_ = 0;  // weights
+  int released_ = 0;                // weights
   std::vector<HeadRun> head_runs_;  // of the block in hand, as are the next
   std::vector<MatMulTarget> projections_;
   std::vector<MlpStep> mlp_steps_;

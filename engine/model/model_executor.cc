@@ -317,8 +317,7 @@ absl::StatusOr<WeightsFit> ModelExecutor::FitWeights(RungSet served, bool at_onc
   impl.in_memory &= served;
   for (int layer = 0; !fit.done; ++layer) {
     if (absl::Status status = impl.model->FitLayer(layer, served); !status.ok()) return status;
-    fit.seconds =
-        std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+    fit.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
     fit.done = layer + 1 == config().layers;
     if (!at_once && fit.seconds > kReturnSeconds) break;
   }

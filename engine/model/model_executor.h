@@ -90,8 +90,8 @@ class ModelExecutor final : public Executor {
   KvType kv_type() const;
   const Ladder& ladder() const;
 
-  // Weights, panels among them, in memory and out of it, and workspace, and what the pool is worth with `stats` pages used,
-  // cached and free. `foreign` is left zero: who serves knows the machine.
+  // Weights, panels among them, in memory and out of it, and workspace, and what the pool is worth
+  // with `stats` pages used, cached and free. `foreign` is left zero: who serves knows the machine.
   Ledger ledger(const SchedulerStats& stats) const;
   // What its blocks take, as loaded, and a token's K and V.
   BlockMemory block_memory() const;

@@ -77,7 +77,7 @@ struct CalibratedLadder {
   Ladder ladder;
   std::shared_ptr<const ChannelSelector> channels;
   std::vector<const MappedFile*> files;  // that the channels' refits lie in
-  bool refitted = false;  // its losses are those of refitted weights
+  bool refitted = false;                 // its losses are those of refitted weights
 };
 
 // Reads both. NotFound or InvalidArgument, with path and line or tensor. A ladder that only drops

@@ -412,8 +412,8 @@ SequenceOutput Scheduler::Describe(const Sequence& sequence, FinishReason finish
 }
 
 bool Scheduler::HeldByWeights(const Sequence& sequence) const {
-  return std::popcount(served_) < ladder_.size() &&
-         sequence.state == Sequence::State::kRunning && sequence.rung != WishedMove(sequence);
+  return std::popcount(served_) < ladder_.size() && sequence.state == Sequence::State::kRunning &&
+         sequence.rung != WishedMove(sequence);
 }
 
 bool Scheduler::Grow(Sequence* sequence) {
@@ -701,6 +701,10 @@ PressureReport Scheduler::Pressure(Instant now) const {
           .queue_length = share(static_cast<int64_t>(waiting_.size()), options_.max_waiting),
           .oldest_wait_s = std::chrono::duration<double>(now - oldest).count(),
           .step_s = step_s_,
+          .memory_age_s =
+              memory_seen_ == kNever
+                  ? 0
+                  : std::chrono::duration<double>(now - std::min(now, memory_seen_)).count(),
           .running = static_cast<int>(running_.size()),
           .waiting = static_cast<int>(waiting_.size())};
 }

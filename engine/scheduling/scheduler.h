@@ -90,7 +90,7 @@ struct SequenceOutput {
   // Policy::reason, or "weights": those of the rung it chose are not in memory. Valid as long as
   // the policy.
   std::string_view reason;
-  StageRows stages;                  // rows computed, again after preemptions
+  StageRows stages;  // rows computed, again after preemptions
 };
 
 struct SchedulerStats {
@@ -174,6 +174,9 @@ class Scheduler {
   // The most pages there could be for who may have no rung but this one, [rungs]; Submit goes by it
   // in place of those there are.
   void set_most_pages(std::vector<int> pages) { most_pages_ = std::move(pages); }
+
+  // When the machine's memory was seen last; kNever, as at first: nobody looks.
+  void set_memory_seen(Instant at) { memory_seen_ = at; }
 
   PressureReport Pressure(Instant now) const;
   SchedulerStats stats() const;
@@ -270,6 +273,7 @@ class Scheduler {
   Instant next_deadline_ = kNever;  // no live sequence has an earlier one
   Instant last_step_ = kNever;      // Schedule's; kNever: nothing was there to do since
   double step_s_ = 0;               // mean of the last ones
+  Instant memory_seen_ = kNever;
   uint64_t preemptions_ = 0;
   uint64_t recomputed_tokens_ = 0;
   uint64_t rung_moves_ = 0;

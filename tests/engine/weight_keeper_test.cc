@@ -1,5 +1,5 @@
-// Scenarios: a dense side of 40 pages for rungs 0 and 1, panels of 50 for rungs 2 and 3, and 10 more
-// that rung 3 alone needs.
+// Scenarios: a dense side of 40 pages for rungs 0 and 1, panels of 50 for rungs 2 and 3, and 10
+// more that rung 3 alone needs.
 #include "engine/weight_keeper.h"
 
 #include <bit>
@@ -35,8 +35,12 @@ class WeightKeeperTest : public ::testing::Test {
 TEST_F(WeightKeeperTest, AllStayWhileTheirPagesFit) {
   EXPECT_EQ(Decide(0, {.running = 1, .wished = 1, .pages_used = 100, .pages_needed = 100}, 100),
             kAll);
-  EXPECT_EQ(Decide(1, {.running = 1, .wished = 1, .pages_used = 200, .pages_of_head = 50,
-                       .pages_needed = 250}, kWhole), kAll)
+  EXPECT_EQ(
+      Decide(
+          1,
+          {.running = 1, .wished = 1, .pages_used = 200, .pages_of_head = 50, .pages_needed = 250},
+          kWhole),
+      kAll)
       << "the pool is full, but nothing was taken away";
 }
 
@@ -47,8 +51,8 @@ TEST_F(WeightKeeperTest, WhatNobodyNeedsLeavesFirst) {
 }
 
 TEST_F(WeightKeeperTest, WhoIsNextCountsToo) {
-  const RungUse use{.running = 4, .wished = 4, .pages_used = 80, .pages_of_head = 30,
-                    .pages_needed = 110};
+  const RungUse use{
+      .running = 4, .wished = 4, .pages_used = 80, .pages_of_head = 30, .pages_needed = 110};
   EXPECT_EQ(Decide(0, use, 100), 0b0100u);
 }
 

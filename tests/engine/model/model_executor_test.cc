@@ -369,12 +369,10 @@ TEST(ReleasedWeights, LeaveResidentMemory) {
     const Ledger ledger = executor->ledger({});
     EXPECT_EQ(ledger.weights + ledger.weights_released, whole);
     const double freed = static_cast<double>(before) - static_cast<double>(ResidentMemoryBytes());
-    const double planned =
-        static_cast<double>(ledger.weights_released) - static_cast<double>(had);
+    const double planned = static_cast<double>(ledger.weights_released) - static_cast<double>(had);
     fmt::print("rungs {:09b}: weights {:.1f} MB, {:.1f} released; {:.1f} MB freed, {:.0f} ms\n",
                served, static_cast<double>(ledger.weights) / 1e6,
-               static_cast<double>(ledger.weights_released) / 1e6, freed / 1e6,
-               1e3 * fit->seconds);
+               static_cast<double>(ledger.weights_released) / 1e6, freed / 1e6, 1e3 * fit->seconds);
     EXPECT_NEAR(freed, planned, 3e6);
   }
   EXPECT_EQ(executor->ledger({}).weights_released, 0u);
