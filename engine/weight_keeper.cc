@@ -55,8 +55,9 @@ RungSet WeightKeeper::Decide(Instant now, const RungUse& use, int64_t pages, int
     const bool due = changed_ == kNever || now - changed_ >= dwell();
     return due && fit(other) >= use.pages_used ? other : present_;
   }
-  const RungSet wanted = use.running | use.wished;
-  if (wanted != 0 && std::min<int64_t>(next, pages_whole) > fit(present_)) {
+  RungSet wanted = use.running | use.wished;
+  if (wanted == 0) wanted = 1;  // who comes is most likely served the full model
+  if (std::min<int64_t>(next, pages_whole) > fit(present_)) {
     const RungSet fewer = Closure(wanted);
     if (releasable_(fewer) > releasable_(present_)) return fewer;
   }

@@ -113,6 +113,14 @@ TEST_F(WeightKeeperTest, WhoMayHaveNothingElseWaitsForRoomAndThenGetsIt) {
   EXPECT_EQ(Decide(6, use, -30), kDense) << "nobody runs any more: whatever it takes";
 }
 
+TEST_F(WeightKeeperTest, NobodyNeedsPanelsWhereNobodyIs) {
+  EXPECT_EQ(Decide(0, {}, 0), kAll);
+  EXPECT_EQ(Decide(1, {}, -1), kDense) << "weights alone are too much";
+  EXPECT_EQ(Decide(3, {}, -1), kDense);
+  EXPECT_EQ(Decide(4, {}, 0), kDense);
+  EXPECT_EQ(Decide(5, {}, 0), kAll);
+}
+
 TEST_F(WeightKeeperTest, TheLeastIsWhatRuns) {
   EXPECT_EQ(keeper_.Least({.running = 1, .wished = 8}), kDense);
   EXPECT_EQ(keeper_.Least({.running = 4, .wished = 1}), 0b0100u);
