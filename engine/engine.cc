@@ -1,5 +1,6 @@
 #include "engine/engine.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace espalier {
@@ -8,7 +9,12 @@ Engine::Engine(const SchedulerOptions& options, const KvGeometry& geometry, cons
                Executor* executor, Policy* policy)
     : scheduler_(options, geometry, ladder, policy),
       executor_(executor),
-      pages_wanted_(geometry.pages) {}
+      pages_whole_(geometry.pages),
+      pages_wanted_(geometry.pages),
+      keeper_({}, ladder.size(),
+              [executor](RungSet rungs) { return executor->ReleasablePages(rungs); }) {
+  weights_.rungs = keeper_.all();
+}
 
 absl::Status Engine::Submit(Request request) { return scheduler_.Submit(std::move(request)); }
 
@@ -16,14 +22,99 @@ bool Engine::Cancel(RequestId id) { return scheduler_.Cancel(id); }
 
 void Engine::LimitPages(int pages, Instant now) {
   pages_wanted_ = pages;
+  FitMemory(now);
+}
+
+int Engine::Pages(RungSet rungs) const {
+  const int64_t pages = int64_t{pages_wanted_} + executor_->ReleasablePages(rungs);
+  return static_cast<int>(std::clamp<int64_t>(pages, 0, pages_whole_));
+}
+
+void Engine::SetPages(int pages, Instant now) {
   const int before = scheduler_.pages_total();
   const auto moves = scheduler_.LimitPages(pages, now);
   if (!scheduler_.packings().empty()) executor_->PackPages(scheduler_.packings());
   if (scheduler_.pages_total() != before) executor_->FitPages(moves, scheduler_.pages_total());
 }
 
+void Engine::FitMemory(Instant now) {
+  const RungUse use = scheduler_.rung_use();
+  if (use.pages_used > Pages(coming_ != 0 ? coming_ : keeper_.present())) {
+    const RungSet least = keeper_.Least(use);
+    const bool helps = coming_ != 0 || executor_->ReleasablePages(least) >
+                                           executor_->ReleasablePages(keeper_.present());
+    coming_ = 0;
+    if (helps) Exchange(least, now);
+  }
+  SetPages(Pages(coming_ != 0 ? coming_ : keeper_.present()), now);
+  std::vector<int> most;
+  for (RungSet rung = 1; rung != 0 && (rung & keeper_.all()) != 0; rung <<= 1) {
+    most.push_back(Pages(rung));
+  }
+  scheduler_.set_most_pages(std::move(most));
+}
+
+bool Engine::Exchange(RungSet rungs, Instant now) {
+  if (!scheduler_.ServeRungs(rungs)) return false;
+  if (!scheduler_.packings().empty()) executor_->PackPages(scheduler_.packings());
+  if (Pages(rungs) < scheduler_.pages_total()) SetPages(Pages(rungs), now);
+  const absl::StatusOr<WeightsFit> fit = executor_->FitWeights(rungs, /*at_once=*/true);
+  if (!fit.ok()) {
+    lost_ = fit.status();
+  } else {
+    Changed(rungs, now, fit->seconds);
+  }
+  return true;
+}
+
+void Engine::Changed(RungSet rungs, Instant now, double seconds) {
+  if ((keeper_.present() & ~rungs) != 0) ++weights_.releases;
+  if ((rungs & ~keeper_.present()) != 0) {
+    ++weights_.returns;
+    weights_.return_s = seconds;
+    weights_.return_s_sum += seconds;
+  }
+  weights_.rungs = rungs;
+  keeper_.Done(rungs, now, seconds);
+}
+
+Instant Engine::TendWeights(Instant now) {
+  const bool settled = all_weights() && coming_ == 0 &&
+                       (pages_wanted_ >= pages_whole_ || executor_->ReleasablePages(0) == 0);
+  if (!lost_.ok() || settled) return kNever;
+  if (coming_ == 0) {
+    const RungSet before = keeper_.present();
+    const RungSet rungs = keeper_.Decide(now, scheduler_.rung_use(), pages_wanted_, pages_whole_);
+    if (rungs == before) return keeper_.next();
+    if ((before & ~rungs) != 0) {
+      if (Exchange(rungs, now)) FitMemory(now);
+      return keeper_.next();
+    }
+    coming_ = rungs;
+    coming_s_ = 0;
+    FitMemory(now);  // room for them first
+  }
+  if (coming_ == 0) return now;
+  // Whom nothing else could be done for until then waits for all of it.
+  const bool waited_for = !scheduler_.idle() && scheduler_.rung_use().running == 0;
+  const absl::StatusOr<WeightsFit> fit = executor_->FitWeights(coming_, waited_for);
+  if (!fit.ok()) {
+    lost_ = fit.status();
+    return kNever;
+  }
+  coming_s_ += fit->seconds;
+  if (fit->done) {
+    scheduler_.ServeRungs(coming_);
+    if (!scheduler_.packings().empty()) executor_->PackPages(scheduler_.packings());
+    Changed(std::exchange(coming_, 0), now, coming_s_);
+  }
+  return now;
+}
+
 absl::StatusOr<const StepReport*> Engine::Step(Instant now) {
   scheduler_.Recycle(&report_.outputs);
+  TendWeights(now);
+  if (!lost_.ok()) return lost_;
   const Batch& batch = scheduler_.Schedule(now, &report_.outputs);
   if (!scheduler_.packings().empty()) executor_->PackPages(scheduler_.packings());
   report_.decode_rows = batch.decode_rows;
@@ -43,7 +134,7 @@ absl::StatusOr<const StepReport*> Engine::Step(Instant now) {
     report_.phases = result_.phases;
     report_.probe = result_.probe;
   }
-  if (scheduler_.pages_total() > pages_wanted_) LimitPages(pages_wanted_, now);
+  if (scheduler_.pages_total() > Pages(coming_ != 0 ? coming_ : keeper_.present())) FitMemory(now);
 #ifndef NDEBUG
   scheduler_.CheckInvariants();
 #endif

@@ -7,6 +7,7 @@
 #include "absl/status/statusor.h"
 #include "engine/executor.h"
 #include "engine/scheduling/scheduler.h"
+#include "engine/weight_keeper.h"
 #include "policy/policy.h"
 
 namespace espalier {
@@ -24,6 +25,15 @@ struct StepReport {
   bool did_work() const { return decode_rows + prefill_rows > 0 || !outputs.empty(); }
 };
 
+// Weights in memory, as of now; counts are since start.
+struct WeightsReport {
+  RungSet rungs = 0;        // that can be served
+  uint64_t releases = 0;    // times that weights left
+  uint64_t returns = 0;     // times that some came back
+  double return_s = 0;      // what the last return took of steps' time
+  double return_s_sum = 0;  // and all of them
+};
+
 class Engine {
  public:
   // `executor` and `policy` must outlive the engine.
@@ -38,16 +48,43 @@ class Engine {
   absl::StatusOr<const StepReport*> Step(Instant now);
 
   // At most `pages` KV pages from now on, or as few as those who were accepted allow: as
-  // Scheduler::LimitPages, and then again after each step until it is so.
+  // Scheduler::LimitPages, and then again after each step until it is so. And so many more as
+  // weights that have left memory are worth: they leave where that is needed, first of all, and
+  // where `pages` is below 0.
   void LimitPages(int pages, Instant now);
+
+  // The machine's memory was looked at; policies are told how long ago.
+  void SawMemory(Instant at) { scheduler_.set_memory_seen(at); }
+
+  // Lets weights leave, or come back for some milliseconds, as it is due. Part of Step; who has no
+  // step to do is told when to ask again: `now` if at once, kNever if something has to happen
+  // first.
+  Instant TendWeights(Instant now);
+  const WeightsReport& weights() const { return weights_; }
+  bool all_weights() const { return weights_.rungs == keeper_.all(); }
 
   bool idle() const { return scheduler_.idle(); }
   const Scheduler& scheduler() const { return scheduler_; }
 
  private:
+  // Pages there may be while weights of `rungs` are in memory.
+  int Pages(RungSet rungs) const;
+  void SetPages(int pages, Instant now);
+  // Lets weights go where pages in use do not fit, and makes the pool what there may be.
+  void FitMemory(Instant now);
+  // Weights of these and no others, at once. False if somebody runs who could not.
+  bool Exchange(RungSet rungs, Instant now);
+  void Changed(RungSet rungs, Instant now, double seconds);
+
   Scheduler scheduler_;
   Executor* executor_;
+  const int pages_whole_;
   int pages_wanted_;
+  WeightKeeper keeper_;
+  RungSet coming_ = 0;   // coming back, and those that are there; 0: none
+  double coming_s_ = 0;  // taken so far
+  WeightsReport weights_;
+  absl::Status lost_;  // weights that cannot come back
   StepResult result_;
   StepReport report_;
 };

@@ -30,11 +30,28 @@ std::optional<uint64_t> ReadFact(const std::string& path, std::string_view key) 
   return std::nullopt;
 }
 
+// "some avg10=1.25 avg60=..": percent of the time.
+void NoteStalls(const std::string& path, MachineMemory* memory) {
+  constexpr std::string_view kSome = "some avg10=";
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    if (!line.starts_with(kSome)) continue;
+    const double share = std::strtod(line.c_str() + kSome.size(), nullptr) / 100;
+    // Not a NaN either.
+    if (share >= 0 && share <= 1) memory->stalled = std::max(share, memory->stalled.value_or(0));
+  }
+}
+
 void Tighten(const CgroupFolder& cgroup, MachineMemory* memory) {
   const auto file = [&](const char* v1, const char* v2) {
     return cgroup.path + "/memory." + (cgroup.v2 ? v2 : v1);
   };
-  const std::optional<uint64_t> limit = ReadNumber(file("limit_in_bytes", "max"));
+  std::optional<uint64_t> limit = ReadNumber(file("limit_in_bytes", "max"));
+  if (cgroup.v2) {
+    NoteStalls(cgroup.path + "/memory.pressure", memory);
+    const std::optional<uint64_t> high = ReadNumber(cgroup.path + "/memory.high");
+    if (high) limit = std::min(*high, limit.value_or(*high));
+  }
   if (!limit) return;
   const uint64_t used = ReadNumber(file("usage_in_bytes", "current")).value_or(0);
   const uint64_t reclaimable =
@@ -56,6 +73,7 @@ MachineMemory ReadMachineMemory(const std::string& root) {
   };
   MachineMemory memory{.total = bytes("MemTotal:", _SC_PHYS_PAGES),
                        .available = bytes("MemAvailable:", _SC_AVPHYS_PAGES)};
+  NoteStalls(root + "/proc/pressure/memory", &memory);
   for (const CgroupFolder& cgroup : CgroupFolders(root, "memory")) Tighten(cgroup, &memory);
   return memory;
 }

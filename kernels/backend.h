@@ -246,6 +246,14 @@ class Backend {
   virtual absl::Status GatherRows(const Weight& weight, std::span<const int32_t> rows,
                                   Weight* panel) = 0;
 
+  // Gives what lies behind a weight back to the device: `releasable` bytes of it. No op may meet it
+  // until RefillWeight, or GatherRows for a panel, which find its memory where it was.
+  virtual void ReleaseWeight(Weight* weight) = 0;
+
+  // Packs a released weight's values anew, as UploadWeight did. After an error it is released
+  // still.
+  virtual absl::Status RefillWeight(const WeightSource& source, Weight* weight) = 0;
+
   // ResourceExhausted, with the bytes asked for, if the device cannot hold it.
   virtual absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) = 0;
 

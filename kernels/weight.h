@@ -61,7 +61,7 @@ struct WeightSource {
   std::function<void(int output, FourBitGroup* dst)> read_groups = {};
 };
 
-// Owned by the backend that made it; immutable after Backend::UploadWeight.
+// Owned by the backend that made it; immutable after Backend::UploadWeight, but for being released.
 struct Weight {
   WeightType type = WeightType::kF32;
   WeightLayout layout = WeightLayout::kOutputRows;
@@ -69,9 +69,11 @@ struct Weight {
   int cols = 0;                     // values per row
   int groups = 0;                   // of the summed dimension, as stored
   std::shared_ptr<void> storage;    // device memory
-  const uint8_t* blocks = nullptr;  // [strips of outputs, groups] in the device's own order
+  const uint8_t* blocks = nullptr;  // [strips of outputs, groups] in the device's own order; null:
+                                    // released, or none
   size_t bytes = 0;                 // of storage, for the ledger
   bool sparse24 = false;            // seen in its values when they were uploaded (sparse24.h)
+  size_t releasable = 0;            // of these, what Backend::ReleaseWeight gives back
 };
 
 }  // namespace espalier

@@ -22,8 +22,11 @@ struct PressureReport {
   double queue_length = 0;   // waiting requests / queue bound
   double oldest_wait_s = 0;  // age of the oldest waiting request
   double step_s = 0;         // of a step, mean of the last ones: a token's time for who decodes
-  int running = 0;           // sequences that hold pages
-  int waiting = 0;           // sequences that hold none
+  // Since the machine's memory was last seen, which limits the pages there may be; grows while its
+  // sources are missing. 0 where none are asked.
+  double memory_age_s = 0;
+  int running = 0;  // sequences that hold pages
+  int waiting = 0;  // sequences that hold none
 };
 
 // What a caller allows. The served rung never goes beyond any of them.

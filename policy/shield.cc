@@ -6,13 +6,16 @@
 namespace espalier {
 namespace {
 
+// Of what is known of memory; it is looked at four times a second.
+constexpr double kStaleSeconds = 5;
+
 bool Sane(const PressureReport& report, double last_s) {
-  const double numbers[] = {report.kv_used, report.kv_promised, report.queue_length,
-                            report.oldest_wait_s, report.step_s};
+  const double numbers[] = {report.kv_used,       report.kv_promised, report.queue_length,
+                            report.oldest_wait_s, report.step_s,      report.memory_age_s};
   return std::isfinite(report.time_s) && report.time_s >= last_s && report.running >= 0 &&
-         report.waiting >= 0 && std::ranges::all_of(numbers, [](double number) {
-           return std::isfinite(number) && number >= 0;
-         });
+         report.waiting >= 0 && report.memory_age_s <= kStaleSeconds &&
+         std::ranges::all_of(numbers,
+                             [](double number) { return std::isfinite(number) && number >= 0; });
 }
 
 constexpr double kCalm = 0.5;  // of a step's target, and of the KV there may be

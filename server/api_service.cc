@@ -42,6 +42,8 @@ grpc::ServerUnaryReactor* Answer(const Backstage* backstage, grpc::CallbackServe
 v1::MemoryLedger WireLedger(const Backstage& stage, const Ledger& ledger) {
   v1::MemoryLedger wire;
   wire.set_weights(ledger.weights);
+  wire.set_weights_released(ledger.weights_released);
+  wire.set_grpc(ledger.grpc);
   wire.set_kv_used(ledger.kv_used);
   wire.set_kv_reusable(ledger.kv_reusable);
   wire.set_kv_free(ledger.kv_free);

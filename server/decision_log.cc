@@ -17,10 +17,11 @@ std::string Line(const Decision& decision) {
   const PressureReport& report = decision.report;
   return fmt::format(
       R"({{"time_s":{},"kv_used":{},"kv_promised":{},"queue_length":{},"oldest_wait_s":{},)"
-      R"("step_s":{},"running":{},"waiting":{},"rung":{},"reason":"{}"}})"
+      R"("step_s":{},"memory_age_s":{},"running":{},"waiting":{},"rung":{},"reason":"{}"}})"
       "\n",
       report.time_s, report.kv_used, report.kv_promised, report.queue_length, report.oldest_wait_s,
-      report.step_s, report.running, report.waiting, decision.rung, decision.reason);
+      report.step_s, report.memory_age_s, report.running, report.waiting, decision.rung,
+      decision.reason);
 }
 
 std::string BandText(const PressureBand& band) {

@@ -21,6 +21,12 @@ void AddTotals(const SchedulerStats& from, SchedulerStats* to) {
   to->stages.history += from.stages.history;
 }
 
+void AddTotals(const WeightsReport& from, WeightsReport* to) {
+  to->releases += from.releases;
+  to->returns += from.returns;
+  to->return_s_sum += from.return_s_sum;
+}
+
 }  // namespace
 
 void EnginePair::Replace(Engine* engine, Instant now) {
@@ -33,6 +39,7 @@ void EnginePair::Replace(Engine* engine, Instant now) {
 void EnginePair::Retire(Instant now) {
   Invariant(left_ != nullptr && left_->idle(), "an engine retires that has work");
   AddTotals(left_->scheduler().stats(), &retired_);
+  AddTotals(left_->weights(), &retired_weights_);
   left_ = nullptr;
   current_->LimitPages(pages_, now);
 }
@@ -55,6 +62,23 @@ absl::StatusOr<const StepReport*> EnginePair::Step(Instant now) {
   return (lefts_turn ? left_ : current_)->Step(now);
 }
 
+void EnginePair::SawMemory(Instant at) {
+  current_->SawMemory(at);
+  if (left_ != nullptr) left_->SawMemory(at);
+}
+
+Instant EnginePair::TendWeights(Instant now) {
+  const Instant next = current_->TendWeights(now);
+  return left_ == nullptr ? next : std::min(next, left_->TendWeights(now));
+}
+
+WeightsReport EnginePair::weights() const {
+  WeightsReport weights = current_->weights();
+  AddTotals(retired_weights_, &weights);
+  if (left_ != nullptr) AddTotals(left_->weights(), &weights);
+  return weights;
+}
+
 void EnginePair::LimitPages(int pages, Instant now) {
   pages_ = pages;
   if (left_ != nullptr) {
@@ -65,10 +89,12 @@ void EnginePair::LimitPages(int pages, Instant now) {
 }
 
 void EnginePair::Share(Instant now) {
+  // Weights leave where pages in use do not fit; beyond that two models ask for none.
+  const int all = std::max(0, pages_);
   const Scheduler& left = left_->scheduler();
   const Scheduler& current = current_->scheduler();
   const int64_t awaited = current.PagesAtMost() + awaited_;
-  const int64_t share = std::max(pages_ - awaited, int64_t{pages_} / 2);
+  const int64_t share = std::max(all - awaited, int64_t{all} / 2);
   const int lefts = static_cast<int>(std::min(left.PagesAtMost(), share));
   const auto limit = [now](Engine* engine, int pages) {
     if (engine->scheduler().pages_total() != pages) engine->LimitPages(pages, now);
@@ -76,10 +102,10 @@ void EnginePair::Share(Instant now) {
   // Who gets fewer goes first, and may keep more: enough for the largest of its requests.
   if (lefts < left.pages_total()) {
     limit(left_, lefts);
-    limit(current_, std::max(0, pages_ - left.pages_total()));
+    limit(current_, std::max(0, all - left.pages_total()));
   } else {
-    limit(current_, pages_ - lefts);
-    limit(left_, std::clamp(pages_ - current.pages_total(), 0, lefts));
+    limit(current_, all - lefts);
+    limit(left_, std::clamp(all - current.pages_total(), 0, lefts));
   }
 }
 

@@ -32,6 +32,12 @@ class EnginePair {
   // A step of an engine that has something to do, in turns.
   absl::StatusOr<const StepReport*> Step(Instant now);
 
+  // As Engine::SawMemory, TendWeights, weights, of both; what came back since start is told of
+  // those retired, too.
+  void SawMemory(Instant at);
+  Instant TendWeights(Instant now);
+  WeightsReport weights() const;
+
   // As Engine::LimitPages, of both together.
   void LimitPages(int pages, Instant now);
   // Two engines: gives each what all its requests may come to hold, or half if that is too much.
@@ -48,6 +54,7 @@ class EnginePair {
   int pages_;  // both may have
   int64_t awaited_ = 0;
   SchedulerStats retired_;  // totals since start
+  WeightsReport retired_weights_;
 };
 
 }  // namespace espalier

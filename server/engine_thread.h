@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -70,6 +71,9 @@ class EngineThread {
   // that has ended. Any thread.
   bool BetweenSteps(const std::function<void()>& work);
 
+  // As Engine::SawMemory. Any thread.
+  void SawMemory(Instant at) { memory_seen_.store(at.count(), std::memory_order_relaxed); }
+
   // The state after the last step, with what arrived since. Any thread; no wait for a step.
   LoadSnapshot load() const;
 
@@ -85,6 +89,9 @@ class EngineThread {
   bool Drain(Instant timeout);
 
  private:
+  // Of pages_wanted_, which may be below 0.
+  static constexpr int kAsTheyAre = std::numeric_limits<int>::min();
+
   void Run();
   // Begins a check of quality if one is due, and ends the one that runs for others.
   void BeginCheck(Instant now, Instant idle_since);
@@ -131,9 +138,10 @@ class EngineThread {
 
   // Of the last step that did work, or since when there is any: steady nanoseconds; 0: idle.
   std::atomic<int64_t> last_progress_{0};
-  std::atomic<bool> abandon_{false};   // the drain's time is out
-  std::atomic<int> pages_wanted_{-1};  // -1: as they are
-  bool abandoned_ = false;             // engine thread; read after join
+  std::atomic<bool> abandon_{false};  // the drain's time is out
+  std::atomic<int> pages_wanted_{kAsTheyAre};
+  std::atomic<int64_t> memory_seen_{0};  // 0: nobody looks
+  bool abandoned_ = false;               // engine thread; read after join
 
   // Who waits for the engine thread to do something, waits on `done_work_`.
   struct Work {

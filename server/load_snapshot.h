@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "engine/engine.h"
 #include "engine/ledger.h"
 #include "engine/scheduling/scheduler.h"
 
@@ -11,10 +12,11 @@ namespace espalier {
 // Published by the engine thread after each step; read without touching the scheduler.
 struct LoadSnapshot {
   SchedulerStats stats;  // of the last step
-  Ledger ledger;         // `foreign` is filled by who reads the machine, not by the engine thread
-  int arriving = 0;      // admitted, but in no step so far: they wait too
-  int max_waiting = 0;   // bound on waiting + arriving
-  uint64_t steps = 0;    // since start
+  WeightsReport weights;
+  Ledger ledger;        // `foreign` is filled by who reads the machine, not by the engine thread
+  int arriving = 0;     // admitted, but in no step so far: they wait too
+  int max_waiting = 0;  // bound on waiting + arriving
+  uint64_t steps = 0;   // since start
   double generated_tokens_per_second = 0;  // decaying means, time constant 5 s
   double finished_per_second = 0;          // requests ended, for whatever reason
   bool draining = false;

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/model/decoder.h"
 #include "engine/model/down_norms.h"
 #include "engine/model/history_file.h"
 #include "engine/model/moments_file.h"
@@ -46,13 +47,12 @@ LoadedModel::LoadedModel(const ServerOptions& options)
             .tpot_target_s = std::chrono::duration<double>(options.tpot_target).count(),
             .load_loss = options.load_loss} {}
 
-absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Load(const ServerOptions& options,
-                                                               const ModelFile& file,
-                                                               const Order& order) {
+absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Load(
+    const ServerOptions& options, std::shared_ptr<const ModelFile> file, const Order& order) {
   std::unique_ptr<LoadedModel> loaded(new LoadedModel(options));
-  loaded->fingerprint_ = FingerprintOf(file);
+  loaded->fingerprint_ = FingerprintOf(*file);
   absl::Status status = loaded->LoadWeights(file, order);
-  if (status.ok() && order.gathers) status = loaded->OpenMoments(file);
+  if (status.ok() && order.gathers) status = loaded->OpenMoments(*file);
   if (!status.ok()) return status;
   return loaded;
 }
@@ -100,7 +100,9 @@ absl::Status LoadedModel::MakePolicy(const Order& order) {
   return absl::OkStatus();
 }
 
-absl::Status LoadedModel::LoadWeights(const ModelFile& file, const Order& order) {
+absl::Status LoadedModel::LoadWeights(const std::shared_ptr<const ModelFile>& opened,
+                                      const Order& order) {
+  const ModelFile& file = *opened;
   absl::StatusOr<std::unique_ptr<Backend>> backend =
       CreateCpuBackend({.isa = options_.isa, .threads = options_.threads});
   if (!backend.ok()) return backend.status();
@@ -131,6 +133,9 @@ absl::Status LoadedModel::LoadWeights(const ModelFile& file, const Order& order)
     absl::Status status = executor_->SetLadder(std::move(ladder->ladder), *ladder->channels);
     if (status.ok() && options_.probe.has_value()) status = MakeProbe(file);
     if (!status.ok()) return status;
+    WeightSources sources{.model = opened, .channels = ladder->channels, .files = file.files()};
+    sources.files.insert(sources.files.end(), ladder->files.begin(), ladder->files.end());
+    executor_->KeepSources(std::move(sources));
   }
 
   // A learned policy is of a ladder of so many rungs, so not before there is one.

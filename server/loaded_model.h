@@ -35,9 +35,11 @@ class LoadedModel {
     ModelExecutor::Progress progress;
   };
 
-  // Errors name file and tensor, the option that does not fit, or the bytes that are not there.
+  // Weights that rungs do not need may leave memory, and are read again from `file`, which stays
+  // mapped for that. Errors name file and tensor, the option that does not fit, or the bytes that
+  // are not there.
   static absl::StatusOr<std::unique_ptr<LoadedModel>> Load(const ServerOptions& options,
-                                                           const ModelFile& file,
+                                                           std::shared_ptr<const ModelFile> file,
                                                            const Order& order);
 
   // Runs one request through the engine, before anyone else may.
@@ -59,7 +61,7 @@ class LoadedModel {
 
  private:
   explicit LoadedModel(const ServerOptions& options);
-  absl::Status LoadWeights(const ModelFile& file, const Order& order);
+  absl::Status LoadWeights(const std::shared_ptr<const ModelFile>& opened, const Order& order);
   absl::Status MakePolicy(const Order& order);
   absl::Status MakeProbe(const ModelFile& file);
   absl::Status OpenMoments(const ModelFile& file);

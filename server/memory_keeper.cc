@@ -7,7 +7,9 @@ namespace espalier {
 namespace {
 
 // Of the machine's memory, left to others: a kernel that reclaims takes longer than we look.
-constexpr uint64_t kLeftShare = 32;
+constexpr uint64_t kLeftShare = 32, kLeftShareStalled = 8;
+// Of MachineMemory::stalled: from where on the latter, and until where.
+constexpr double kStalled = 0.1, kFlows = 0.02;
 
 }  // namespace
 
@@ -19,9 +21,9 @@ MemoryKeeper::MemoryKeeper(const Options& options, std::function<void(int)> limi
       other_(options.other_bytes),
       pages_(options.pages) {}
 
-void MemoryKeeper::Look() {
+bool MemoryKeeper::Look() {
   std::lock_guard lock(mutex_);
-  LookLocked(std::max(1, options_.pages / 20));
+  return LookLocked(std::max(1, options_.pages / 20));
 }
 
 void MemoryKeeper::SetBudget(uint64_t bytes) {
@@ -51,24 +53,42 @@ int MemoryKeeper::pages() const {
   return pages_;
 }
 
-void MemoryKeeper::LookLocked(int worth_it) {
+uint64_t MemoryKeeper::kv_bytes() const {
+  std::lock_guard lock(mutex_);
+  return options_.page_bytes * static_cast<uint64_t>(KvPagesLocked(sources_.released()));
+}
+
+int MemoryKeeper::KvPagesLocked(uint64_t released) const {
+  const int64_t pages = pages_ + static_cast<int64_t>(released / options_.page_bytes);
+  return static_cast<int>(std::clamp<int64_t>(pages, 0, options_.pages));
+}
+
+bool MemoryKeeper::LookLocked(int worth_it) {
   const MachineMemory machine = sources_.machine();
-  const uint64_t resident = sources_.resident();
-  const uint64_t left = machine.total / kLeftShare;
+  const uint64_t resident = sources_.resident(), released = sources_.released();
+  stalled_ = machine.stalled.value_or(0) >= (stalled_ ? kFlows : kStalled);
+  const uint64_t left = machine.total / (stalled_ ? kLeftShareStalled : kLeftShare);
   // Nothing could be read: no reason to think that there is none.
   uint64_t bytes = UINT64_MAX;
   if (machine.total > 0) bytes = resident + std::max(machine.available, left) - left;
   if (budget_ > 0) bytes = std::min(bytes, budget_);
   // What has been added to the process since is no KV either, beyond what the pool can hold.
-  const uint64_t most_kv = options_.page_bytes * static_cast<uint64_t>(pages_);
-  const uint64_t other = std::max(other_, resident - std::min(resident, most_kv));
+  const uint64_t held = resident + released;
+  const uint64_t most_kv = options_.page_bytes * static_cast<uint64_t>(KvPagesLocked(released));
+  const uint64_t other = std::max(other_, held - std::min(held, most_kv));
   const uint64_t fit = (bytes - std::min(bytes, other)) / options_.page_bytes;
-  const int pages = static_cast<int>(std::min<uint64_t>(fit, options_.pages));
+  const uint64_t missing =
+      (other - std::min(bytes, other) + options_.page_bytes - 1) / options_.page_bytes;
+  const int pages =
+      static_cast<int>(std::min<uint64_t>(fit, options_.pages)) -
+      static_cast<int>(std::min<uint64_t>(missing, static_cast<uint64_t>(options_.weight_pages)));
   const bool told = pages <= pages_ - std::max(1, worth_it / 10) || pages >= pages_ + worth_it ||
                     (pages == options_.pages && pages > pages_);
-  if (!told) return;
-  pages_ = pages;
-  limit_(pages);
+  if (told) {
+    pages_ = pages;
+    limit_(pages);
+  }
+  return machine.total > 0;
 }
 
 }  // namespace espalier

@@ -18,21 +18,28 @@ class MemoryKeeper {
     uint64_t page_bytes = 0;
     int pages = 0;             // of the whole KV pool
     uint64_t other_bytes = 0;  // resident, and no KV: weights, workspace, the process itself
+    int weight_pages = 0;      // that weights are worth which may leave
   };
   // Where it looks; for tests.
   struct Sources {
     std::function<MachineMemory()> machine = [] { return ReadMachineMemory(); };
     std::function<uint64_t()> resident = [] { return ResidentMemoryBytes(); };
+    std::function<uint64_t()> released = [] { return uint64_t{0}; };  // weights, out of memory
   };
 
-  // `limit` is told the pages there may be whenever that changes, on the thread that looked.
+  // `limit` is told the pages there may be beside all weights whenever that changes, on the thread
+  // that looked: less than none where weights have to leave.
   MemoryKeeper(const Options& options, std::function<void(int pages)> limit)
       : MemoryKeeper(options, std::move(limit), Sources()) {}
   MemoryKeeper(const Options& options, std::function<void(int pages)> limit, Sources sources);
 
   // Tells a limit that is smaller by a two-hundredth of the pool, or larger by a twentieth, or all
-  // of it: a machine that breathes does not move pages to and fro. Any thread.
-  void Look();
+  // of it: a machine that breathes does not move pages to and fro. False if the machine's memory
+  // could not be seen. Any thread.
+  //
+  // While tasks wait for memory for a tenth of their time (MachineMemory::stalled), whatever the
+  // machine says is available, four times as much is left to others, until it is a fiftieth.
+  bool Look();
 
   // Bytes for the process from now on; 0: what the machine has. Looks, and tells the pages even if
   // they are few more. Any thread.
@@ -44,10 +51,12 @@ class MemoryKeeper {
 
   uint64_t budget() const;
   int pages() const;  // as last told; at first all
-  uint64_t kv_bytes() const { return options_.page_bytes * static_cast<uint64_t>(pages()); }
+  // What KV may take while those weights are in memory that now are.
+  uint64_t kv_bytes() const;
 
  private:
-  void LookLocked(int worth_it);
+  bool LookLocked(int worth_it);
+  int KvPagesLocked(uint64_t released) const;
 
   const Options options_;
   const std::function<void(int)> limit_;
@@ -56,6 +65,7 @@ class MemoryKeeper {
   uint64_t budget_;
   uint64_t other_;
   int pages_;
+  bool stalled_ = false;
 };
 
 }  // namespace espalier

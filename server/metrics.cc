@@ -139,6 +139,10 @@ struct Metrics::Instruments : prometheus::Collectable {
   Gauge& Memory(const char* part) {
     return AddGauge(r, "espalier_memory_bytes", "The ledger: where memory is.", {{"part", part}});
   }
+  Gauge& DeviceMemory(const char* part) {
+    return AddGauge(r, "espalier_device_memory_bytes",
+                    "Memory of the first NVIDIA device, whoever holds it.", {{"part", part}});
+  }
   Counter& Finished(std::string_view outcome) {
     return AddCounter(r, "espalier_requests_finished_total",
                       "Requests that were queued, by how they ended.",
@@ -253,6 +257,15 @@ struct Metrics::Instruments : prometheus::Collectable {
                              "Rows in the sums that --moments-file keeps for espalier prune.");
   Counter& reloads = AddCounter(r, "espalier_reloads_total", "Times the model was replaced.");
   Gauge& weights = Memory("weights");
+  Gauge& weights_released = Memory("weights_released");
+  Gauge& grpc = Memory("grpc");
+  Gauge& weight_return = AddGauge(
+      r, "espalier_weights_return_seconds",
+      "What steps waited for the last return of weights to memory, all its pieces together.");
+  Counter& weight_returns =
+      AddCounter(r, "espalier_weights_returns_total", "Times that weights came back to memory.");
+  Counter& weight_releases = AddCounter(r, "espalier_weights_releases_total",
+                                        "Times that weights of rungs not in use left memory.");
   Gauge& kv_used = Memory("kv_used");
   Gauge& kv_reusable = Memory("kv_reusable");
   Gauge& kv_free = Memory("kv_free");
@@ -329,6 +342,11 @@ void Metrics::OnStep(const StepReport& report, const LoadSnapshot& load, const S
   m.oldest.Set(times.oldest_wait);
   m.kv_usage.Set(load.kv_utilization());
   m.weights.Set(static_cast<double>(load.ledger.weights));
+  m.weights_released.Set(static_cast<double>(load.ledger.weights_released));
+  m.grpc.Set(static_cast<double>(load.ledger.grpc));
+  m.weight_return.Set(load.weights.return_s);
+  Advance(&m.weight_returns, load.weights.returns);
+  Advance(&m.weight_releases, load.weights.releases);
   m.kv_used.Set(static_cast<double>(load.ledger.kv_used));
   m.kv_reusable.Set(static_cast<double>(load.ledger.kv_reusable));
   m.kv_free.Set(static_cast<double>(load.ledger.kv_free));
@@ -424,6 +442,11 @@ void Metrics::OnFinished(const RequestSummary& summary) {
     if (summary.rung_tokens[rung] > 0) m.TokensByRung(rung).Increment(summary.rung_tokens[rung]);
   }
   if (summary.output_tokens > 1) m.per_token.Observe(summary.per_token_s());
+}
+
+void Metrics::OnDeviceMemory(uint64_t total, uint64_t free) {
+  instruments_->DeviceMemory("total").Set(static_cast<double>(total));
+  instruments_->DeviceMemory("free").Set(static_cast<double>(free));
 }
 
 void Metrics::OnStall(bool stuck) {

@@ -59,6 +59,9 @@ class Metrics {
   // When the engine begins and ceases to be stuck (Watchdog). Thread-safe.
   void OnStall(bool stuck);
 
+  // Of a device that NVML knows, whenever it was looked at. Thread-safe.
+  void OnDeviceMemory(uint64_t total, uint64_t free);
+
   // What a scrape returns, in Prometheus' text format.
   std::string Text() const;
 

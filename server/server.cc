@@ -24,6 +24,7 @@
 #include "engine/model/files/model_file.h"
 #include "engine/model/moments_file.h"
 #include "engine/model/pruning_file.h"
+#include "kernels/nvml.h"
 #include "server/api_service.h"
 #include "server/engine_thread.h"
 #include "server/front.h"
@@ -113,14 +114,15 @@ class Server {
   }
 
   absl::Status Load() {
-    absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options_.model);
-    if (!file.ok()) return file.status();
+    absl::StatusOr<std::unique_ptr<ModelFile>> opened_file = ModelFile::Open(options_.model);
+    if (!opened_file.ok()) return opened_file.status();
+    const std::shared_ptr<const ModelFile> file = *std::move(opened_file);
     const Instant opened = SteadyNow();
     // Beside the weights: a tenth of their time, on one core.
     std::future<absl::Status> text =
-        std::async(std::launch::async, [&] { return LoadText((*file)->vocabulary()); });
+        std::async(std::launch::async, [&] { return LoadText(file->vocabulary()); });
     absl::StatusOr<std::unique_ptr<LoadedModel>> loaded =
-        LoadedModel::Load(options_, **file,
+        LoadedModel::Load(options_, file,
                           {.ladder = options_.ladder,
                            .kv_bytes = options_.kv_memory,
                            .decision_log = options_.decision_log,
@@ -222,19 +224,26 @@ class Server {
                 [this](const StepReport& report, const LoadSnapshot& load, const StepTimes& times) {
                   metrics_->OnStep(report, load, times);
                   if (gathering_ != nullptr) metrics_->OnGathered(gathering_->tokens());
+                  released_.store(load.ledger.weights_released, std::memory_order_relaxed);
                   TellPolicy(load);
+                  TellWeights(load);
                 },
             .on_lost = [this](const absl::Status& lost) { Lose(lost); },
             .quality = first.quality,
             .on_check = std::move(first.on_check)});
 
-    memory_ =
-        std::make_unique<MemoryKeeper>(MemoryKeeper::Options{.budget = options_.memory_budget,
-                                                             .page_bytes = page_bytes_,
-                                                             .pages = kv_.pages,
-                                                             .other_bytes = ResidentMemoryBytes()},
-                                       [this](int pages) { LimitPages(pages); });
+    memory_ = std::make_unique<MemoryKeeper>(
+        MemoryKeeper::Options{.budget = options_.memory_budget,
+                              .page_bytes = page_bytes_,
+                              .pages = kv_.pages,
+                              .other_bytes = ResidentMemoryBytes(),
+                              .weight_pages = loaded_->executor().ReleasablePages(0)},
+        [this](int pages) { LimitPages(pages); }, MemoryKeeper::Sources{.released = [this] {
+          return released_.load(std::memory_order_relaxed);
+        }});
     memory_->Look();
+    thread_->SawMemory(SteadyNow());  // or from now on it has not been
+    FindMemorySources();
     backstage_ = {.models = &*models_,
                   .encoder = encoder_.get(),
                   .engine = thread_.get(),
@@ -252,6 +261,17 @@ class Server {
     return absl::OkStatus();
   }
 
+  void FindMemorySources() {
+    absl::StatusOr<std::unique_ptr<Nvml>> nvml = Nvml::Open();
+    const std::string device = nvml.ok() ? "nvml" : std::string(Text(nvml.status()));
+    if (nvml.ok()) nvml_ = *std::move(nvml);
+    const MachineMemory machine = ReadMachineMemory();
+    Log(LogLevel::kInfo, "memory sources",
+        {{"machine_bytes", machine.total},
+         {"stalls", machine.stalled.has_value() ? "psi" : "absent: no pressure stall information"},
+         {"device", nvml_ != nullptr ? device : "absent: " + device}});
+  }
+
   // On the engine's thread; a change of mind is rare beside steps.
   void TellPolicy(const LoadSnapshot& load) {
     const int before = std::exchange(told_rung_, load.stats.wanted_rung);
@@ -263,6 +283,23 @@ class Server {
          {"kv", load.kv_utilization()},
          {"running", load.stats.running},
          {"waiting", load.stats.waiting}});
+  }
+
+  // On the engine's thread.
+  void TellWeights(const LoadSnapshot& load) {
+    const WeightsReport& now = load.weights;
+    const WeightsReport before = std::exchange(told_weights_, now);
+    if (now.releases == before.releases && now.returns == before.returns) return;
+    std::string rungs;
+    for (int rung = 0; rung < kMostRungs; ++rung) {
+      if ((now.rungs >> rung & 1) != 0)
+        rungs += fmt::format("{}{}", rungs.empty() ? "" : ",", rung);
+    }
+    Log(LogLevel::kInfo, "weights",
+        {{"rungs", rungs},
+         {"bytes", load.ledger.weights},
+         {"released", load.ledger.weights_released},
+         {"return_seconds", now.returns > before.returns ? now.return_s : 0.0}});
   }
 
   // On the engine's thread, between steps, as the policy is asked.
@@ -327,13 +364,14 @@ class Server {
     }
     std::unique_ptr<LoadedModel> next;
     {
-      absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(path);
-      if (!file.ok()) return NotReloaded("model", file.status());
-      absl::Status status = CheckReplaces(*before, **file);
+      absl::StatusOr<std::unique_ptr<ModelFile>> opened_file = ModelFile::Open(path);
+      if (!opened_file.ok()) return NotReloaded("model", opened_file.status());
+      const std::shared_ptr<const ModelFile> file = *std::move(opened_file);
+      absl::Status status = CheckReplaces(*before, *file);
       if (!status.ok()) return NotReloaded("model", status);
       if (!ladder.empty()) {
         // First, as it is quick, and so that it is known whose fault it is.
-        const absl::StatusOr<CalibratedLadder> opened = OpenLadder(ladder, **file);
+        const absl::StatusOr<CalibratedLadder> opened = OpenLadder(ladder, *file);
         if (!opened.ok() && !order.ladder.empty()) return NotReloaded("ladder", opened.status());
         if (!opened.ok()) {
           return NotReloaded(
@@ -343,10 +381,10 @@ class Server {
                             Text(opened.status()))));
         }
       }
-      if (status = CheckFits(**file, other); !status.ok()) return NotReloaded("model", status);
+      if (status = CheckFits(*file, other); !status.ok()) return NotReloaded("model", status);
       const std::string& log = options_.decision_log;
       absl::StatusOr<std::unique_ptr<LoadedModel>> loaded = LoadedModel::Load(
-          options_, **file,
+          options_, file,
           {.ladder = ladder,
            .kv_bytes = page_bytes_ * static_cast<uint64_t>(kv_.pages),
            .decision_log = log.empty() ? "" : fmt::format("{}.{}", log, generation_ + 1)});
@@ -392,6 +430,11 @@ class Server {
   // of it from here on.
   absl::Status CheckFits(const ModelFile& file, uint64_t other) {
     const LoadSnapshot load = thread_->load();
+    if (load.ledger.weights_released > 0) {
+      return absl::ResourceExhaustedError(
+          fmt::format("{}: {} MiB of the served weights have left memory for want of it",
+                      file.path(), load.ledger.weights_released >> 20));
+    }
     const uint64_t need = EstimateWeightBytes(file, options_.weights) + load.ledger.workspace;
     uint64_t left = ReadMachineMemory().available;
     if (const uint64_t budget = memory_->budget(); budget > 0) {
@@ -417,7 +460,8 @@ class Server {
     malloc_trim(0);
     const uint64_t resident = ResidentMemoryBytes();
     const Ledger ledger = thread_->load().ledger;
-    memory_->SetOther(resident - std::min(resident, ledger.kv_used + ledger.kv_reusable));
+    const uint64_t whole = resident + ledger.weights_released;
+    memory_->SetOther(whole - std::min(whole, ledger.kv_used + ledger.kv_reusable));
     {
       std::lock_guard lock(reload_mutex_);
       reloading_ = false;  // before it is told: who reads the log may ask for the next
@@ -447,7 +491,9 @@ class Server {
     Watchdog watchdog(options_.stall_timeout);
     Instant moments_due = SteadyNow() + kMomentsInterval;
     while (!stop_->WaitFor(std::min(watchdog.interval(), kMemoryInterval))) {
-      memory_->Look();
+      if (memory_->Look()) thread_->SawMemory(SteadyNow());
+      const auto device = nvml_ == nullptr ? std::nullopt : nvml_->Read();
+      if (device.has_value()) metrics_->OnDeviceMemory(device->total, device->free);
       if (SteadyNow() >= moments_due) {
         KeepMomentsNow();
         moments_due = SteadyNow() + kMomentsInterval;
@@ -530,6 +576,8 @@ class Server {
   std::optional<InputMoments> kept_moments_;
   const InputMoments* gathering_ = nullptr;  // engine thread
   int told_rung_ = 0;                        // engine thread
+  WeightsReport told_weights_;               // engine thread
+  std::atomic<uint64_t> released_{0};        // bytes of weights that are out of memory
   int hardest_ = 0;                          // engine thread; that may be served
   // Of reloads: the reload thread's, and read before it is started.
   std::string path_ = options_.model;
@@ -538,6 +586,7 @@ class Server {
   std::unique_ptr<ReadyQueue> ready_;
   std::unique_ptr<EngineThread> thread_;
   std::unique_ptr<MemoryKeeper> memory_;
+  std::unique_ptr<Nvml> nvml_;  // null: no such device
   Backstage backstage_;
   ApiService service_;
   std::unique_ptr<Front> front_;

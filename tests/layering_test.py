@@ -19,8 +19,9 @@ MAY_INCLUDE = {
     "engine/model_config": ["policy"],
     "engine/ledger": [],
     "engine/machine_memory": ["kernels/cgroup"],
-    "engine/executor": ["engine/scheduling"],
-    "engine/engine": ["engine/executor", "engine/scheduling", "policy"],
+    "engine/executor": ["engine/scheduling", "policy"],
+    "engine/weight_keeper": ["engine/scheduling", "policy"],
+    "engine/engine": ["engine/executor", "engine/weight_keeper", "engine/scheduling", "policy"],
     "engine/scheduling": ["policy"],
     "engine/pruning": ["kernels", "policy", "engine/model_config"],
     "engine/sim": ["engine/engine", "engine/executor", "engine/scheduling", "policy"],
@@ -46,7 +47,7 @@ ONLY_IN = {
 }
 
 # No thread, lock, clock or unseeded randomness: whoever drives these passes time and seeds in.
-PURE = ["policy", "engine/scheduling", "engine/engine", "engine/sim", "engine/pruning"]
+PURE = ["policy", "engine/scheduling", "engine/engine", "engine/weight_keeper", "engine/sim", "engine/pruning"]
 IMPURE = re.compile(
     r"std::(j?thread|this_thread|async|(\w+_)?mutex|lock_guard|unique_lock|scoped_lock|atomic\w*"
     r"|condition_variable\w*|counting_semaphore|latch|barrier|random_device)\b"

@@ -37,9 +37,13 @@ absl::Status Run(const Options& options) {
     if (!status.ok()) return status;
     memory = load.memory();
   }
-  fmt::print("budget {}, resident {}: weights {}, workspace {}, KV {} of {} that it may have\n",
+  const std::string released =
+      memory.weights_released() > 0
+          ? fmt::format(" (and {} released)", MiB(memory.weights_released()))
+          : "";
+  fmt::print("budget {}, resident {}: weights {}{}, workspace {}, KV {} of {} that it may have\n",
              memory.budget() > 0 ? MiB(memory.budget()) : "none", MiB(memory.resident()),
-             MiB(memory.weights()), MiB(memory.workspace()),
+             MiB(memory.weights()), released, MiB(memory.workspace()),
              MiB(memory.kv_used() + memory.kv_reusable()), MiB(memory.kv_allowed()));
   return absl::OkStatus();
 }

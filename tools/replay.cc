@@ -64,6 +64,7 @@ PressureReport ReportOf(const Json& line) {
           .queue_length = line.at("queue_length"),
           .oldest_wait_s = line.at("oldest_wait_s"),
           .step_s = line.at("step_s"),
+          .memory_age_s = line.value("memory_age_s", 0.0),
           .running = line.at("running"),
           .waiting = line.at("waiting")};
 }

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <optional>
@@ -28,6 +29,7 @@
 #include "kernels/backend.h"
 #include "policy/blocks/block_memory.h"
 #include "policy/ladder.h"
+#include "policy/policy.h"
 
 namespace espalier {
 
@@ -50,6 +52,13 @@ struct StepPlan {
   std::span<const std::span<const int32_t>> tables;  // [layers * spans], layer-major
   // Of all rows, in the order of their rungs: those that hold K and V of a layer come first.
   std::span<const PlanStep> steps;
+};
+
+// What released weights are read from again. It keeps the files open.
+struct WeightSources {
+  std::shared_ptr<const ModelFile> model;           // null: nothing is ever released
+  std::shared_ptr<const ChannelSelector> channels;  // that panels were made by
+  std::vector<const MappedFile*> files;             // where the two lie
 };
 
 // What rows are when they meet q, k and v; o; gate and up.
@@ -79,6 +88,19 @@ class Decoder {
   // with rung and layer, for a count of channels that is neither all nor a multiple of kQuantGroup;
   // ResourceExhausted if there is no memory. Then the old panels stay.
   absl::Status MakePanels(const Ladder& ladder, const ChannelSelector& selector);
+
+  // From now on weights may leave memory. Those of MakePanels' last ladder, without a probe.
+  void KeepSources(WeightSources sources);
+  // A probe gathers panels anew at any step.
+  bool may_release() const { return sources_.model != nullptr && probe_ == nullptr; }
+  // Of the weights, panels among them, what is not needed while rungs of the set alone are served.
+  uint64_t ReleasableBytes(RungSet served) const;
+  uint64_t released_bytes() const { return released_bytes_; }
+  bool any_released() const { return released_ > 0; }
+  bool SourcesUnchanged() const;
+  // What rungs of the set need of a layer comes back, as it was to the bit, and the rest leaves.
+  // Only while may_release(). DataLoss if the sources have other values than before.
+  absl::Status FitLayer(int layer, RungSet served);
 
   // Makes int4 pages of a layer's int8 ones.
   void PackKv(int layer, std::span<const KvPacking> packings, KvPool* pool);
@@ -156,6 +178,20 @@ class Decoder {
     std::vector<float> key_mean;       // left out of keys in int4 pages; may be empty
   };
 
+  // A weight that may leave memory while no rung of `users` is served.
+  struct Releasable {
+    enum class Origin : uint8_t { kFile, kPanel, kRefit };
+
+    int layer = 0;
+    Origin origin = Origin::kFile;
+    Weight* weight = nullptr;
+    RungSet users = 0;
+    const char* name = "";  // kFile: of the tensor, within its layer
+    size_t from = 0;        // kPanel: in releasable_, what it is gathered from
+    int count = 0;          // kRefit: of channels
+    uint64_t checksum = 0;  // since it was first released
+  };
+
   // Consecutive rows that keep as many heads.
   struct HeadRun {
     int first_row = 0;
@@ -167,6 +203,11 @@ class Decoder {
 
   Decoder(const ModelConfig& config, Backend* backend);
 
+  void ListReleasable(const Ladder& ladder);
+  absl::Status Refill(Releasable* part);
+  // Panels of the same rows of several weights.
+  absl::Status Gather(std::initializer_list<std::pair<const Weight*, Weight*>> weights,
+                      std::span<const int32_t> rows) const;
   absl::Status MakeHeadPanels(int layer, std::span<const int32_t> heads, Panels* panels) const;
   // For rungs that keep so many of the ranked channels.
   absl::Status MakeChannelPanels(int layer, const ChannelSelector& selector,
@@ -207,6 +248,10 @@ class Decoder {
   std::vector<Panels> panels_;                     // [layers]
   uint64_t weight_bytes_ = 0;
   uint64_t panel_bytes_ = 0;
+  std::vector<Releasable> releasable_;  // by layer; in each what others are gathered from is first
+  WeightSources sources_;
+  uint64_t released_bytes_ = 0;
+  int released_ = 0;                // weights
   std::vector<HeadRun> head_runs_;  // of the block in hand, as are the next
   std::vector<MatMulTarget> projections_;
   std::vector<MlpStep> mlp_steps_;

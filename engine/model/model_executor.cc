@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <functional>
 #include <numeric>
 #include <string>
@@ -21,6 +22,9 @@ namespace {
 
 // What kv_bytes = 0 stands for: 32 sequences of 1,024 tokens, or one of the whole context.
 constexpr int kDefaultKvTokens = 32 * 1024;
+
+// A step waits for so much of what comes back, and a layer.
+constexpr double kReturnSeconds = 0.005;
 
 // Rows sampled at the same time; each lane has its own scratch.
 constexpr int kSamplerLanes = 8;
@@ -91,6 +95,7 @@ struct ModelExecutor::Impl {
   ModelOptions options;
   KvPool pool;
   Ladder ladder;
+  std::vector<const MappedFile*> files;  // of sources that were kept
   Activations activations;
   AlignedFloats logits;                      // [max_logit_rows, vocabulary]
   std::vector<LogitStatsArgs::Stats> stats;  // [max_logit_rows]
@@ -104,6 +109,8 @@ struct ModelExecutor::Impl {
   std::vector<PlanStep> steps;
   std::vector<int32_t> logit_rows;
   std::vector<KvPacking> packings;  // of a layer in hand
+  RungSet in_memory = ~RungSet{0};  // rungs whose weights are
+  bool sources_changed = false;
   const Probe* probe = nullptr;
   ProbeCounts probe_counts;  // as of the last step
 
@@ -166,6 +173,8 @@ void ModelExecutor::Impl::MakePlan(const Batch& batch) {
   for (const int i : order) {
     const BatchSpan& span = batch.spans[i];
     const Rung& rung = ladder.rung(span.rung);
+    Invariant((in_memory >> span.rung & 1) != 0,
+              "request {} runs at rung {}, whose weights are released", span.id, span.rung);
     spans.push_back({.first_row = static_cast<int>(tokens.size()),
                      .rows = span.rows,
                      .start = span.start,
@@ -256,9 +265,16 @@ absl::Status ModelExecutor::SetLadder(Ladder ladder, const ChannelSelector& sele
           rung, KvTypeName(pool.type), pool.head_dim));
     }
   }
+  if (absl::Status status = FitWeights(~RungSet{0}, true).status(); !status.ok()) return status;
   if (absl::Status status = impl_->model->MakePanels(ladder, selector); !status.ok()) return status;
   impl_->ladder = std::move(ladder);
   return absl::OkStatus();
+}
+
+void ModelExecutor::KeepSources(WeightSources sources) {
+  for (const MappedFile* file : sources.files) file->LetGo();
+  impl_->files = sources.files;
+  impl_->model->KeepSources(std::move(sources));
 }
 
 void ModelExecutor::set_probe(Probe* probe) {
@@ -328,6 +344,39 @@ void ModelExecutor::FitPages(std::span<const std::pair<int32_t, int32_t>> moves,
   impl_->backend->FitKvPool(moves, pages, &impl_->pool);
 }
 
+int ModelExecutor::ReleasablePages(RungSet served) const {
+  if (impl_->sources_changed) return 0;
+  return static_cast<int>(impl_->model->ReleasableBytes(served) / impl_->pool.shape.page_bytes());
+}
+
+absl::StatusOr<WeightsFit> ModelExecutor::FitWeights(RungSet served, bool at_once) {
+  Impl& impl = *impl_;
+  const bool changed = !impl.model->SourcesUnchanged();
+  if (!impl.model->any_released()) {
+    // Nothing leaves that could not come back.
+    impl.sources_changed = changed;
+    if (changed || !impl.model->may_release()) return WeightsFit{};
+  }
+  if (changed) {
+    return absl::DataLossError(
+        "the model's file, or its ladder's, has changed since it was opened: weights that left "
+        "memory cannot be read again");
+  }
+  const auto begun = std::chrono::steady_clock::now();
+  WeightsFit fit{.done = false};
+  // Until it is done, only what was there and stays.
+  impl.in_memory &= served;
+  for (int layer = 0; !fit.done; ++layer) {
+    if (absl::Status status = impl.model->FitLayer(layer, served); !status.ok()) return status;
+    fit.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count();
+    fit.done = layer + 1 == config().layers;
+    if (!at_once && fit.seconds > kReturnSeconds) break;
+  }
+  if (fit.done) impl.in_memory = served;
+  for (const MappedFile* file : impl.files) file->LetGo();
+  return fit;
+}
+
 absl::Status ModelExecutor::ExecuteLayer(const Batch& batch, int layer, Matrix residual,
                                          bool embedded) {
   Impl& impl = *impl_;
@@ -391,7 +440,9 @@ BlockMemory ModelExecutor::block_memory() const {
 Ledger ModelExecutor::ledger(const SchedulerStats& stats) const {
   const uint64_t page = impl_->pool.shape.page_bytes();
   return {
-      .weights = impl_->model->weight_bytes() + impl_->model->panel_bytes(),
+      .weights = impl_->model->weight_bytes() + impl_->model->panel_bytes() -
+                 impl_->model->released_bytes(),
+      .weights_released = impl_->model->released_bytes(),
       .kv_used = page * stats.pages_used,
       .kv_reusable = page * stats.pages_cached,
       .kv_free = page * stats.pages_free,

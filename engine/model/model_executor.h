@@ -33,6 +33,7 @@ struct ModelOptions {
 };
 
 enum class LayerInput : uint8_t;  // decoder.h
+struct WeightSources;
 
 class ModelExecutor final : public Executor {
  public:
@@ -53,6 +54,9 @@ class ModelExecutor final : public Executor {
   // the pool has no int8 or heads are not of 8 to 256 in eights; ResourceExhausted if panels do
   // not fit. Then all is as it was.
   absl::Status SetLadder(Ladder ladder, const ChannelSelector& selector);
+
+  // As Decoder::KeepSources; the channels are those of SetLadder, later ones too.
+  void KeepSources(WeightSources sources);
 
   // As Decoder::set_probe.
   void set_probe(Probe* probe);
@@ -76,6 +80,9 @@ class ModelExecutor final : public Executor {
 
   void PackPages(std::span<const PagePacking> packings) override;
   void FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) override;
+  // 0 too while a source has changed since it was opened.
+  int ReleasablePages(RungSet served) const override;
+  absl::StatusOr<WeightsFit> FitWeights(RungSet served, bool at_once) override;
 
   // Runs one layer over the batch's rows: residual [rows, hidden], in the batch's order, is what
   // the layer before left and becomes what this one leaves; what it comes to layer 0 with does not
@@ -90,8 +97,8 @@ class ModelExecutor final : public Executor {
   KvType kv_type() const;
   const Ladder& ladder() const;
 
-  // Weights, panels among them, and workspace, and what the pool is worth with `stats` pages used,
-  // cached and free. `foreign` is left zero: who serves knows the machine.
+  // Weights, panels among them, in memory and out of it, and workspace, and what the pool is worth
+  // with `stats` pages used, cached and free. `foreign` is left zero: who serves knows the machine.
   Ledger ledger(const SchedulerStats& stats) const;
   // What its blocks take, as loaded, and a token's K and V.
   BlockMemory block_memory() const;

@@ -231,6 +231,7 @@ absl::StatusOr<CalibratedLadder> OpenLadder(const std::string& path, const Model
         fmt::format("{}: of a calibration that is not done", ChannelsPathOf(path)));
   }
   made.refitted = (*channels)->has_refits();
+  made.files = {&(*channels)->file()};
   made.channels = *std::move(channels);
   return made;
 }

@@ -58,6 +58,7 @@ class PruningFile final : public ChannelSelector {
     const auto mean = key_means_.find(layer);
     return mean == key_means_.end() ? std::span<const float>() : mean->second;
   }
+  const MappedFile& file() const { return file_; }
   bool has_refits() const { return !refits_.empty(); }
   const std::string& unfinished() const { return unfinished_; }
 
@@ -75,8 +76,9 @@ class PruningFile final : public ChannelSelector {
 // A ladder and the channels that its rungs narrow to.
 struct CalibratedLadder {
   Ladder ladder;
-  std::unique_ptr<const ChannelSelector> channels;
-  bool refitted = false;  // its losses are those of refitted weights
+  std::shared_ptr<const ChannelSelector> channels;
+  std::vector<const MappedFile*> files;  // that the channels' refits lie in
+  bool refitted = false;                 // its losses are those of refitted weights
 };
 
 // Reads both. NotFound or InvalidArgument, with path and line or tensor. A ladder that only drops

@@ -17,6 +17,12 @@ bool Contains(const std::vector<int32_t>& tokens, int32_t token) {
   return std::find(tokens.begin(), tokens.end(), token) != tokens.end();
 }
 
+// `rung`, or the nearest in the set, a milder one if there is any; -1 if the set is empty.
+int NearestIn(RungSet set, int rung) {
+  const int milder = HardestIn(set, rung);
+  return milder >= 0 || set == 0 ? milder : std::countr_zero(set);
+}
+
 // At most so many nodes fit into the pool: each takes a page in every layer that keeps K and V.
 int MostNodes(const SchedulerOptions& options, const KvGeometry& geometry, const Ladder& ladder) {
   if (!options.prefix_cache) return 0;
@@ -39,6 +45,7 @@ Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry
       geometry_(geometry),
       ladder_(ladder),
       policy_(policy),
+      served_(~RungSet{0} >> (kMostRungs - std::clamp(ladder.size(), 1, kMostRungs))),
       pool_(geometry.pages, geometry.layers),
       cache_(MostNodes(options, geometry, ladder), geometry.layers, 2 * geometry.page_tokens,
              &pool_) {
@@ -96,15 +103,23 @@ absl::Status Scheduler::Submit(Request request) {
   }
 
   const int64_t pages = PagesAtMost(request.prompt.size(), max_tokens);
-  if (pages > pool_.total()) {
+  RungSet allowed = AllowedRungs(request.bounds, ladder_);
+  if (request.bounds.rung.has_value()) {
+    allowed = RungSet{1} << HardestIn(allowed, *request.bounds.rung);
+  }
+  int most = most_pages_.empty() || (allowed & served_) != 0 ? pool_.total() : 0;
+  for (size_t rung = 0; rung < most_pages_.size(); ++rung) {
+    if ((allowed >> rung & 1) != 0) most = std::max(most, most_pages_[rung]);
+  }
+  if (pages > most) {
     return absl::ResourceExhaustedError(
         fmt::format("memory: {} + {} tokens take {} KV pages, and there may be {} at present of {}",
-                    request.prompt.size(), max_tokens, pages, pool_.total(), geometry_.pages));
+                    request.prompt.size(), max_tokens, pages, most, geometry_.pages));
   }
 
   if (idle()) last_step_ = kNever;
   auto sequence = std::make_unique<Sequence>();
-  sequence->allowed = AllowedRungs(request.bounds, ladder_);
+  sequence->allowed = allowed;
   sequence->arrival_order = arrivals_++;
   sequence->page_tables.resize(geometry_.layers);
   sequence->tokens.reserve(total);
@@ -188,13 +203,18 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   if (running_.size() >= static_cast<size_t>(options_.max_sequences)) return false;
   Sequence* head = waiting_.front();
   const bool newcomer = head->first_scheduled == kNever;
-  head->rung = ChooseRung(*head);
+  const int rung = ChooseRung(*head);
+  if (rung < 0) return false;
+  head->rung = rung;
   FindPrefix(*head);
   int64_t needed = PagesPromised(*head);
   for (const int32_t node : hits_) {
     if (cache_.users(node) > 0) needed -= static_cast<int64_t>(kv_layers_[head->rung].size());
   }
   if (needed > *unpromised && !running_.empty()) return false;
+  // It was accepted for what there would be without weights that it does not need.
+  const int64_t most = PagesAtMost(head->request.prompt.size(), head->request.stop.max_tokens);
+  if (most > pool_.total()) pool_.SetLimit(static_cast<int>(most));
 
   *unpromised -= needed;
   if (newcomer) {
@@ -221,9 +241,9 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   return true;
 }
 
-int Scheduler::ChooseRung(const Sequence& sequence) const {
+int Scheduler::WishedRung(const Sequence& sequence) const {
   const Request& request = sequence.request;
-  if (request.bounds.rung.has_value()) return HardestIn(sequence.allowed, *request.bounds.rung);
+  if (request.bounds.rung.has_value()) return std::countr_zero(sequence.allowed);  // the only one
   const int rung = policy_->ChooseRung({.allowed = sequence.allowed, .priority = request.priority});
   Invariant(rung >= 0 && rung < ladder_.size() && (sequence.allowed >> rung & 1) != 0,
             "policy {} chose rung {} of {} for request {}, against its bounds", policy_->name(),
@@ -231,14 +251,61 @@ int Scheduler::ChooseRung(const Sequence& sequence) const {
   return rung;
 }
 
+int Scheduler::WishedMove(const Sequence& sequence) const {
+  const int rung = WishedRung(sequence), mildest = mildest_[sequence.rung];
+  // Its own, if no other.
+  return rung < mildest ? mildest + std::countr_zero(sequence.allowed >> mildest) : rung;
+}
+
+int Scheduler::ChooseRung(const Sequence& sequence) const {
+  return NearestIn(sequence.allowed & served_, WishedRung(sequence));
+}
+
+int Scheduler::MoveOf(const Sequence& sequence) const {
+  const RungSet reachable = ~RungSet{0} << mildest_[sequence.rung];
+  return NearestIn(sequence.allowed & served_ & reachable, WishedMove(sequence));
+}
+
 void Scheduler::MoveRunning() {
   for (Sequence* sequence : running_) {
-    int rung = ChooseRung(*sequence);
-    if (const int mildest = mildest_[sequence->rung]; rung < mildest) {
-      rung = mildest + std::countr_zero(sequence->allowed >> mildest);  // its own, if no other
-    }
+    const int rung = MoveOf(*sequence);
+    Invariant(rung >= 0, "request {} runs, and may have no rung that is served",
+              sequence->request.id);
     if (rung != sequence->rung) MoveTo(sequence, rung);
   }
+}
+
+bool Scheduler::ServeRungs(RungSet rungs) {
+  Invariant(batch_.empty(), "rungs changed while a batch is out");
+  packings_.clear();
+  const RungSet before = std::exchange(served_, rungs);
+  int64_t copies = 0;
+  for (const Sequence* sequence : running_) {
+    const int rung = MoveOf(*sequence);
+    if (rung >= 0 && page_tokens(rung) != page_tokens(sequence->rung)) {
+      copies += PagesToPack(*sequence, rung);
+    }
+    if (rung < 0 || copies > pool_.available()) {
+      served_ = before;
+      return false;
+    }
+  }
+  MoveRunning();
+  return true;
+}
+
+RungUse Scheduler::rung_use() const {
+  RungUse use{.pages_used = pool_.used(), .pages_needed = pool_.used()};
+  for (const Sequence* sequence : running_) {
+    use.running |= RungSet{1} << sequence->rung;
+    use.wished |= RungSet{1} << WishedMove(*sequence);
+  }
+  if (!waiting_.empty()) {
+    use.wished |= RungSet{1} << WishedRung(*waiting_.front());
+    use.pages_of_head = PagesPromised(*waiting_.front());
+  }
+  for (const Sequence* sequence : waiting_) use.pages_needed += PagesPromised(*sequence);
+  return use;
 }
 
 void Scheduler::MoveTo(Sequence* sequence, int rung) {
@@ -340,8 +407,13 @@ SequenceOutput Scheduler::Describe(const Sequence& sequence, FinishReason finish
           .preemptions = sequence.preemptions,
           .first_scheduled = sequence.first_scheduled,
           .rung = sequence.rung,
-          .reason = policy_->reason(),
+          .reason = HeldByWeights(sequence) ? "weights" : policy_->reason(),
           .stages = sequence.stages};
+}
+
+bool Scheduler::HeldByWeights(const Sequence& sequence) const {
+  return std::popcount(served_) < ladder_.size() && sequence.state == Sequence::State::kRunning &&
+         sequence.rung != WishedMove(sequence);
 }
 
 bool Scheduler::Grow(Sequence* sequence) {
@@ -639,6 +711,10 @@ PressureReport Scheduler::Pressure(Instant now) const {
           .queue_length = share(static_cast<int64_t>(waiting_.size()), options_.max_waiting),
           .oldest_wait_s = std::chrono::duration<double>(now - oldest).count(),
           .step_s = step_s_,
+          .memory_age_s =
+              memory_seen_ == kNever
+                  ? 0
+                  : std::chrono::duration<double>(now - std::min(now, memory_seen_)).count(),
           .running = static_cast<int>(running_.size()),
           .waiting = static_cast<int>(waiting_.size())};
 }

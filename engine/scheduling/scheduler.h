@@ -87,8 +87,10 @@ struct SequenceOutput {
   int preemptions = 0;
   Instant first_scheduled = kNever;  // kNever: never left the queue
   int rung = 0;                      // of this step's rows
-  std::string_view reason;           // Policy::reason; valid as long as the policy
-  StageRows stages;                  // rows computed, again after preemptions
+  // Policy::reason, or "weights": those of the rung it chose are not in memory. Valid as long as
+  // the policy.
+  std::string_view reason;
+  StageRows stages;  // rows computed, again after preemptions
 };
 
 struct SchedulerStats {
@@ -109,6 +111,15 @@ struct SchedulerStats {
   uint64_t prefix_hits = 0;     // of these, found in the prefix cache
   uint64_t prefix_evicted_pages = 0;
   StageRows stages;  // since start, rows computed
+};
+
+// Who needs which rungs' weights, and what there must be beside them.
+struct RungUse {
+  RungSet running = 0;  // that running sequences are at
+  RungSet wished = 0;   // that they would be at if all weights were in memory, and who is next
+  int64_t pages_used = 0;
+  int64_t pages_of_head = 0;  // promised to who is next
+  int64_t pages_needed = 0;   // used, and promised to all who wait
 };
 
 class Scheduler {
@@ -158,6 +169,19 @@ class Scheduler {
   int64_t PagesAtMost(size_t prompt, int max_tokens) const;
   int64_t PagesAtMost() const;
 
+  // Rungs whose weights are in memory; the others are served to nobody. At first all. False, and
+  // nothing is changed, if somebody runs who cannot come to one of these now; else whoever runs is
+  // at one of them, and packings() are to be done before anything else. Not while a batch is out.
+  // Whoever waits and may have none of them waits on, and those behind.
+  bool ServeRungs(RungSet rungs);
+  RungUse rung_use() const;
+  // The most pages there could be for who may have no rung but this one, [rungs]; Submit goes by it
+  // in place of those there are.
+  void set_most_pages(std::vector<int> pages) { most_pages_ = std::move(pages); }
+
+  // When the machine's memory was seen last; kNever, as at first: nobody looks.
+  void set_memory_seen(Instant at) { memory_seen_ = at; }
+
   PressureReport Pressure(Instant now) const;
   SchedulerStats stats() const;
   bool idle() const { return sequences_.empty(); }  // nothing waits, nothing runs
@@ -181,6 +205,7 @@ class Scheduler {
   // Running sequences to the rungs that the policy now wants. What shapes their KV may only shrink:
   // no rung that keeps K and V of more layers, or at more bits; of fewer layers, the pages of the
   // others are free at once, and so is half of the pages at fewer bits.
+  // Of rungs whose weights are in memory.
   void MoveRunning();
   // Stays where it is if pages have to be copied, and none are available.
   void MoveTo(Sequence* sequence, int rung);
@@ -193,7 +218,15 @@ class Scheduler {
   // Moves the head of the queue to running_[place]; false if it has to wait. `unpromised` is free
   // and cached pages less what the running were promised beyond what they hold.
   bool AdmitHead(size_t place, Instant now, int64_t* unpromised);
+  // The rung that the sequence should be at, whatever weights are in memory; that it is served at,
+  // or -1 if it may have none.
+  int WishedRung(const Sequence& sequence) const;
   int ChooseRung(const Sequence& sequence) const;
+  // The same for who runs, of those it may move to.
+  int WishedMove(const Sequence& sequence) const;
+  int MoveOf(const Sequence& sequence) const;
+  // Whether it is at its rung because weights of another are not in memory.
+  bool HeldByWeights(const Sequence& sequence) const;
   SequenceOutput Describe(const Sequence& sequence, FinishReason finish) const;
 
   // Gives `sequence` pages for all its tokens, preempting those after it. False if it was the last
@@ -228,6 +261,8 @@ class Scheduler {
   Policy* const policy_;
   std::vector<std::vector<int>> kv_layers_;  // [rungs]: layers that keep K and V
   std::vector<int> mildest_;                 // [rungs]: the first whose K and V are as large
+  RungSet served_;                           // whose weights are in memory
+  std::vector<int> most_pages_;              // [rungs], or empty: as many as there are
 
   PagePool pool_;
   PrefixCache cache_;
@@ -240,6 +275,7 @@ class Scheduler {
   Instant next_deadline_ = kNever;  // no live sequence has an earlier one
   Instant last_step_ = kNever;      // Schedule's; kNever: nothing was there to do since
   double step_s_ = 0;               // mean of the last ones
+  Instant memory_seen_ = kNever;
   uint64_t preemptions_ = 0;
   uint64_t recomputed_tokens_ = 0;
   uint64_t rung_moves_ = 0;

@@ -30,6 +30,7 @@ void RequireTarget(const MatMulArgs& args, const MatMulTarget& target) {
   const Weight& first = *args.targets[0].weight;
   Require(IsFloat(weight.type) == IsFloat(first.type) && weight.layout == first.layout,
           "MatMul: targets of one call must share their layout, and be floats or integers");
+  Require(weight.blocks != nullptr || weight.bytes == 0, "MatMul: a weight that was released");
   const bool output_rows = weight.layout == WeightLayout::kOutputRows;
   const int channels = ChannelsOf(target), rows = target.out.rows;
   Require(channels >= 0 && channels <= weight.rows, "MatMul: {} of {} weight rows", channels,

@@ -32,6 +32,8 @@ class CpuBackend final : public Backend {
                                       const WeightSource& source) override;
   absl::Status GatherRows(const Weight& weight, std::span<const int32_t> rows,
                           Weight* panel) override;
+  void ReleaseWeight(Weight* weight) override;
+  absl::Status RefillWeight(const WeightSource& source, Weight* weight) override;
   absl::StatusOr<KvPool> CreateKvPool(const KvPoolShape& shape) override;
   void FitKvPool(std::span<const std::pair<int32_t, int32_t>> moves, int pages,
                  KvPool* pool) override;
@@ -74,6 +76,9 @@ class CpuBackend final : public Backend {
   // Memory for a weight of the model. Many are smaller than a huge page: they share some, as every
   // step walks over all of them and a walk of page tables waits as long as a dozen lines.
   std::shared_ptr<void> AllocateLasting(size_t bytes);
+
+  // Fills the weight's memory with the source's values.
+  absl::Status Pack(const WeightSource& source, Weight* to);
 
   // Tasks side by side over the same rows, each in `splits` parts.
   struct TaskBlock {

@@ -28,6 +28,26 @@ static_assert(kGroup == kQuantGroup);
 
 int64_t RoundUp(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+int64_t MachinePage() {
+  static const int64_t page = sysconf(_SC_PAGESIZE);
+  return page;
+}
+
+// The whole pages of the machine's between two addresses, which may begin in one.
+struct WholePages {
+  WholePages(const void* from, size_t size)
+      : begin(RoundUp(reinterpret_cast<intptr_t>(from), MachinePage())),
+        end((reinterpret_cast<intptr_t>(from) + static_cast<intptr_t>(size)) / MachinePage() *
+            MachinePage()) {}
+  size_t bytes() const { return begin < end ? end - begin : 0; }
+  void GiveBack() const {
+    if (bytes() > 0) madvise(reinterpret_cast<void*>(begin), bytes(), MADV_DONTNEED);
+  }
+
+  intptr_t begin;
+  intptr_t end;
+};
+
 // With room for `groups` groups of the summed dimension.
 template <typename Allocate>
 absl::StatusOr<Weight> NewWeight(const Allocate& allocate, WeightType type, WeightLayout layout,
@@ -44,6 +64,7 @@ absl::StatusOr<Weight> NewWeight(const Allocate& allocate, WeightType type, Weig
               : fmt::format("a weight of {} rows by {} columns has too many bytes", rows, cols));
   }
   weight.blocks = static_cast<const uint8_t*>(weight.storage.get());
+  weight.releasable = WholePages(weight.blocks, weight.bytes).bytes();
   return weight;
 }
 
@@ -94,7 +115,8 @@ std::shared_ptr<void> CpuBackend::AllocateLasting(size_t bytes) {
   // What is left of a slab for a matrix that does not fit is lost: of 32 MiB a sixteenth at most.
   // Its end is not touched before it is used, and costs nothing until then.
   constexpr size_t kSlab = 16 * kHugePage, kWorthIt = size_t{64} << 10;
-  const size_t size = RoundUp(bytes, 64);
+  // Whole pages: of weights that leave together, huge pages leave whole.
+  const size_t size = RoundUp(bytes, bytes < kWorthIt ? 64 : MachinePage());
   if (size < kWorthIt || size >= kHugePage) return AllocateAligned(bytes);
   if (size > slab_left_) {
     slab_ = AllocateAligned(kSlab);
@@ -111,19 +133,28 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(WeightType type, WeightLayout la
   if (rows < 0 || cols < 0) {
     return absl::InvalidArgumentError(fmt::format("weight of {} rows by {} columns", rows, cols));
   }
-  const bool output_rows = layout == WeightLayout::kOutputRows;
-  const int outputs = output_rows ? rows : cols, depth = output_rows ? cols : rows;
-  absl::StatusOr<Weight> weight = NewWeight([&](size_t bytes) { return AllocateLasting(bytes); },
-                                            type, layout, rows, cols, GroupsOf(depth));
+  absl::StatusOr<Weight> weight =
+      NewWeight([&](size_t bytes) { return AllocateLasting(bytes); }, type, layout, rows, cols,
+                GroupsOf(layout == WeightLayout::kOutputRows ? cols : rows));
   if (!weight.ok()) return weight;
+  if (absl::Status status = Pack(source, &*weight); !status.ok()) return status;
+  return weight;
+}
+
+absl::Status CpuBackend::Pack(const WeightSource& source, Weight* to) {
+  const Weight& weight = *to;
+  const bool output_rows = weight.layout == WeightLayout::kOutputRows;
+  const int outputs = output_rows ? weight.rows : weight.cols;
+  const int depth = output_rows ? weight.cols : weight.rows;
+  const WeightType type = weight.type;
   const int bits = BitsOf(type);
-  const int64_t strip_bytes = StripBytes(*weight), block_bytes = BlockBytes(bits);
+  const int64_t strip_bytes = StripBytes(weight), block_bytes = BlockBytes(bits);
   std::atomic<int> first_bad = INT_MAX, first_large = INT_MAX;
   std::atomic<bool> sparse24 = true;
   const bool as_groups = bits == 4 && source.read_groups && depth % kGroup == 0;
 
   const auto pack_groups = [&](int begin, int count, uint8_t* strip) {
-    std::vector<FourBitGroup> groups(weight->groups);
+    std::vector<FourBitGroup> groups(weight.groups);
     if (count < kStripOutputs) std::memset(strip, 0, strip_bytes);
     for (int lane = 0; lane < count; ++lane) {
       source.read_groups(begin + lane, groups.data());
@@ -151,10 +182,10 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(WeightType type, WeightLayout la
     }
     if (!fits) Note(begin, &first_large);
   };
-  pool_.Run(static_cast<int>(StripsOf(*weight)), [&](int, int strip) {
+  pool_.Run(static_cast<int>(StripsOf(weight)), [&](int, int strip) {
     const int begin = strip * kStripOutputs, count = std::min(kStripOutputs, outputs - begin);
-    uint8_t* const to = MutableBlocks(*weight) + strip * strip_bytes;
-    as_groups ? pack_groups(begin, count, to) : pack_values(begin, count, to);
+    uint8_t* const blocks = MutableBlocks(weight) + strip * strip_bytes;
+    as_groups ? pack_groups(begin, count, blocks) : pack_values(begin, count, blocks);
   });
   if (first_bad != INT_MAX) {
     return absl::InvalidArgumentError(
@@ -165,8 +196,33 @@ absl::StatusOr<Weight> CpuBackend::UploadWeight(WeightType type, WeightLayout la
         fmt::format("outputs from {} on: expected values within {} for {}, got larger ones",
                     first_large.load(), IsFloat(type) ? "3.38e38" : "65504", WeightTypeName(type)));
   }
-  weight->sparse24 = sparse24 && !as_groups;
-  return weight;
+  to->sparse24 = sparse24 && !as_groups;
+  return absl::OkStatus();
+}
+
+void CpuBackend::ReleaseWeight(Weight* weight) {
+  std::byte* const begin = static_cast<std::byte*>(weight->storage.get());
+  const WholePages pages(begin, weight->bytes);
+  // What shares pages with others stays, and is wiped, so that nobody finds values there by luck.
+  if (pages.bytes() == 0) {
+    std::memset(begin, 0, weight->bytes);
+  } else {
+    std::byte* const first = reinterpret_cast<std::byte*>(pages.begin);
+    std::byte* const last = reinterpret_cast<std::byte*>(pages.end);
+    std::memset(begin, 0, first - begin);
+    std::memset(last, 0, begin + weight->bytes - last);
+  }
+  pages.GiveBack();
+  weight->blocks = nullptr;
+}
+
+absl::Status CpuBackend::RefillWeight(const WeightSource& source, Weight* weight) {
+  if (absl::Status status = Pack(source, weight); !status.ok()) {
+    ReleaseWeight(weight);
+    return status;
+  }
+  weight->blocks = static_cast<const uint8_t*>(weight->storage.get());
+  return absl::OkStatus();
 }
 
 absl::Status CpuBackend::GatherRows(const Weight& weight, std::span<const int32_t> rows,
@@ -174,6 +230,7 @@ absl::Status CpuBackend::GatherRows(const Weight& weight, std::span<const int32_
   for (const int32_t row : rows) {
     Require(row >= 0 && row < weight.rows, "GatherRows: row {} of {}", row, weight.rows);
   }
+  Require(weight.blocks != nullptr, "GatherRows of a released weight");
   const bool output_rows = weight.layout == WeightLayout::kOutputRows;
   const int count = static_cast<int>(rows.size());
   // Memory that it has for as many or more of them.
@@ -186,7 +243,10 @@ absl::Status CpuBackend::GatherRows(const Weight& weight, std::span<const int32_
                 weight.layout, count, weight.cols, output_rows ? weight.groups : GroupsOf(count));
   if (!made.ok()) return made.status();
   output_rows ? GatherOutputRows(weight, rows, *made) : GatherInputRows(weight, rows, *made);
-  if (made->storage == panel->storage) made->bytes = panel->bytes;
+  if (made->storage == panel->storage) {
+    made->bytes = panel->bytes;
+    made->releasable = panel->releasable;
+  }
   *panel = *std::move(made);
   return absl::OkStatus();
 }
@@ -249,13 +309,7 @@ void CpuBackend::FitKvPool(std::span<const std::pair<int32_t, int32_t>> moves, i
     return pool->data + page * static_cast<int64_t>(bytes);
   };
   for (const auto& [from, to] : moves) std::memcpy(at(to), at(from), bytes);
-  // Whole pages of the machine's alone; the next ones of the pool may begin in one.
-  const auto machine_page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin =
-      (reinterpret_cast<uintptr_t>(at(pages)) + machine_page - 1) / machine_page * machine_page;
-  const uintptr_t end =
-      reinterpret_cast<uintptr_t>(at(pool->shape.pages)) / machine_page * machine_page;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  WholePages(at(pages), bytes * (pool->shape.pages - pages)).GiveBack();
 }
 
 }  // namespace espalier

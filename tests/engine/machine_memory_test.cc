@@ -53,6 +53,35 @@ TEST_F(MachineMemoryTest, Version2TakesTheTightestAncestor) {
   Expect(1200, 200);
 }
 
+TEST_F(MachineMemoryTest, Version2SlowsBeforeItsLimit) {
+  Version2();
+  root_.Write("/sys/fs/cgroup/pod/memory.max", MiB(2048));
+  root_.Write("/sys/fs/cgroup/pod/memory.current", MiB(600));
+  root_.Write("/sys/fs/cgroup/pod/memory.high", "max\n");
+  Expect(2048, 1448);
+  root_.Write("/sys/fs/cgroup/pod/memory.high", MiB(1000));
+  Expect(1000, 400);
+  root_.Write("/sys/fs/cgroup/pod/memory.max", "max\n");
+  Expect(1000, 400);
+  root_.Write("/sys/fs/cgroup/pod/memory.max", MiB(800));
+  Expect(800, 200);
+}
+
+TEST_F(MachineMemoryTest, StallsAreThoseOfTheMachineOrOfACgroup) {
+  EXPECT_EQ(ReadMachineMemory(root_.path()).stalled, std::nullopt);
+  root_.Write("/proc/pressure/memory",
+              "some avg10=1.50 avg60=9.00 avg300=8.00 total=9\nfull avg10=77.00 avg60=0.00\n");
+  EXPECT_EQ(ReadMachineMemory(root_.path()).stalled, 0.015);
+  Version2();
+  root_.Write("/sys/fs/cgroup/pod/container/memory.pressure", "some avg10=40.00 avg60=0.00\n");
+  EXPECT_EQ(ReadMachineMemory(root_.path()).stalled, 0.4);
+  for (const char* nonsense : {"", "some avg10=\n", "some avg10=nan\n", "some avg10=-4.00\n",
+                               "some avg10=1e9\n", "some avg60=50.00\n"}) {
+    root_.Write("/proc/pressure/memory", nonsense);
+    EXPECT_EQ(ReadMachineMemory(root_.path()).stalled, 0.4) << nonsense;
+  }
+}
+
 TEST_F(MachineMemoryTest, InactiveFilePagesCanBeHad) {
   Version2();
   root_.Write("/sys/fs/cgroup/pod/memory.max", MiB(2048));

@@ -49,6 +49,18 @@ class ShieldTest : public testing::Test {
   Shield shield_{&told_, {.load_loss = 9, .lower_dwell_s = 0.25}};
 };
 
+TEST_F(ShieldTest, IsTheRulesBusinessWhereMemoryWasSeenLongAgo) {
+  At(1, 3, {.memory_age_s = 5, .running = 1, .waiting = 1});
+  EXPECT_EQ(shield_.wanted(), 3);
+  At(2, 4, {.memory_age_s = 5.1, .running = 1, .waiting = 1});
+  EXPECT_EQ(shield_.wanted(), 2) << "the rule's 0, a rung a dwell";
+  EXPECT_EQ(told_.seen, 1);
+  At(3, 4, {.memory_age_s = std::nan(""), .running = 1, .waiting = 1});
+  EXPECT_EQ(shield_.wanted(), 1);
+  At(4, 4, {.memory_age_s = 0.2, .running = 1, .waiting = 1});
+  EXPECT_EQ(shield_.wanted(), 4);
+}
+
 TEST_F(ShieldTest, FollowsUpAtOnceAndDownByARungADwell) {
   At(1, 4);
   EXPECT_EQ(shield_.wanted(), 4);
@@ -155,6 +167,7 @@ TEST_F(ShieldTest, GarbageNeverLeavesTheLadderOrTheBounds) {
                                 .queue_length = any(),
                                 .oldest_wait_s = any(),
                                 .step_s = any(),
+                                .memory_age_s = any(),
                                 .running = static_cast<int>(random()),
                                 .waiting = static_cast<int>(random())};
     told_.level = static_cast<int>(random() % 12) - 3;

@@ -22,6 +22,7 @@ class MemoryKeeperTest : public ::testing::Test {
 
   MachineMemory machine_{.total = 32'000, .available = 20'000};
   uint64_t resident_ = 1000;
+  uint64_t released_ = 0;
   std::vector<int> told_;
 };
 
@@ -60,6 +61,40 @@ TEST_F(MemoryKeeperTest, FollowsWhatOthersLeave) {
   EXPECT_THAT(told_, ElementsAre(30, 35, 0, 100));
 }
 
+TEST_F(MemoryKeeperTest, LeavesMoreWhileTasksWaitForMemory) {
+  MemoryKeeper keeper = Make(0);
+  machine_.available = 4000 + 500;  // half of the pages, if 4000 were left in place of 1000
+  machine_.stalled = 0.09;
+  EXPECT_TRUE(keeper.Look());
+  machine_.stalled = 0.1;
+  keeper.Look();
+  machine_.stalled = 0.02;
+  keeper.Look();
+  machine_.stalled = 0.019;
+  keeper.Look();
+  machine_.stalled = std::nullopt;
+  keeper.Look();
+  EXPECT_THAT(told_, ElementsAre(50, 100));
+}
+
+TEST_F(MemoryKeeperTest, TellsWhatWeightsHaveToLeaveFor) {
+  MemoryKeeper keeper{{.page_bytes = 10, .pages = 100, .other_bytes = 1000, .weight_pages = 40},
+                      [this](int pages) { told_.push_back(pages); },
+                      {.machine = [this] { return machine_; },
+                       .resident = [this] { return resident_; },
+                       .released = [this] { return released_; }}};
+  keeper.SetBudget(895);
+  EXPECT_EQ(keeper.kv_bytes(), 0u);
+  // 300 of the weights have left, and 19 pages are in use: as if 1190 were held.
+  released_ = 300, resident_ = 890;
+  keeper.Look();
+  EXPECT_EQ(keeper.kv_bytes(), 190u) << "and no more pages than before";
+  keeper.SetBudget(100);
+  EXPECT_EQ(keeper.kv_bytes(), 0u);
+  keeper.SetBudget(0);
+  EXPECT_THAT(told_, ElementsAre(-11, -40, 100));
+}
+
 TEST_F(MemoryKeeperTest, CountsWhatTheProcessHasGrownBy) {
   MemoryKeeper keeper = Make(2000);
   resident_ = 2200;  // 1000 and 100 full pages are 2000
@@ -70,7 +105,7 @@ TEST_F(MemoryKeeperTest, CountsWhatTheProcessHasGrownBy) {
 TEST_F(MemoryKeeperTest, AMachineThatSaysNothingTakesNothing) {
   machine_ = {};
   MemoryKeeper keeper = Make(0);
-  keeper.Look();
+  EXPECT_FALSE(keeper.Look());
   EXPECT_THAT(told_, IsEmpty());
   keeper.SetBudget(1200);
   EXPECT_THAT(told_, ElementsAre(20));

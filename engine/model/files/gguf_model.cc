@@ -199,6 +199,8 @@ class GgufModel final : public ModelFile {
     return keys.status();
   }
 
+  std::vector<const MappedFile*> files() const override { return {&file_}; }
+
  private:
   MappedFile file_;
 };

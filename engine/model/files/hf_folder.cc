@@ -215,6 +215,14 @@ class HfModel final : public ModelFile {
     return absl::OkStatus();
   }
 
+ public:
+  std::vector<const MappedFile*> files() const override {
+    std::vector<const MappedFile*> files;
+    for (const MappedFile& file : files_) files.push_back(&file);
+    return files;
+  }
+
+ private:
   std::vector<MappedFile> files_;
 };
 

@@ -1,6 +1,7 @@
 // A regular file's bytes, mapped read-only for as long as the object lives.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 
@@ -20,9 +21,20 @@ class MappedFile {
 
   std::string_view bytes() const { return bytes_; }
 
- private:
-  explicit MappedFile(std::string_view bytes) : bytes_(bytes) {}
+  // Whether the file is as it was opened, by its size and the time of its last change; whatever
+  // lies at its path by now. What is read of one that was made shorter would end the process.
+  bool Unchanged() const;
 
+  // Counts what was read as this process's no more, until it is read again. The system keeps what
+  // it has of the file while it can.
+  void LetGo() const;
+
+ private:
+  MappedFile(int file, int64_t changed_ns, std::string_view bytes)
+      : file_(file), changed_ns_(changed_ns), bytes_(bytes) {}
+
+  int file_ = -1;  // descriptor; -1: none
+  int64_t changed_ns_ = 0;
   std::string_view bytes_;
 };
 

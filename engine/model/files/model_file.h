@@ -10,6 +10,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "engine/model/files/mapped_file.h"
 #include "engine/model/files/quant_blocks.h"
 #include "engine/model/text/vocabulary.h"
 #include "engine/model_config.h"
@@ -47,6 +48,8 @@ class ModelFile {
   // NotFound, with file and name, if absent; InvalidArgument if the shape is not rows x cols.
   absl::StatusOr<const StoredTensor*> Find(std::string_view name, int rows, int cols) const;
   const std::vector<StoredTensor>& tensors() const { return tensors_; }
+  // Where they lie; none if in memory.
+  virtual std::vector<const MappedFile*> files() const { return {}; }
 
  protected:
   std::string path_;

@@ -168,21 +168,35 @@ def resident(process):
 
 def freed_over_planned(options, kv_bytes):
     """Of the bytes that a budget takes away while all streams run, the share by which resident
-    memory is less two seconds later."""
-    with server(options, "ladder", kv_bytes, "--admin") as address:
-        streams = subprocess.Popen(
-            [f"{options.bin}/espalier", "load", "--address", address, "--prompt-tokens", str(PROMPT),
-             "--max-tokens", str(OUTPUT), "--requests", str(6 * STREAMS), "--concurrency",
-             str(STREAMS), "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(6)
-        before, planned = resident(server.process), kv_bytes // 3
-        subprocess.run([f"{options.bin}/espalier", "budget", str(before - planned), "--address",
-                        address], check=True, stdout=subprocess.DEVNULL)
-        time.sleep(2)
-        freed = before - resident(server.process)
-        streams.kill()
-        streams.wait()
-    return freed / planned
+    memory is less two seconds later: the lesser of two budgets. One takes a third of the KV, the
+    other all that is in use and a quarter of the weights, so that weights have to leave too."""
+    shares = {}
+    for beyond_kv in (False, True):
+        with server(options, "ladder", kv_bytes, "--admin") as address:
+            def ledger(*size):
+                told = subprocess.run([f"{options.bin}/espalier", "budget", *map(str, size),
+                                       "--address", address], check=True, text=True,
+                                      stdout=subprocess.PIPE).stdout
+                return {part: float(mib) * 2**20 for part, mib in
+                        re.findall(r"(weights|released|KV) ([\d.]+) ?MiB", told)
+                        + [("released", mib) for mib in re.findall(r"\(and ([\d.]+) ?MiB", told)]}
+
+            streams = subprocess.Popen(
+                [f"{options.bin}/espalier", "load", "--address", address, "--prompt-tokens",
+                 str(PROMPT), "--max-tokens", str(OUTPUT), "--requests", str(6 * STREAMS),
+                 "--concurrency", str(STREAMS), "--json"], stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL)
+            time.sleep(6)
+            before, held = resident(server.process), ledger()
+            planned = held["KV"] + held["weights"] / 4 if beyond_kv else kv_bytes // 3
+            ledger(int(before - planned))
+            time.sleep(2)
+            shares[beyond_kv] = (before - resident(server.process)) / planned
+            print(f"budget less {planned / 1e6:.0f} MB: {shares[beyond_kv]:.2f} of them free, "
+                  f"{ledger().get('released', 0) / 1e6:.0f} MB of them weights")
+            streams.kill()
+            streams.wait()
+    return min(shares.values())
 
 
 def told_over_measured(options, rate, kv_bytes):

@@ -3,17 +3,23 @@
 
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <functional>
 #include <limits>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "engine/machine_memory.h"
+#include "engine/model/decoder.h"
 #include "engine/model/pruning_file.h"
+#include "fmt/format.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/support/model_writer.h"
+#include "tests/support/test_data.h"
 
 namespace espalier {
 namespace {
@@ -207,6 +213,169 @@ TEST_F(ModelExecutorTest, PacksTheKAndVOfWhoRuns) {
   ASSERT_TRUE(half.ok()) << half.status();
   const absl::Status refused = (*half)->SetLadder(ladder, StaticSelector(config.sites()));
   EXPECT_THAT(std::string(refused.message()), HasSubstr("rung 1: kv=int4 needs KV in int8"));
+}
+
+// A model whose rung 1 narrows all MLPs, layer 0's with a `down` and a bias of its own, and whose
+// rung 2 drops layer 0's attention too and keeps fewer channels.
+class ReleasedWeightsTest : public ModelExecutorTest {
+ protected:
+  void SetUp() override {
+    std::filesystem::copy_file(ESPALIER_GOLDEN_DATA "/tiny-llama.gguf", path_);
+    auto opened = ModelFile::Open(path_);
+    ASSERT_TRUE(opened.ok()) << opened.status();
+    file_ = *std::move(opened);
+    executor_ = ModelExecutor::Load(*file_, backend_.get(), {.kv_bytes = 1 << 20}).value();
+    const ModelConfig& config = executor_->config();
+    ASSERT_GT(config.channels, 2 * kQuantGroup);
+    data_.layers.resize(config.layers);
+    for (PruningData::Layer& layer : data_.layers) {
+      for (int i = 0; i < config.channels; ++i) {
+        layer.ranking.push_back((5 * i + 3) % config.channels);
+      }
+      ASSERT_EQ(std::gcd(5, config.channels), 1);
+    }
+    RefittedDown& down = data_.layers[0].refits[2 * kQuantGroup];
+    for (int i = 0; i < 2 * config.hidden; ++i) {
+      FourBitGroup group{.scale = 0x2400, .minimum = 0x9c00};  // 2^-6, -2^-8
+      for (int j = 0; j < kQuantGroup / 2; ++j) group.u[j] = static_cast<uint8_t>(37 * i + 11 * j);
+      down.down.push_back(group);
+    }
+    down.bias.assign(config.hidden, 0.01f);
+    Ladder ladder = Ladder::DenseOnly(config.sites());
+    Rung rung = ladder.rung(0);
+    const auto narrow = [&](SiteKind kind, int layer, int count) {
+      rung.prefill.Keep(layer, kind, count);
+      rung.decode.Keep(layer, kind, count);
+    };
+    for (int layer = 0; layer < config.layers; ++layer) {
+      narrow(SiteKind::kChannels, layer, 2 * kQuantGroup);
+    }
+    ASSERT_TRUE(ladder.Append(rung));
+    for (int layer = 0; layer < config.layers; ++layer) {
+      narrow(SiteKind::kChannels, layer, kQuantGroup);
+    }
+    narrow(SiteKind::kHeads, 0, 0);
+    ASSERT_TRUE(ladder.Append(rung));
+    channels_ = std::make_shared<PruningDataSelector>(config.sites(), &data_);
+    ASSERT_TRUE(executor_->SetLadder(ladder, *channels_).ok());
+    for (int rung = 0; rung < 3; ++rung) whole_.push_back(At(rung));
+    ASSERT_NE(whole_[0], whole_[1]);
+    ASSERT_NE(whole_[1], whole_[2]);
+    executor_->KeepSources({.model = file_, .channels = channels_, .files = file_->files()});
+  }
+
+  std::vector<float> At(int rung) {
+    const ModelConfig& config = executor_->config();
+    std::vector<std::vector<int32_t>> tables(config.layers);
+    for (int layer = 0; layer < config.layers; ++layer) {
+      for (int page = 0; page < 4; ++page) tables[layer].push_back(4 * layer + page);
+    }
+    if (rung == 2) tables[0].clear();
+    return Score(executor_.get(), tables, 0, rung, [](auto*) {});
+  }
+
+  void Fit(RungSet served) {
+    const auto fit = executor_->FitWeights(served, true);
+    ASSERT_TRUE(fit.ok()) << fit.status();
+    ASSERT_TRUE(fit->done);
+  }
+
+  const std::string path_ = folder_.path() + "/model.gguf";
+  std::shared_ptr<const ModelFile> file_;
+  std::unique_ptr<ModelExecutor> executor_;
+  PruningData data_;
+  std::shared_ptr<const ChannelSelector> channels_;
+  std::vector<std::vector<float>> whole_;  // [rungs]: scores before any weight left
+};
+
+TEST_F(ReleasedWeightsTest, ComeBackToTheBit) {
+  // Every set after every other.
+  for (RungSet before = 1; before < 8; ++before) {
+    for (RungSet served = 1; served < 8; ++served) {
+      Fit(before);
+      Fit(served);
+      for (int rung = 0; rung < 3; ++rung) {
+        if ((served >> rung & 1) == 0) continue;
+        ASSERT_EQ(At(rung), whole_[rung]) << "rungs " << before << ", " << served << ": " << rung;
+      }
+    }
+  }
+}
+
+TEST_F(ReleasedWeightsTest, ComeBackInPieces) {
+  Fit(0b100);
+  absl::StatusOr<WeightsFit> fit;
+  do {
+    fit = executor_->FitWeights(0b111, false);
+    ASSERT_TRUE(fit.ok()) << fit.status();
+    ASSERT_EQ(At(2), whole_[2]) << "what was served is served meanwhile";
+  } while (!fit->done);
+  for (int rung = 0; rung < 3; ++rung) EXPECT_EQ(At(rung), whole_[rung]);
+}
+
+TEST_F(ReleasedWeightsTest, AreNotRunOn) {
+  Fit(0b110);
+  EXPECT_DEATH(At(0), "runs at rung 0, whose weights are released");
+}
+
+TEST_F(ReleasedWeightsTest, AreLostWithTheirFile) {
+  const KvGeometry geometry = executor_->kv_geometry();
+  Fit(0b110);
+  std::filesystem::resize_file(path_, std::filesystem::file_size(path_) / 2);
+  EXPECT_EQ(At(1), whole_[1]) << "what is in memory is served";
+  const auto fit = executor_->FitWeights(0b111, true);
+  EXPECT_EQ(fit.status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(fit.status().message()), HasSubstr("has changed since it was opened"));
+  EXPECT_EQ(geometry.pages, executor_->kv_geometry().pages);
+}
+
+TEST_F(ReleasedWeightsTest, StayWhereTheFileHasChangedAlready) {
+  std::filesystem::resize_file(path_, std::filesystem::file_size(path_) - 1);
+  Fit(0b001);
+  EXPECT_EQ(executor_->ReleasablePages(0b001), 0);
+  for (int rung = 0; rung < 3; ++rung) EXPECT_EQ(At(rung), whole_[rung]);
+}
+
+TEST_F(ReleasedWeightsTest, OtherValuesAreNotTakenForThem) {
+  Fit(0b110);
+  // The refit's: in memory here, so no file tells that it changed.
+  Fit(0b001);
+  data_.layers[0].refits[2 * kQuantGroup].down[5].u[3] ^= 1;
+  const auto fit = executor_->FitWeights(0b011, true);
+  EXPECT_EQ(fit.status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(fit.status().message()), HasSubstr("`down` of layer 0 for 64 channels"));
+}
+
+// Of the real model: bytes that leave resident memory, and come back.
+TEST(ReleasedWeights, LeaveResidentMemory) {
+  ESPALIER_PATH_OR_SKIP(model, "ESPALIER_MODEL");
+  const std::string path = std::string(ESPALIER_GOLDEN_DATA) +
+                           "/../../../deploy/ladders/SmolLM2-135M-Instruct.Q4_1.ladder";
+  if (!model.ends_with("SmolLM2-135M-Instruct.Q4_1.gguf")) GTEST_SKIP() << "of another model";
+  const std::unique_ptr<Backend> backend = CreateCpuBackend({}).value();
+  const std::shared_ptr<const ModelFile> file = ModelFile::Open(model).value();
+  const auto executor = ModelExecutor::Load(*file, backend.get(), {.kv_bytes = 4 << 20}).value();
+  CalibratedLadder ladder = OpenLadder(path, *file).value();
+  std::vector<const MappedFile*> files = file->files();
+  files.insert(files.end(), ladder.files.begin(), ladder.files.end());
+  ASSERT_TRUE(executor->SetLadder(std::move(ladder.ladder), *ladder.channels).ok());
+  executor->KeepSources({.model = file, .channels = ladder.channels, .files = files});
+  const RungSet all = (RungSet{1} << executor->ladder().size()) - 1;
+  const uint64_t whole = executor->ledger({}).weights;
+  for (const RungSet served : {RungSet{0b11}, all & ~RungSet{0b111}, RungSet{1} << 8, all}) {
+    const uint64_t before = ResidentMemoryBytes(), had = executor->ledger({}).weights_released;
+    const auto fit = executor->FitWeights(served, true);
+    ASSERT_TRUE(fit.ok()) << fit.status();
+    const Ledger ledger = executor->ledger({});
+    EXPECT_EQ(ledger.weights + ledger.weights_released, whole);
+    const double freed = static_cast<double>(before) - static_cast<double>(ResidentMemoryBytes());
+    const double planned = static_cast<double>(ledger.weights_released) - static_cast<double>(had);
+    fmt::print("rungs {:09b}: weights {:.1f} MB, {:.1f} released; {:.1f} MB freed, {:.0f} ms\n",
+               served, static_cast<double>(ledger.weights) / 1e6,
+               static_cast<double>(ledger.weights_released) / 1e6, freed / 1e6, 1e3 * fit->seconds);
+    EXPECT_NEAR(freed, planned, 3e6);
+  }
+  EXPECT_EQ(executor->ledger({}).weights_released, 0u);
 }
 
 TEST_F(ModelExecutorTest, TellsEachWeightOnceUntilAllAreLoaded) {

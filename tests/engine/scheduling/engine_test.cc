@@ -1,5 +1,9 @@
 #include "engine/engine.h"
 
+#include <set>
+#include <string>
+#include <utility>
+
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/support/puppet_executor.h"
@@ -72,6 +76,132 @@ TEST_F(EngineTest, ALostDeviceIsAnErrorAndLeavesTheBooksInOrder) {
   engine_.scheduler().CheckInvariants();
   EXPECT_TRUE(engine_.Cancel(1));
   EXPECT_TRUE(engine_.idle());
+}
+
+// Of two rungs; each has weights of its own, worth ten and twelve pages.
+class Weighty final : public Executor {
+ public:
+  explicit Weighty(const Ladder& ladder) : puppet_(kGeometry, ladder) {}
+
+  absl::Status Execute(const Batch& batch, StepResult* result) override {
+    for (const BatchSpan& span : batch.spans) {
+      EXPECT_TRUE(in_memory_ >> span.rung & 1) << "request " << span.id << " at " << span.rung;
+    }
+    return puppet_.Execute(batch, result);
+  }
+  void FitPages(std::span<const std::pair<int32_t, int32_t>> moves, int pages) override {
+    puppet_.FitPages(moves, pages);
+  }
+  int ReleasablePages(RungSet served) const override {
+    return ((served & 1) == 0 ? 10 : 0) + ((served & 2) == 0 ? 12 : 0);
+  }
+  absl::StatusOr<WeightsFit> FitWeights(RungSet served, bool /*at_once*/) override {
+    if (lost_) return absl::DataLossError("the file has changed");
+    in_memory_ = served;
+    return WeightsFit{.seconds = 0.25};
+  }
+  void Lose() { lost_ = true; }
+
+ private:
+  PuppetExecutor puppet_;
+  RungSet in_memory_ = 3;
+  bool lost_ = false;
+};
+
+class WeightsTest : public EngineTest {
+ protected:
+  static Ladder TwoRungs() {
+    const SiteWidths widths{.layers = 2, .heads = 1, .channels = 2};
+    Ladder ladder = Ladder::DenseOnly(widths);
+    Rung rung = ladder.rung(0);
+    for (KeepProfile* keep : {&rung.prefill, &rung.decode}) {
+      keep->Keep(0, SiteKind::kChannels, 1);
+    }
+    EXPECT_TRUE(ladder.Append(rung));
+    return ladder;
+  }
+  static Request Never(RequestId id, int prompt, int max_tokens) {
+    Request request = MakeRequest(id, prompt, max_tokens);
+    request.bounds.never = true;
+    return request;
+  }
+  // Rungs told of the request, until it ends.
+  std::set<int> RunUntil(RequestId id) {
+    std::set<int> rungs;
+    for (int i = 0; i < 100; ++i) {
+      now_ += Instant{1};
+      const auto report = weighty_engine_.Step(now_);
+      EXPECT_TRUE(report.ok()) << report.status();
+      if (!report.ok()) break;
+      for (const SequenceOutput& output : (*report)->outputs) {
+        if (output.id != id) continue;
+        rungs.insert(output.rung);
+        if (output.finish != FinishReason::kNone) return rungs;
+      }
+    }
+    return {-1};
+  }
+
+  const Ladder two_ = TwoRungs();
+  FixedPolicy narrow_{1};
+  Weighty weighty_{two_};
+  Engine weighty_engine_{{.max_batch_tokens = 32, .reserve_output = 1, .prefix_cache = false},
+                         kGeometry,
+                         two_,
+                         &weighty_,
+                         &narrow_};
+  Instant now_{0};
+};
+
+TEST_F(WeightsTest, WhoMayHaveTheFullModelAloneWaitsForItsWeights) {
+  ASSERT_EQ(weighty_engine_.Submit(MakeRequest(1, 20, 8)), absl::OkStatus());  // 10 to 14 pages
+  ASSERT_TRUE(weighty_engine_.Step(now_).ok());
+  weighty_engine_.LimitPages(8, now_);
+  EXPECT_EQ(weighty_engine_.weights().rungs, 2u) << "the full model's have left";
+  EXPECT_EQ(weighty_engine_.scheduler().pages_total(), 18);
+  ASSERT_EQ(weighty_engine_.Submit(Never(2, 4, 4)), absl::OkStatus());
+  EXPECT_EQ(RunUntil(1), std::set{1});
+  EXPECT_EQ(weighty_engine_.scheduler().stats().waiting, 1) << "no room for both";
+  EXPECT_EQ(RunUntil(2), std::set{0});
+  EXPECT_EQ(weighty_engine_.weights().rungs, 1u) << "in exchange";
+  EXPECT_EQ(weighty_engine_.weights().returns, 1u);
+  EXPECT_EQ(weighty_engine_.weights().return_s, 0.25);
+  EXPECT_EQ(weighty_engine_.scheduler().pages_total(), 20);
+}
+
+TEST_F(WeightsTest, IsRefusedWhatDoesNotFitBesideItsOwnWeightsAlone) {
+  weighty_engine_.LimitPages(12, now_);
+  ASSERT_EQ(weighty_engine_.Submit(Never(1, 40, 8)), absl::OkStatus());  // 24 pages: 12 and 12
+  const absl::Status refused = weighty_engine_.Submit(Never(2, 40, 9));
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(refused.message()),
+              testing::HasSubstr("take 26 KV pages, and there may be 24 at present of 32"));
+  EXPECT_EQ(RunUntil(1), std::set{0});
+}
+
+TEST_F(WeightsTest, AllComeBackWhenThereHasBeenRoomForAWhile) {
+  ASSERT_EQ(weighty_engine_.Submit(MakeRequest(1, 20, 8)), absl::OkStatus());
+  ASSERT_TRUE(weighty_engine_.Step(now_).ok());
+  weighty_engine_.LimitPages(12, now_);
+  RunUntil(1);
+  weighty_engine_.LimitPages(32, now_);
+  EXPECT_TRUE(weighty_engine_.idle());
+  const Instant due = weighty_engine_.TendWeights(now_);
+  EXPECT_EQ(due, now_ + std::chrono::seconds(1));
+  EXPECT_FALSE(weighty_engine_.all_weights());
+  EXPECT_EQ(weighty_engine_.TendWeights(due), due) << "something was done, and may be left";
+  EXPECT_TRUE(weighty_engine_.all_weights());
+  EXPECT_EQ(weighty_engine_.TendWeights(due), kNever);
+}
+
+TEST_F(WeightsTest, WeightsThatCannotComeBackEndTheEngine) {
+  ASSERT_EQ(weighty_engine_.Submit(MakeRequest(1, 20, 8)), absl::OkStatus());
+  ASSERT_TRUE(weighty_engine_.Step(now_).ok());
+  weighty_engine_.LimitPages(12, now_);
+  RunUntil(1);
+  weighty_.Lose();
+  ASSERT_EQ(weighty_engine_.Submit(Never(2, 4, 4)), absl::OkStatus());
+  EXPECT_EQ(weighty_engine_.Step(now_).status().code(), absl::StatusCode::kDataLoss);
 }
 
 }  // namespace
