@@ -159,7 +159,7 @@ TEST_F(WeightsTest, WhoMayHaveTheFullModelAloneWaitsForItsWeights) {
   weighty_engine_.LimitPages(8, now_);
   EXPECT_EQ(weighty_engine_.weights().rungs, 2u) << "the full model's have left";
   EXPECT_EQ(weighty_engine_.scheduler().pages_total(), 18);
-  ASSERT_EQ(weighty_engine_.Submit(Never(2, 4, 4)), absl::OkStatus());
+  ASSERT_EQ(weighty_engine_.Submit(Never(2, 16, 4)), absl::OkStatus());  // 10 pages
   EXPECT_EQ(RunUntil(1), std::set{1});
   EXPECT_EQ(weighty_engine_.scheduler().stats().waiting, 1) << "no room for both";
   EXPECT_EQ(RunUntil(2), std::set{0});
