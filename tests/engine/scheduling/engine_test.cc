@@ -194,6 +194,14 @@ TEST_F(WeightsTest, AllComeBackWhenThereHasBeenRoomForAWhile) {
   EXPECT_EQ(weighty_engine_.TendWeights(due), kNever);
 }
 
+TEST_F(WeightsTest, WeightsLeaveAnIdleEngineThatHasNoRoomForThem) {
+  weighty_engine_.LimitPages(-1, now_);
+  EXPECT_EQ(weighty_engine_.TendWeights(now_), now_) << "it is to be told";
+  EXPECT_EQ(weighty_engine_.weights().rungs, 1u);
+  EXPECT_EQ(weighty_engine_.scheduler().pages_total(), 11);
+  EXPECT_EQ(weighty_engine_.TendWeights(now_), kNever);
+}
+
 TEST_F(WeightsTest, WeightsThatCannotComeBackEndTheEngine) {
   ASSERT_EQ(weighty_engine_.Submit(MakeRequest(1, 20, 8)), absl::OkStatus());
   ASSERT_TRUE(weighty_engine_.Step(now_).ok());
