@@ -87,8 +87,9 @@ Instant Engine::TendWeights(Instant now) {
     const RungSet rungs = keeper_.Decide(now, scheduler_.rung_use(), pages_wanted_, pages_whole_);
     if (rungs == before) return keeper_.next();
     if ((before & ~rungs) != 0) {
-      if (Exchange(rungs, now)) FitMemory(now);
-      return keeper_.next();
+      if (!Exchange(rungs, now)) return keeper_.next();
+      FitMemory(now);
+      return now;
     }
     coming_ = rungs;
     coming_s_ = 0;

@@ -1,5 +1,7 @@
 // Every op of the CPU backend against its reference, on every instruction set this machine has.
+#include <algorithm>
 #include <cfloat>
+#include <cmath>
 #include <iostream>
 #include <limits>
 
@@ -359,6 +361,33 @@ TEST_P(BackendTest, GroupsAndTheirValuesMultiplyAlike) {
   } else {
     EXPECT_TRUE(bad.ok()) << "other types read values";
   }
+}
+
+TEST_P(BackendTest, AReleasedWeightIsGoneAndComesBackToTheBit) {
+  constexpr int kRows = 200, kCols = 3 * kQuantGroup;
+  bool fails = false;
+  const WeightSource source{.read_values = [&](int n, float* dst) {
+    for (int i = 0; i < kCols; ++i) dst[i] = std::sin(static_cast<float>(n * kCols + i));
+    if (fails && n == 77) dst[5] = std::nanf("");
+  }};
+  Weight weight =
+      backend_->UploadWeight(type_, WeightLayout::kOutputRows, kRows, kCols, source).value();
+  const std::vector<uint8_t> before(weight.blocks, weight.blocks + weight.bytes);
+  EXPECT_LE(weight.releasable, weight.bytes);
+  backend_->ReleaseWeight(&weight);
+  EXPECT_EQ(weight.blocks, nullptr);
+  const auto* const memory = static_cast<const uint8_t*>(weight.storage.get());
+  EXPECT_TRUE(std::all_of(memory, memory + weight.bytes, [](uint8_t byte) { return byte == 0; }));
+  const std::vector<int32_t> rows = {1};
+  Weight panel;
+  EXPECT_DEATH((void)backend_->GatherRows(weight, rows, &panel), "released weight");
+  fails = true;
+  EXPECT_EQ(backend_->RefillWeight(source, &weight).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(weight.blocks, nullptr);
+  fails = false;
+  ASSERT_TRUE(backend_->RefillWeight(source, &weight).ok());
+  EXPECT_EQ(weight.blocks, memory);
+  EXPECT_TRUE(std::equal(before.begin(), before.end(), memory));
 }
 
 TEST_P(BackendTest, UploadCountsItsBytes) {

@@ -48,7 +48,13 @@ LoadSnapshot Load() {
                 .prefix_queries = 400,
                 .prefix_hits = 160,
                 .prefix_evicted_pages = 60};
-  load.ledger = {.weights = 100, .kv_used = 25, .kv_reusable = 5, .kv_free = 70, .workspace = 9};
+  load.weights = {.rungs = 3, .releases = 2, .returns = 1, .return_s = 0.25};
+  load.ledger = {.weights = 100,
+                 .weights_released = 40,
+                 .kv_used = 25,
+                 .kv_reusable = 5,
+                 .kv_free = 70,
+                 .workspace = 9};
   load.arriving = 1;
   load.max_waiting = 256;
   return load;
@@ -135,6 +141,10 @@ TEST(MetricsTest, AStepShowsInGaugesCountersAndHistograms) {
            std::string("espalier_memory_bytes{part=\"kv_free\"} 70\n"),
            std::string("espalier_memory_bytes{part=\"workspace\"} 9\n"),
            std::string("espalier_memory_bytes{part=\"foreign\"} 777\n"),
+           std::string("espalier_memory_bytes{part=\"weights_released\"} 40\n"),
+           std::string("espalier_weights_return_seconds 0.25\n"),
+           std::string("espalier_weights_returns_total 1\n"),
+           std::string("espalier_weights_releases_total 2\n"),
        }) {
     EXPECT_THAT(text, HasSubstr(line));
   }

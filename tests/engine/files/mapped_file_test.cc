@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 #include <sys/stat.h>
 
+#include <cstdio>
 #include <string>
 #include <utility>
 
@@ -24,6 +25,24 @@ TEST(MappedFile, HasTheBytesUntilTheLastOwnerGoes) {
   ASSERT_TRUE(other.ok()) << other.status();
   second = *std::move(other);
   EXPECT_EQ(second.bytes(), "others");
+}
+
+TEST(MappedFile, KnowsWhetherItIsAsItWasOpened) {
+  const TemporaryFolder folder;
+  const std::string path = folder.Write("a", "some bytes");
+  const auto file = MappedFile::Open(path);
+  ASSERT_TRUE(file.ok()) << file.status();
+  EXPECT_TRUE(file->Unchanged());
+  file->LetGo();
+  EXPECT_EQ(file->bytes(), "some bytes") << "read again";
+  // Another in its place is none of its business.
+  ASSERT_EQ(rename(folder.Write("b", "other").c_str(), path.c_str()), 0);
+  EXPECT_TRUE(file->Unchanged());
+  EXPECT_EQ(file->bytes(), "some bytes");
+  const auto longer = MappedFile::Open(path);
+  ASSERT_TRUE(longer.ok()) << longer.status();
+  folder.Write("a", "other and more");
+  EXPECT_FALSE(longer->Unchanged());
 }
 
 TEST(MappedFile, OfNoBytesIsEmpty) {

@@ -159,7 +159,7 @@ TEST_F(WeightsTest, WhoMayHaveTheFullModelAloneWaitsForItsWeights) {
   weighty_engine_.LimitPages(8, now_);
   EXPECT_EQ(weighty_engine_.weights().rungs, 2u) << "the full model's have left";
   EXPECT_EQ(weighty_engine_.scheduler().pages_total(), 18);
-  ASSERT_EQ(weighty_engine_.Submit(Never(2, 4, 4)), absl::OkStatus());
+  ASSERT_EQ(weighty_engine_.Submit(Never(2, 16, 4)), absl::OkStatus());  // 10 pages
   EXPECT_EQ(RunUntil(1), std::set{1});
   EXPECT_EQ(weighty_engine_.scheduler().stats().waiting, 1) << "no room for both";
   EXPECT_EQ(RunUntil(2), std::set{0});
@@ -192,6 +192,14 @@ TEST_F(WeightsTest, AllComeBackWhenThereHasBeenRoomForAWhile) {
   EXPECT_EQ(weighty_engine_.TendWeights(due), due) << "something was done, and may be left";
   EXPECT_TRUE(weighty_engine_.all_weights());
   EXPECT_EQ(weighty_engine_.TendWeights(due), kNever);
+}
+
+TEST_F(WeightsTest, WeightsLeaveAnIdleEngineThatHasNoRoomForThem) {
+  weighty_engine_.LimitPages(-1, now_);
+  EXPECT_EQ(weighty_engine_.TendWeights(now_), now_) << "it is to be told";
+  EXPECT_EQ(weighty_engine_.weights().rungs, 1u);
+  EXPECT_EQ(weighty_engine_.scheduler().pages_total(), 11);
+  EXPECT_EQ(weighty_engine_.TendWeights(now_), kNever);
 }
 
 TEST_F(WeightsTest, WeightsThatCannotComeBackEndTheEngine) {
