@@ -39,7 +39,7 @@ bench-pruning: build ## What pruning costs and saves, beside the published metho
 	@model=$$($(SCRIPTS)/fetch_model.sh) && ESPALIER_TEXT="$(or $(TEXT),$$ESPALIER_TEXT)" exec python3 \
 	  tests/bench/pruning/pruning.py --model "$$model" $(ARGS)
 
-bench-squeeze: build ## Goodput under overload and less memory: the full model, fixed rungs, the policy
+bench-squeeze: build ## Goodput under overload and less memory: fixed rungs, the policies, llama-server (built once)
 	@model=$$($(SCRIPTS)/fetch_model.sh) && name=$$(basename "$${model%.gguf}").ladder && exec python3 \
 	  tests/bench/squeeze/squeeze.py --model "$$model" --ladder "$(or $(LADDER),deploy/ladders/$$name)" $(ARGS)
 
