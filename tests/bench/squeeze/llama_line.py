@@ -1,8 +1,8 @@
 """llama-server under the calls that a traffic file tells: open loop, streamed, timed as `espalier
 load` times them, in so many bytes of KV.
 
-Its KV is q8_0, which takes a token's 34 bytes for 32 numbers as our int8 does, so the same bytes hold
-the same tokens.
+Its KV is q8_0, which takes 34 bytes for 32 numbers as our int8 does, so the same bytes hold the same
+tokens.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "peers"))
 import engines  # noqa: E402
 
-# llama.cpp rounds a KV, and a slot's of its own, up to a multiple of this: it is given one that fits.
+# llama.cpp rounds a KV, and a slot's own, up to a multiple of this: it is given one that fits.
 PIECE = 256
 KINDS = ("unified", "slots")
 
