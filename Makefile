@@ -43,7 +43,7 @@ bench-prune: build ## SwiftPrune of weights, beside Wanda and SparseGPT: seconds
 	@model=$$($(SCRIPTS)/fetch_model.sh) && ESPALIER_TEXT="$(or $(TEXT),$$ESPALIER_TEXT)" exec python3 \
 	  tests/bench/prune/prune.py --model "$$model" $(ARGS)
 
-bench-squeeze: build ## Goodput under overload and less memory: the full model, fixed rungs, the policy
+bench-squeeze: build ## Goodput under overload and less memory: fixed rungs, the policies, llama-server (built once)
 	@model=$$($(SCRIPTS)/fetch_model.sh) && name=$$(basename "$${model%.gguf}").ladder && exec python3 \
 	  tests/bench/squeeze/squeeze.py --model "$$model" --ladder "$(or $(LADDER),deploy/ladders/$$name)" $(ARGS)
 

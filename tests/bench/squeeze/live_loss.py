@@ -3,7 +3,7 @@
 others load the server, and again in full once it is calm.
 
 usage, with the Python of build/venv: live_loss.py ADDRESS SECONDS TEXT...; prints a JSON object:
-told and measured, nats per token above the full model, means over the scored tokens, the standard
+told and measured, nats per token above the full model, means over texts of one length, the standard
 error of measured, and tokens by rung. A text that is refused is tried again later, as callers would.
 """
 

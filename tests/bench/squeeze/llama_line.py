@@ -1,8 +1,8 @@
 """llama-server under the calls that a traffic file tells: open loop, streamed, timed as `espalier
 load` times them, in so many bytes of KV.
 
-Its KV is q8_0, which takes a token's 34 bytes for 32 numbers as our int8 does, so the same bytes hold
-the same tokens.
+Its KV is q8_0, which takes 34 bytes for 32 numbers as our int8 does, so the same bytes hold the same
+tokens.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import http.client
 import json
 import pathlib
 import random
+import socket
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "peers"))
 import engines  # noqa: E402
 
-# llama.cpp rounds a KV, and a slot's of its own, up to a multiple of this: it is given one that fits.
+# llama.cpp rounds a KV, and a slot's own, up to a multiple of this: it is given one that fits.
 PIECE = 256
 KINDS = ("unified", "slots")
 
@@ -43,7 +44,8 @@ class Call(threading.Thread):
 
     def __init__(self, port, prompt, output, ttft, tpot):
         super().__init__(daemon=True)
-        self.port, self.prompt, self.output, self.ttft, self.tpot = port, prompt, output, ttft, tpot
+        self.prompt, self.output, self.ttft, self.tpot = prompt, output, ttft, tpot
+        self.connection = engines.connect(port)
         self.began = self.first = None
         self.finished = self.good = self.failed = False
 
@@ -59,6 +61,11 @@ class Call(threading.Thread):
         self.began = time.perf_counter()
         super().start()
 
+    def abandon(self):
+        """Or the server waits for its end before it ends itself."""
+        with contextlib.suppress(OSError, AttributeError):  # it is not connected, or no more
+            self.connection.sock.shutdown(socket.SHUT_RDWR)
+
     def run(self):
         try:
             self._call()
@@ -66,7 +73,7 @@ class Call(threading.Thread):
             self.failed = True
 
     def _call(self):
-        with contextlib.closing(engines.connect(self.port)) as connection:
+        with contextlib.closing(self.connection) as connection:
             connection.request("POST", "/completion", json.dumps({
                 "prompt": self.prompt, "n_predict": self.output, "stream": True,
                 "ignore_eos": True, "temperature": 0, "samplers": ["temperature"],
@@ -120,6 +127,11 @@ def run(setup, kind, traffic, kv_tokens, shape, targets):
             calls[-1].start()
         while any(each.may_be_good() for each in calls):
             time.sleep(0.1)
-        return {"calls": len(calls), "good": sum(each.good for each in calls),
-                "finished": sum(each.finished for each in calls),
-                "failed": sum(each.failed for each in calls)}
+        report = {"calls": len(calls), "good": sum(each.good for each in calls),
+                  "finished": sum(each.finished for each in calls),
+                  "failed": sum(each.failed for each in calls)}
+        for each in calls:
+            each.abandon()
+        for each in calls:
+            each.join()
+        return report

@@ -29,7 +29,8 @@ def draw(cells, where):
         left = MARGIN + number * (WIDTH + MARGIN)
 
         def at(load, goodput, left=left):
-            return (left + WIDTH * load / max(loads), BASE - (BASE - TOP) * goodput / max(most, 1e-9))
+            return (left + WIDTH * load / max(loads),
+                    BASE - (BASE - TOP) * goodput / max(most, 1e-9))
 
         title = "all of the KV memory" if share == 0 else f"{share:.0%} of it taken away"
         parts.append(picture.text(left, 56, title.replace("%", " %"), 13, "start",
@@ -58,7 +59,7 @@ def draw(cells, where):
             parts.append(picture.text(x + 17, 22, name, 12, "start"))
             x += 42 + 7 * len(name)
     width = MARGIN + len(panels) * (WIDTH + MARGIN)
-    parts.append(picture.text(MARGIN, BASE + 36, "calls a second that came in time, over the load as "
-                              "a multiple of what the full model can serve", 11, "start"))
+    parts.append(picture.text(MARGIN, BASE + 36, "calls a second that came in time, over the load "
+                              "as a multiple of what the full model can serve", 11, "start"))
     parts.append(picture.text(MARGIN, HEIGHT - 6, where, 10, "start"))
     return picture.svg(width, HEIGHT, "Goodput over load of six ways to serve", parts)

@@ -10,7 +10,7 @@ MEASURES = ("goodput", "refused", "calls", "loss")
 
 
 def ladder_of(text):
-    """(KV bytes a token of rung 0, [rungs]: share of all MLP channels left out) of a ladder's text."""
+    """KV bytes a token of rung 0, and [rungs] the share of all MLP channels left out."""
     rungs = re.findall(r"^rung \d+ .*$", text, re.M)
     kept = []
     for rung in rungs:
