@@ -268,8 +268,8 @@ TEST(BlockObs, OfNothingSeenIsMagnitude) {
   EXPECT_EQ(weights.values, by_magnitude.values);
 }
 
-// Where means outweigh deviations, centred blocks with the mean's compensation lose less than blocks
-// of second moments with it; and inputs that are all mean, which leave nothing to factor but
+// Where means outweigh deviations, centred blocks with the mean's compensation lose less than
+// blocks of second moments with it; and inputs that are all mean, which leave nothing to factor but
 // rounding, do no harm.
 TEST(BlockObs, LeavesMeansToTheirCompensation) {
   const auto backend = TwoThreads();
