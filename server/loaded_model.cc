@@ -51,8 +51,9 @@ absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Load(
     const ServerOptions& options, std::shared_ptr<const ModelFile> file, const Order& order) {
   std::unique_ptr<LoadedModel> loaded(new LoadedModel(options));
   loaded->fingerprint_ = FingerprintOf(*file);
+  loaded->lineage_ = LineageOf(*file);
   absl::Status status = loaded->LoadWeights(file, order);
-  if (status.ok() && order.gathers) status = loaded->OpenMoments(*file);
+  if (status.ok() && order.gathers) status = loaded->OpenMoments(*file, order.moments_file);
   if (!status.ok()) return status;
   return loaded;
 }
@@ -175,11 +176,13 @@ absl::Status LoadedModel::MakeProbe(const ModelFile& file) {
   return absl::OkStatus();
 }
 
-absl::Status LoadedModel::OpenMoments(const ModelFile& file) {
-  absl::StatusOr<InputMoments> read = ReadMoments(options_.moments_file, file);
-  if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
-  moments_ =
-      std::make_unique<InputMoments>(read.ok() ? *std::move(read) : InputMoments(file.config()));
+absl::Status LoadedModel::OpenMoments(const ModelFile& file, const std::string& path) {
+  moments_ = std::make_unique<InputMoments>(file.config());
+  if (!path.empty()) {
+    absl::StatusOr<InputMoments> read = ReadMoments(path, file);
+    if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
+    if (read.ok()) *moments_ = *std::move(read);
+  }
   Log(LogLevel::kInfo, "moments are gathered",
       {{"file", options_.moments_file}, {"tokens", moments_->tokens()}});
   executor_->set_input_moments(moments_.get(), kGatherEvery);

@@ -32,6 +32,7 @@ class LoadedModel {
     uint64_t kv_bytes = 0;     // as ModelOptions
     std::string decision_log;  // empty: none
     bool gathers = false;      // for --moments-file
+    std::string moments_file;  // that gathering goes on from, if it is there; empty: it begins anew
     ModelExecutor::Progress progress;
   };
 
@@ -55,7 +56,8 @@ class LoadedModel {
   void set_hardest(int hardest) { capped_->set_hardest(hardest); }
   // What is gathered for --moments-file; null: nothing. The engine thread's while it runs.
   const InputMoments* moments() const { return moments_.get(); }
-  const std::string& fingerprint() const { return fingerprint_; }
+  InputMoments* moments() { return moments_.get(); }
+  const std::string& lineage() const { return lineage_; }
   // What --probe has learned to --history-file, if there are such. After the engine's last step.
   void KeepHistory() const;
 
@@ -64,7 +66,7 @@ class LoadedModel {
   absl::Status LoadWeights(const std::shared_ptr<const ModelFile>& opened, const Order& order);
   absl::Status MakePolicy(const Order& order);
   absl::Status MakeProbe(const ModelFile& file);
-  absl::Status OpenMoments(const ModelFile& file);
+  absl::Status OpenMoments(const ModelFile& file, const std::string& path);
 
   const ServerOptions& options_;
   // In the order in which they are made; whoever uses another comes after it.
@@ -79,7 +81,7 @@ class LoadedModel {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Probe> probe_;
   std::unique_ptr<InputMoments> moments_;
-  std::string fingerprint_;  // of the model
+  std::string fingerprint_, lineage_;  // of the model
   std::unique_ptr<ModelExecutor> executor_;
   std::unique_ptr<Engine> engine_;
 };

@@ -127,6 +127,7 @@ class Server {
                            .kv_bytes = options_.kv_memory,
                            .decision_log = options_.decision_log,
                            .gathers = !options_.moments_file.empty(),
+                           .moments_file = options_.moments_file,
                            .progress = ShowProgress});
     const Instant packed = SteadyNow();
     if (absl::Status status = text.get(); !loaded.ok() || !status.ok()) {
@@ -387,7 +388,8 @@ class Server {
           options_, file,
           {.ladder = ladder,
            .kv_bytes = page_bytes_ * static_cast<uint64_t>(kv_.pages),
-           .decision_log = log.empty() ? "" : fmt::format("{}.{}", log, generation_ + 1)});
+           .decision_log = log.empty() ? "" : fmt::format("{}.{}", log, generation_ + 1),
+           .gathers = loaded_->moments() != nullptr && LineageOf(*file) == loaded_->lineage()});
       if (loaded.ok()) status = (*loaded)->WarmUp();
       if (!loaded.ok() || !status.ok()) {
         memory_->SetOther(other);
@@ -400,8 +402,9 @@ class Server {
                             .before = thread_->load().stats.running + thread_->load().waiting()};
     models_->Set(generation_ + 1, reloaded.model);
     std::promise<void> left;
-    const bool replaced = thread_->Replace(EngineOf(next.get()), [this, &left] {
-      gathering_ = nullptr;
+    const bool replaced = thread_->Replace(EngineOf(next.get()), [this, &left, &next] {
+      if (next->moments() != nullptr) next->moments()->Add(*gathering_);
+      gathering_ = next->moments();
       left.set_value();
     });
     if (!replaced) return Draining();
@@ -452,9 +455,9 @@ class Server {
 
   void ReleaseBefore(std::unique_ptr<LoadedModel> before, Instant took) {
     const uint64_t held = ResidentMemoryBytes();
-    if (before->moments() != nullptr) {
+    if (before->moments() != nullptr && loaded_->moments() == nullptr) {
       KeepMoments(*before, *before->moments());
-      Log(LogLevel::kInfo, "moments are gathered no more: their model is replaced");
+      Log(LogLevel::kInfo, "moments are gathered no more: another model is served");
     }
     before.reset();
     malloc_trim(0);
@@ -471,8 +474,8 @@ class Server {
   }
 
   void KeepMoments(const LoadedModel& loaded, const InputMoments& moments) {
-    const absl::Status status = WriteMoments(options_.moments_file, loaded.fingerprint(),
-                                             loaded.executor().config(), moments);
+    const absl::Status status =
+        WriteMoments(options_.moments_file, loaded.lineage(), loaded.executor().config(), moments);
     if (!status.ok()) Log(LogLevel::kError, "moments lost", {{"error", Text(status)}});
   }
 

@@ -26,7 +26,8 @@ absl::StatusOr<History> ReadHistory(const std::string& path, const ModelFile& mo
   if (!file.ok()) return file.status();
   const absl::StatusOr<Gguf> gguf = ParseGguf(path, file->bytes());
   if (!gguf.ok()) return gguf.status();
-  if (absl::Status status = CheckOwn(path, *gguf, kArchitecture, model); !status.ok()) {
+  if (absl::Status status = CheckOwn(path, *gguf, kArchitecture, model, FingerprintOf(model));
+      !status.ok()) {
     return status;
   }
   const ModelConfig& config = model.config();

@@ -49,7 +49,8 @@ absl::StatusOr<InputMoments> ReadMoments(const std::string& path, const ModelFil
     for (const auto& [key, value] : Dimensions(config)) keys.Integer(key, value, value);
   }
   if (!keys.status().ok()) return keys.status();
-  if (absl::Status status = CheckOwn(path, *gguf, kArchitecture, model); !status.ok()) {
+  if (absl::Status status = CheckOwn(path, *gguf, kArchitecture, model, LineageOf(model));
+      !status.ok()) {
     return status;
   }
   const int64_t tokens = keys.Integer(kTokensKey, 0, kMostTokens);
@@ -94,11 +95,11 @@ absl::StatusOr<InputMoments> ReadMoments(const std::string& path, const ModelFil
   return moments;
 }
 
-absl::Status WriteMoments(const std::string& path, const std::string& fingerprint,
+absl::Status WriteMoments(const std::string& path, const std::string& lineage,
                           const ModelConfig& config, const InputMoments& moments) {
   GgufWriter writer;
   writer.Add("general.architecture", kArchitecture);
-  writer.Add(kFingerprintKey, fingerprint);
+  writer.Add(kFingerprintKey, lineage);
   for (const auto& [key, value] : Dimensions(config)) writer.Add(key, int64_t{value});
   writer.Add(kTokensKey, moments.tokens());
   std::vector<std::vector<float>> tensors;  // until they are written

@@ -2,7 +2,8 @@
 // never of text.
 //
 //   general.architecture              "espalier-moments"
-//   espalier.fingerprint              string, FingerprintOf(model)
+//   espalier.fingerprint              string, LineageOf(model): what a pruned model was fed prunes
+//                                     the one it was made from anew
 //   espalier.layers, .hidden, .attention, .channels
 //                                     int64: layers, and columns of their inputs
 //   espalier.tokens                   int64, rows in the sums
@@ -25,9 +26,9 @@ namespace espalier {
 // negative.
 absl::StatusOr<InputMoments> ReadMoments(const std::string& path, const ModelFile& model);
 
-// Through a file beside it, so that none is ever half written. `fingerprint` and `config` are the
+// Through a file beside it, so that none is ever half written. `lineage` and `config` are the
 // model's. Errors name the path.
-absl::Status WriteMoments(const std::string& path, const std::string& fingerprint,
+absl::Status WriteMoments(const std::string& path, const std::string& lineage,
                           const ModelConfig& config, const InputMoments& moments);
 
 }  // namespace espalier

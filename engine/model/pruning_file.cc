@@ -52,17 +52,15 @@ absl::StatusOr<std::span<const float>> FloatsOf(const std::string& path, const S
   return values;
 }
 
-std::string KeyMeanName(int layer) { return fmt::format("blk.{}.attn_k.mean", layer); }
-
-}  // namespace
-
-std::string FingerprintOf(const ModelFile& model) {
+// FNV-1a of the tensors that count.
+std::string Fingerprint(const ModelFile& model, bool (*counts)(const StoredTensor&)) {
   constexpr size_t kEnd = 256;
-  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+  uint64_t hash = 0xcbf29ce484222325;
   const auto add = [&hash](std::string_view bytes) {
     for (const char c : bytes) hash = (hash ^ static_cast<uint8_t>(c)) * 0x100000001b3;
   };
   for (const StoredTensor& tensor : model.tensors()) {
+    if (!counts(tensor)) continue;
     add(fmt::format("{} {} {} {};", tensor.name, BlockTypeName(tensor.type), tensor.rows,
                     tensor.cols));
     const std::string_view data(reinterpret_cast<const char*>(tensor.data), tensor.bytes);
@@ -72,20 +70,33 @@ std::string FingerprintOf(const ModelFile& model) {
   return fmt::format("{:016x}", hash);
 }
 
+std::string KeyMeanName(int layer) { return fmt::format("blk.{}.attn_k.mean", layer); }
+
+}  // namespace
+
+std::string FingerprintOf(const ModelFile& model) {
+  return Fingerprint(model, [](const StoredTensor&) { return true; });
+}
+
+std::string LineageOf(const ModelFile& model) {
+  return Fingerprint(model, [](const StoredTensor& tensor) {
+    return tensor.rows == 1 || !tensor.name.starts_with("blk.");
+  });
+}
+
 absl::Status CheckOwn(const std::string& path, const Gguf& gguf, std::string_view architecture,
-                      const ModelFile& model) {
+                      const ModelFile& model, std::string_view fingerprint) {
   GgufKeys keys(path, gguf);
   const std::string_view theirs = keys.String("general.architecture");
-  const std::string_view fingerprint = keys.String(kFingerprintKey);
+  const std::string_view made_for = keys.String(kFingerprintKey);
   if (!keys.status().ok()) return keys.status();
   if (theirs != architecture) {
     return Mismatch(path, "general.architecture", architecture, Quoted(theirs));
   }
-  const std::string ours = FingerprintOf(model);
-  if (fingerprint == ours) return absl::OkStatus();
+  if (made_for == fingerprint) return absl::OkStatus();
   return absl::InvalidArgumentError(
       fmt::format("{}: made for another model: its fingerprint is {}, that of {} is {}", path,
-                  Quoted(fingerprint), model.path(), ours));
+                  Quoted(made_for), model.path(), fingerprint));
 }
 
 std::string LadderPathOf(std::string_view model) {
@@ -104,7 +115,8 @@ absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string
   std::unique_ptr<PruningFile> file(new PruningFile(*std::move(mapped), config.sites()));
   const absl::StatusOr<Gguf> gguf = ParseGguf(path, file->file_.bytes());
   if (!gguf.ok()) return gguf.status();
-  if (absl::Status status = CheckOwn(path, *gguf, kArchitecture, model); !status.ok()) {
+  if (absl::Status status = CheckOwn(path, *gguf, kArchitecture, model, FingerprintOf(model));
+      !status.ok()) {
     return status;
   }
   GgufKeys keys(path, *gguf);

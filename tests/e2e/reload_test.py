@@ -19,6 +19,7 @@ from harness import Server, arguments, detail, error_details_pb2, pb, text_reque
 BINARY, MODEL = arguments()
 ESPALIER = pathlib.Path(BINARY).parent / "espalier"
 DATA = pathlib.Path(MODEL).parent
+OTHER = DATA / "tiny-llama-quantized.gguf"  # of the same shape, with another embedding
 TOKENS = 120
 
 
@@ -198,8 +199,22 @@ class Reload(unittest.TestCase):
             before = answer(server, self.prompts[0])
             server.stub.ReloadModel(pb.ReloadModelRequest(model=str(pruned)), timeout=60)
             self.assertNotEqual(answer(server, self.prompts[0]), before)
+            self.wait_for_log(server, "weights before released")
+            # The pruned one is of the same lineage: it goes on with the sums.
+            for i in range(40):
+                answer(server, f"{i} of what else people ask, some twenty tokens of a prompt", 4)
+            more = float(server.metrics().split("\nespalier_moments_tokens ")[1].split()[0])
+            self.assertGreater(more, tokens)
+            self.assertEqual(server.terminate(), 0)
+        # What the pruned one was fed prunes the one it was made from anew.
+        made = espalier("prune", "--model", MODEL, "--moments", moments, "--out", pruned)
+        self.assertEqual(made.returncode, 0, made.stderr)
+        self.assertIn(f"{more:.0f} tokens of calibration", made.stdout)
+        with Server(BINARY, pruned, "--admin", "--moments-file", moments) as server:
+            self.assertIn(f"tokens={more:.0f}", server.log())
+            server.stub.ReloadModel(pb.ReloadModelRequest(model=str(OTHER)), timeout=60)
             self.wait_for_log(server, "moments are gathered no more")
-        refused = subprocess.run([BINARY, "--model", pruned, "--moments-file", moments, "--port", "0",
+        refused = subprocess.run([BINARY, "--model", OTHER, "--moments-file", moments, "--port", "0",
                                   "--metrics-port", "-1"], capture_output=True, text=True, timeout=60)
         self.assertEqual(refused.returncode, 1)
         self.assertIn("served.moments: made for another model", refused.stdout + refused.stderr)

@@ -108,7 +108,7 @@ class PruneMomentsTest : public ::testing::Test {
 TEST_F(PruneMomentsTest, GatheredMomentsPruneAsTheTextThatWasServed) {
   const InputMoments moments = Gather();
   const std::string path = folder_.Path("m.moments");
-  ASSERT_TRUE(WriteMoments(path, FingerprintOf(*file_), file_->config(), moments).ok());
+  ASSERT_TRUE(WriteMoments(path, LineageOf(*file_), file_->config(), moments).ok());
   const InputMoments read = ReadMoments(path, *file_).value();
   const std::string by_text = Prune("text.gguf", nullptr);
   EXPECT_EQ(Prune("moments.gguf", &read), by_text);
@@ -121,12 +121,20 @@ TEST_F(PruneMomentsTest, GatheredMomentsPruneAsTheTextThatWasServed) {
 TEST_F(PruneMomentsTest, CommandPrunesWithoutAText) {
   const std::string moments = folder_.Path("m.moments"), out = folder_.Path("out.gguf");
   const InputMoments gathered = Gather();
-  ASSERT_TRUE(WriteMoments(moments, FingerprintOf(*file_), file_->config(), gathered).ok());
+  ASSERT_TRUE(WriteMoments(moments, LineageOf(*file_), file_->config(), gathered).ok());
   const Outcome pruned =
       RunWith({"prune", "--model", model_, "--moments", moments, "--out", out, "--store", "f32"});
   ASSERT_EQ(pruned.code, 0) << pruned.err;
   EXPECT_THAT(pruned.out, HasSubstr("2:4 by swift, 192 tokens"));
   EXPECT_EQ(BytesOf(out), Prune("again.gguf", &gathered));
+  // So that what a pruned model was fed prunes the one it was made from.
+  const std::unique_ptr<ModelFile> made = ModelFile::Open(out).value();
+  EXPECT_EQ(LineageOf(*made), LineageOf(*file_));
+  EXPECT_NE(FingerprintOf(*made), FingerprintOf(*file_));
+  EXPECT_TRUE(ReadMoments(moments, *made).ok());
+  const auto other =
+      ModelFile::Open(ESPALIER_SOURCE_DIR "/tests/golden/data/tiny-llama-quantized.gguf");
+  EXPECT_NE(LineageOf(*other.value()), LineageOf(*file_));
 
   const auto refusal = [&](std::vector<std::string> more) {
     std::vector<std::string> words = {
@@ -145,7 +153,7 @@ TEST_F(PruneMomentsTest, CommandPrunesWithoutAText) {
   EXPECT_THAT(refusal({"--tokens", "5"}), HasSubstr("--tokens: "));
   EXPECT_THAT(refusal({"--skip-first"}), HasSubstr("--skip-first: "));
   ASSERT_TRUE(
-      WriteMoments(moments, FingerprintOf(*file_), file_->config(), InputMoments(file_->config()))
+      WriteMoments(moments, LineageOf(*file_), file_->config(), InputMoments(file_->config()))
           .ok());
   EXPECT_THAT(refusal({}), HasSubstr("espalier.tokens: expected some, got 0"));
   ASSERT_TRUE(WriteMoments(moments, "x", file_->config(), gathered).ok());

@@ -46,6 +46,14 @@ void ColumnMoments::Add(ConstMatrix x, Backend* backend) {
   tokens_ += x.rows;
 }
 
+void ColumnMoments::Add(const ColumnMoments& other) {
+  tokens_ += other.tokens_;
+  for (int j = 0; j < columns_; ++j) {
+    sums_[j] += other.sums_[j];
+    squares_[j] += other.squares_[j];
+  }
+}
+
 void ColumnMoments::Restore(int64_t tokens, std::span<const double> sums,
                             std::span<const double> squares) {
   tokens_ = tokens;

@@ -24,6 +24,8 @@ class InputMoments {
   int layers() const { return static_cast<int>(moments_.size() / kMatrixInputNames.size()); }
   // Of the input that was seen least.
   int64_t tokens() const;
+  // What others summed, of as many layers and columns.
+  void Add(const InputMoments& other);
 
   ColumnMoments& of(int layer, MatrixInput input) { return moments_[Index(layer, input)]; }
   const ColumnMoments& of(int layer, MatrixInput input) const {

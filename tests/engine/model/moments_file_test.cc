@@ -80,7 +80,7 @@ class MomentsFileTest : public ::testing::Test {
   }
 
   absl::Status Write(const InputMoments& moments) {
-    return WriteMoments(path_, FingerprintOf(*model_), model_->config(), moments);
+    return WriteMoments(path_, LineageOf(*model_), model_->config(), moments);
   }
 
   TemporaryFolder folder_;
