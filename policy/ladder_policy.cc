@@ -41,9 +41,10 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
       report.kv_used <= options_.kv_lower && std::ranges::all_of(signals, [](const Signal& signal) {
         return signal.value <= signal.band.lower;
       });
-  hardest_ = ladder.size() - 1;
+  const int hardest = ladder.size() - 1;
+  const bool memory = report.kv_used > 1;
   load_hardest_ = ladder.HardestWithin(options_.load_loss);
-  level_ = std::min(level_, hardest_);
+  level_ = std::min(level_, hardest);
   if (!std::isfinite(report.time_s)) return;
   if (!low) low_since_s_ = report.time_s;
   if (!(report.kv_used <= (FreesKv(ladder, level_) ? options_.kv_lower : 1))) {
@@ -60,7 +61,7 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
     level -= rungs;
     changed_s = since_s + rungs * options_.lower_dwell_s;
   };
-  if (report.kv_used > 1) {
+  if (memory) {
     level = NextOfLessKv(ladder, level_);
   } else if (level_ > load_hardest_) {
     fall(kv_low_since_s_, load_hardest_);
@@ -72,17 +73,22 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
   } else if (low) {
     fall(low_since_s_, 0);
   }
-  refuses_ = level >= (report.kv_used > 1 ? hardest_ : load_hardest_) &&
-             signals[0].value >= options_.wait.raise;
+  most_ = memory ? hardest : std::max(level, load_hardest_);
+  refuses_ = level >= (memory ? hardest : load_hardest_) && signals[0].value >= options_.wait.raise;
+  // What memory raised, load may hold.
+  const bool held = !memory && level > 0 && level <= load_hardest_ && high != std::end(signals);
+  if (level > level_) {
+    reason_ = memory ? kMemory : high->name;
+  } else if (held && reason_ == kMemory) {
+    reason_ = high->name;
+  }
   if (level == level_) return;
-  if (level > level_) reason_ = report.kv_used > 1 ? kMemory : high->name;
   level_ = level;
   changed_s_ = report.time_s;
 }
 
 int LadderPolicy::ChooseRung(const RequestTraits& traits) const {
-  const int most = reason_ == kMemory ? hardest_ : std::max(level_, load_hardest_);
-  return RungAtLevel(traits, level_, most);
+  return RungAtLevel(traits, level_, most_);
 }
 
 }  // namespace espalier

@@ -54,7 +54,7 @@ class LadderPolicy final : public Policy {
  private:
   LadderPolicyOptions options_;
   int level_ = 0;
-  int hardest_ = 0;       // of the ladder
+  int most_ = 0;          // that requests of low priority may be served at
   int load_hardest_ = 0;  // that load may raise the level to
   double changed_s_ = 0;
   double low_since_s_ = 0;     // since all signals are low

@@ -118,8 +118,9 @@ absl::Status CheckMoments(const Options& options, const WeightPruningOptions& pl
   }
   if (options.activations == "pruned") {
     return Contradiction("--activations",
-                         "--moments are of the dense model's; name a --calibration");
+                         "--moments are of the model that was served; name a --calibration");
   }
+  if (options.window > 0) return Contradiction("--window", "of --calibration; --moments are sums");
   if (options.tokens > 0)
     return Contradiction("--tokens", "of --calibration; --moments are taken whole");
   if (options.skip_first) return Contradiction("--skip-first", "of --calibration");
@@ -285,7 +286,8 @@ absl::Status Run(const Options& options) {
   if (gathered) {
     if (absl::Status status = CheckMoments(options, *plan, looks); !status.ok()) return status;
   } else if (looks && options.texts.empty()) {
-    return Contradiction("--calibration", "this method looks at inputs: name a text, or self");
+    return Contradiction("--calibration",
+                         "this method looks at inputs: name a text, or self, or --moments");
   }
   const absl::StatusOr<std::unique_ptr<ModelFile>> file = ModelFile::Open(options.model.model);
   if (!file.ok()) return file.status();

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
 #include <span>
 #include <utility>
 #include <vector>
@@ -86,8 +87,15 @@ absl::StatusOr<InputMoments> ReadMoments(const std::string& path, const ModelFil
         sums[j] = double{rows[0][j]} + rows[1][j];
         squares[j] = double{rows[2][j]} + rows[3][j];
       }
-      if (std::ranges::any_of(squares, [](double square) { return square < 0; })) {
-        return Mismatch(path, where, "sums of squares", "a negative one");
+      for (int j = 0; j < of.columns(); ++j) {
+        // With room for rounding: no sum is larger than its squares allow.
+        const bool sound =
+            squares[j] >= 0 && squares[j] <= std::numeric_limits<float>::max() &&
+            sums[j] * sums[j] <= (1 + 1e-3) * static_cast<double>(tokens) * squares[j];
+        if (!sound) {
+          return Mismatch(path, where, fmt::format("sums that {} rows may have", tokens),
+                          fmt::format("{} and {} of squares in column {}", sums[j], squares[j], j));
+        }
       }
       of.Restore(tokens, sums, squares);
     }

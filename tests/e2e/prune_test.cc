@@ -195,15 +195,21 @@ TEST_F(PruneTest, DamageIsSeenWhenItIsOpened) {
       << Error();
   const std::string whole = ReadAll(folder_->Path("m.gguf"));
   EXPECT_EQ(Wait(Start({"score", "hello", "--model", folder_->Path("m.gguf")})), 0) << Error();
-  // A bit in the middle of a matrix, in the last norm, in the checksum.
+  // A bit in the middle of a matrix, in the last norm, in the checksum's second half.
   const size_t sum = whole.find("espalier.checksum");
   ASSERT_NE(sum, std::string::npos);
-  for (const size_t at : {whole.size() / 2, whole.size() - 40, sum + 17 + 4 + 8 + 5}) {
+  for (const size_t at : {whole.size() / 2, whole.size() - 40, sum + 17 + 4 + 8 + 16 + 5}) {
     std::string damaged = whole;
     damaged[at] ^= 1;
     EXPECT_EQ(Wait(Start({"score", "hello", "--model", folder_->Write("d.gguf", damaged)})), 1);
     EXPECT_THAT(Error(), HasSubstr("the file is damaged")) << at;
   }
+  // Another program has made another model of it, and copied its keys: it is no longer of this one.
+  std::string copied = whole;
+  copied[sum + 17 + 4 + 8] ^= 1;
+  copied[whole.size() / 2] ^= 1;
+  EXPECT_EQ(Wait(Start({"score", "hello", "--model", folder_->Write("c.gguf", copied)})), 0)
+      << Error();
   for (size_t part = 0; part < 8; ++part) {
     folder_->Write("d.gguf", whole.substr(0, whole.size() * part / 8));
     EXPECT_EQ(Wait(Start({"score", "hello", "--model", folder_->Path("d.gguf")})), 1) << part;

@@ -33,23 +33,33 @@ uint64_t Checksum::value() const {
   return hash;
 }
 
-std::string ModelChecksum(std::span<const NamedSum> sums) {
-  uint64_t hash = kBasis;
-  for (const NamedSum& each : sums) {
-    for (const char c : each.name) hash = Mixed(hash, static_cast<unsigned char>(c));
-    hash = Mixed(hash, each.sum);
+std::string ModelChecksum(std::span<const TensorSum> sums) {
+  uint64_t layout = kBasis, bytes = kBasis;
+  for (const TensorSum& each : sums) {
+    for (const char c : each.name) layout = Mixed(layout, static_cast<unsigned char>(c));
+    for (const int number : {static_cast<int>(each.type), each.rows, each.cols}) {
+      layout = Mixed(layout, static_cast<uint64_t>(number));
+    }
+    bytes = Mixed(bytes, each.sum);
   }
-  return fmt::format("{:016x}", hash);
+  return fmt::format("{:016x}{:016x}", layout, bytes);
 }
 
-std::string ModelChecksum(const std::vector<StoredTensor>& tensors) {
-  std::vector<NamedSum> sums;
+bool Damaged(const std::vector<StoredTensor>& tensors, std::string_view checksum) {
+  std::vector<TensorSum> sums;
   for (const StoredTensor& tensor : tensors) {
-    Checksum sum;
-    sum.Add(tensor.data, tensor.bytes);
-    sums.push_back({tensor.name, sum.value()});
+    sums.push_back({tensor.name, tensor.type, tensor.rows, tensor.cols});
   }
-  return ModelChecksum(sums);
+  constexpr size_t kOfLayout = kChecksumDigits / 2;
+  if (checksum.substr(0, kOfLayout) != std::string_view(ModelChecksum(sums)).substr(0, kOfLayout)) {
+    return false;
+  }
+  for (size_t i = 0; i < sums.size(); ++i) {
+    Checksum sum;
+    sum.Add(tensors[i].data, tensors[i].bytes);
+    sums[i].sum = sum.value();
+  }
+  return ModelChecksum(sums) != checksum;
 }
 
 }  // namespace espalier

@@ -112,8 +112,11 @@ class FileRewriter final : public ModelRewriter {
       end = std::max(end, place.offset + place.bytes);
     }
     if (ftruncate(file_, static_cast<off_t>(end)) != 0) return SystemError("truncate");
-    std::vector<NamedSum> sums;
-    for (const auto& [name, place] : places_) sums.push_back({name, place.sum});
+    std::vector<TensorSum> sums;
+    for (const auto& [name, place] : places_) {
+      sums.push_back({name, place.replaced ? type_ : place.tensor->type, place.tensor->rows,
+                      place.tensor->cols, place.sum});
+    }
     header_.bytes.replace(header_.checksum_at, kChecksumDigits, ModelChecksum(sums));
     if (absl::Status status = WriteAt(0, header_.bytes.data(), header_.bytes.size());
         !status.ok()) {
