@@ -22,8 +22,8 @@ struct LadderPolicyOptions {
   // by itself: a short wait costs less than a rung.
   double kv_lower = 0.9;
   // What waiting and slow steps alone may cost, told nats per token: they raise the level to
-  // Ladder::HardestWithin at most. Memory may go to the last rung. policy/README.md tells why 0.25.
-  double load_loss = 0.25;
+  // Ladder::HardestWithin at most. Memory may go to the last rung. policy/README.md tells why 0.2.
+  double load_loss = 0.2;
   // Of the oldest wait and of a step, as shares of their targets.
   PressureBand wait = {.raise = 0.5, .lower = 0.1};
   PressureBand step = {.raise = 1.0, .lower = 0.75};

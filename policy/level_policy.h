@@ -24,7 +24,7 @@ struct LevelPolicyOptions {
   double tpot_target_s = 0.1;
   double every_s = 0.5;  // between decisions
   // As LadderPolicyOptions: beyond it only while running sequences hold more KV than there may be.
-  double load_loss = 0.25;
+  double load_loss = 0.2;
 };
 
 class LevelPolicy : public Policy {

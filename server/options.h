@@ -54,7 +54,7 @@ struct ServerOptions {
   std::chrono::milliseconds tpot_target{100};
   // What waiting and slow steps alone may cost, told nats per token, 0 to 100; memory may cost
   // more.
-  double load_loss = 0.25;
+  double load_loss = 0.2;
   // Where the policy's decisions go, with what it saw; empty: nowhere.
   std::string decision_log;
   // Of the engine's time, in which nobody waits, for scoring a sample of its traffic at pruned

@@ -137,7 +137,7 @@ int64_t TokensOf(const Options& options) {
 // perplexity. With 8,192 longer ones are better, by as much.
 int WindowOf(const Options& options) {
   if (options.window > 0) return options.window;
-  return options.method == "swift" && !options.quality ? 128 : 512;
+  return options.method != "swift" ? 512 : options.quality ? 256 : 128;
 }
 
 // Windows to calibrate with, kinds in turns.
@@ -391,8 +391,8 @@ void AddPrune(CLI::App& root, Action* action) {
       ->check(CLI::Range(int64_t{0}, int64_t{100'000'000}))
       ->capture_default_str();
   sub->add_option("--window", options->window,
-                  "Tokens of a window, which starts a text of its own; 0: 128 for swift, 512 for "
-                  "the others and --quality")
+                  "Tokens of a window, which starts a text of its own; 0: 128 for swift, 256 with "
+                  "--quality, 512 for the others")
       ->type_name("TOKENS")
       ->check(CLI::Range(0, 1 << 20))
       ->capture_default_str();
