@@ -85,16 +85,18 @@ void StepAllocationTest::Serve(ModelExecutor* executor, bool prefix_cache, bool 
     }
     if (squeezed) engine.LimitPages(0, Instant(0));
     while (!engine.idle()) {
-      const int pages = engine.scheduler().pages_total();
-      const int waiting = engine.scheduler().stats().waiting;
+      const SchedulerStats stats = engine.scheduler().stats();
       const int64_t before = Allocations();
       const StepReport& report = **engine.Step(Instant(0));
+      bool scores = false;
       for (const SequenceOutput& output : report.outputs) {
+        scores |= !output.prompt_scores.empty();
         told[output.id - first]->Push(output, Instant(0));
         told[output.id - first]->Drain(&pending);
       }
-      if (!warm || report.stats.waiting != waiting) continue;  // it admitted someone
-      if (report.stats.pages_total != pages) continue;
+      if (!warm || scores || report.stats.pages_total != stats.pages_total) continue;
+      const uint64_t preempted = report.stats.preemptions - stats.preemptions;
+      if (preempted > 0 || report.stats.waiting != stats.waiting) continue;  // it admitted someone
       EXPECT_EQ(Allocations() - before, 0)
           << report.decode_rows << " decode rows, " << report.prefill_rows << " prefill rows";
       ++quiet;
