@@ -90,7 +90,7 @@ Instant Engine::TendWeights(Instant now) {
   const RungUse use = scheduler_.rung_use();
   // Whom nothing else could be done for until then waits for all of it.
   const bool waited_for = !scheduler_.idle() && use.running == 0;
-  if (waited_for && (use.head & coming_) == 0) coming_ = 0;  // he can do with none of it
+  if (waited_for && (use.head & coming_) == 0) coming_ = 0;  // of no use to whoever waits
   if (coming_ == 0) {
     const RungSet before = keeper_.present();
     const RungSet rungs = keeper_.Decide(now, use, pages_wanted_, pages_whole_);
