@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "engine/scheduling/invariant.h"
+
 namespace espalier {
 
 Engine::Engine(const SchedulerOptions& options, const KvGeometry& geometry, const Ladder& ladder,
@@ -14,6 +16,7 @@ Engine::Engine(const SchedulerOptions& options, const KvGeometry& geometry, cons
       keeper_({}, ladder.size(),
               [executor](RungSet rungs) { return executor->ReleasablePages(rungs); }) {
   weights_.rungs = keeper_.all();
+  most_pages_.reserve(ladder.size());
 }
 
 absl::Status Engine::Submit(Request request) { return scheduler_.Submit(std::move(request)); }
@@ -44,14 +47,16 @@ void Engine::FitMemory(Instant now) {
     const bool helps = coming_ != 0 || executor_->ReleasablePages(least) >
                                            executor_->ReleasablePages(keeper_.present());
     coming_ = 0;
-    if (helps) Exchange(least, now);
+    if (helps) Invariant(Exchange(least, now), "rungs {:b} are not all that are run at", least);
   }
   SetPages(Pages(coming_ != 0 ? coming_ : keeper_.present()), now);
-  std::vector<int> most;
+  const std::pair of(pages_wanted_, keeper_.present());
+  if (std::exchange(most_pages_of_, of) == of) return;
+  most_pages_.clear();
   for (RungSet rung = 1; rung != 0 && (rung & keeper_.all()) != 0; rung <<= 1) {
-    most.push_back(Pages(rung));
+    most_pages_.push_back(Pages(rung));
   }
-  scheduler_.set_most_pages(std::move(most));
+  scheduler_.set_most_pages(most_pages_);
 }
 
 bool Engine::Exchange(RungSet rungs, Instant now) {
@@ -82,9 +87,13 @@ Instant Engine::TendWeights(Instant now) {
   const bool settled = all_weights() && coming_ == 0 &&
                        (pages_wanted_ >= pages_whole_ || executor_->ReleasablePages(0) == 0);
   if (!lost_.ok() || settled) return kNever;
+  const RungUse use = scheduler_.rung_use();
+  // Whom nothing else could be done for until then waits for all of it.
+  const bool waited_for = !scheduler_.idle() && use.running == 0;
+  if (waited_for && (use.head & coming_) == 0) coming_ = 0;  // of no use to whoever waits
   if (coming_ == 0) {
     const RungSet before = keeper_.present();
-    const RungSet rungs = keeper_.Decide(now, scheduler_.rung_use(), pages_wanted_, pages_whole_);
+    const RungSet rungs = keeper_.Decide(now, use, pages_wanted_, pages_whole_);
     if (rungs == before) return keeper_.next();
     if ((before & ~rungs) != 0) {
       if (!Exchange(rungs, now)) return keeper_.next();
@@ -96,8 +105,6 @@ Instant Engine::TendWeights(Instant now) {
     FitMemory(now);  // room for them first
   }
   if (coming_ == 0) return now;
-  // Whom nothing else could be done for until then waits for all of it.
-  const bool waited_for = !scheduler_.idle() && scheduler_.rung_use().running == 0;
   const absl::StatusOr<WeightsFit> fit = executor_->FitWeights(coming_, waited_for);
   if (!fit.ok()) {
     lost_ = fit.status();
@@ -105,8 +112,8 @@ Instant Engine::TendWeights(Instant now) {
   }
   coming_s_ += fit->seconds;
   if (fit->done) {
-    scheduler_.ServeRungs(coming_);
-    if (!scheduler_.packings().empty()) executor_->PackPages(scheduler_.packings());
+    // Nobody has to move for more of them.
+    Invariant(scheduler_.ServeRungs(coming_), "rungs {:b} are back and not served", coming_);
     Changed(std::exchange(coming_, 0), now, coming_s_);
   }
   return now;

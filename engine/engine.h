@@ -1,6 +1,9 @@
 // The engine: Submit, Cancel, Step(now). Single-threaded; starts no thread, reads no clock.
+// Executors may: how far weights come back in a step is theirs to say, and the model's goes by
+// time.
 #pragma once
 
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -61,6 +64,9 @@ class Engine {
   // first.
   Instant TendWeights(Instant now);
   const WeightsReport& weights() const { return weights_; }
+  // Why weights cannot come back; OK while they can. Else a step is an error, and the engine must
+  // not be stepped again.
+  const absl::Status& lost() const { return lost_; }
   bool all_weights() const { return weights_.rungs == keeper_.all(); }
 
   bool idle() const { return scheduler_.idle(); }
@@ -85,6 +91,9 @@ class Engine {
   double coming_s_ = 0;  // taken so far
   WeightsReport weights_;
   absl::Status lost_;  // weights that cannot come back
+  // As Scheduler::set_most_pages, and what it was made for.
+  std::vector<int> most_pages_;
+  std::pair<int, RungSet> most_pages_of_ = {0, 0};
   StepResult result_;
   StepReport report_;
 };

@@ -51,7 +51,8 @@ RungSet WeightKeeper::Decide(Instant now, const RungUse& use, int64_t pages, int
     const RungSet more = Closure(present_ | use.wished);
     if (fit(more) >= with_room(next)) return more;
     const RungSet other = Closure(use.wished);
-    if (use.running == 0) return other;  // whoever was accepted is served, whatever there is
+    // Whoever was accepted is served, whatever there is.
+    if (use.running == 0 && (use.head & present_) == 0) return other;
     const bool due = changed_ == kNever || now - changed_ >= dwell();
     return due && fit(other) >= use.pages_used ? other : present_;
   }

@@ -32,10 +32,13 @@ class EnginePair {
   // A step of an engine that has something to do, in turns.
   absl::StatusOr<const StepReport*> Step(Instant now);
 
-  // As Engine::SawMemory, TendWeights, weights, of both; what came back since start is told of
-  // those retired, too.
+  // As Engine::SawMemory, TendWeights, lost, weights, of both; what came back since start is told
+  // of those retired, too.
   void SawMemory(Instant at);
   Instant TendWeights(Instant now);
+  const absl::Status& lost() const {
+    return left_ == nullptr || !current_->lost().ok() ? current_->lost() : left_->lost();
+  }
   WeightsReport weights() const;
 
   // As Engine::LimitPages, of both together.

@@ -157,7 +157,13 @@ void EngineThread::Run() {
       if (idle_since == kNever) idle_since = SteadyNow();
       const bool checks = serving_.quality != nullptr && engines_.current()->all_weights();
       wait = closed ? Instant::zero() : checks ? serving_.quality->Due(idle_since) : kNever;
-      if (!closed) wait = std::min(wait, engines_.TendWeights(SteadyNow()));
+      if (!closed) {
+        wait = std::min(wait, engines_.TendWeights(SteadyNow()));
+        if (!engines_.lost().ok()) {  // before a caller pays for it
+          Lose(engines_.lost());
+          break;
+        }
+      }
       last_progress_.store(0, std::memory_order_relaxed);
     }
     inbox_.Take(next_load_.stats.waiting, wait, &commands);

@@ -57,6 +57,7 @@ void PagePool::Reuse(int32_t page) {
 void PagePool::SetLimit(int pages) {
   Invariant(pages >= 0 && pages <= static_cast<int>(layer_of_.size()), "{} pages of {}", pages,
             layer_of_.size());
+  if (pages == limit_) return;
   for (int32_t page = pages; page < limit_; ++page) {
     Invariant(layer_of_[page] < 0, "page {} is out, and {} may be", page, pages);
   }

@@ -70,6 +70,7 @@ Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry
                       page_tokens(rung) == page_tokens(rung - 1);
     mildest_.push_back(same ? mildest_.back() : rung);
   }
+  most_pages_.reserve(ladder.size());
   batch_.tokens.reserve(options.max_batch_tokens);
   batch_.spans.reserve(options.max_sequences);
   batch_.logits.reserve(options.max_batch_tokens);
@@ -251,19 +252,37 @@ int Scheduler::WishedRung(const Sequence& sequence) const {
   return rung;
 }
 
-int Scheduler::WishedMove(const Sequence& sequence) const {
-  const int rung = WishedRung(sequence), mildest = mildest_[sequence.rung];
-  // Its own, if no other.
-  return rung < mildest ? mildest + std::countr_zero(sequence.allowed >> mildest) : rung;
+int Scheduler::WishedOf(const Sequence& sequence, RungSet rungs) const {
+  const int rung = WishedRung(sequence);
+  const RungSet harder = rungs >> rung;
+  return harder != 0 ? rung + std::countr_zero(harder) : HardestIn(rungs, rung);
+}
+
+RungSet Scheduler::FittingRungs(const Sequence& sequence) const {
+  const int64_t pages =
+      PagesAtMost(sequence.request.prompt.size(), sequence.request.stop.max_tokens);
+  RungSet fitting = 0;
+  for (size_t rung = 0; rung < most_pages_.size(); ++rung) {
+    if (pages <= most_pages_[rung]) fitting |= RungSet{1} << rung;
+  }
+  fitting &= sequence.allowed;
+  return fitting != 0 ? fitting : sequence.allowed;
+}
+
+RungSet Scheduler::Reachable(const Sequence& sequence) const {
+  const RungSet fitting = FittingRungs(sequence);
+  const bool fits = (fitting >> sequence.rung & 1) != 0;
+  return (fits ? fitting : sequence.allowed) & (~RungSet{0} << mildest_[sequence.rung]);
 }
 
 int Scheduler::ChooseRung(const Sequence& sequence) const {
-  return NearestIn(sequence.allowed & served_, WishedRung(sequence));
+  const RungSet rungs = FittingRungs(sequence);
+  return NearestIn(rungs & served_, WishedOf(sequence, rungs));
 }
 
 int Scheduler::MoveOf(const Sequence& sequence) const {
-  const RungSet reachable = ~RungSet{0} << mildest_[sequence.rung];
-  return NearestIn(sequence.allowed & served_ & reachable, WishedMove(sequence));
+  const RungSet rungs = Reachable(sequence);
+  return NearestIn(rungs & served_, WishedOf(sequence, rungs));
 }
 
 void Scheduler::MoveRunning() {
@@ -280,7 +299,11 @@ bool Scheduler::ServeRungs(RungSet rungs) {
   packings_.clear();
   const RungSet before = std::exchange(served_, rungs);
   int64_t copies = 0;
+  const auto stays = [rungs](const Sequence& sequence) {
+    return (rungs >> sequence.rung & 1) != 0;
+  };
   for (const Sequence* sequence : running_) {
+    if (stays(*sequence)) continue;
     const int rung = MoveOf(*sequence);
     if (rung >= 0 && page_tokens(rung) != page_tokens(sequence->rung)) {
       copies += PagesToPack(*sequence, rung);
@@ -290,7 +313,9 @@ bool Scheduler::ServeRungs(RungSet rungs) {
       return false;
     }
   }
-  MoveRunning();
+  for (Sequence* sequence : running_) {
+    if (!stays(*sequence)) MoveTo(sequence, MoveOf(*sequence));
+  }
   return true;
 }
 
@@ -298,10 +323,11 @@ RungUse Scheduler::rung_use() const {
   RungUse use{.pages_used = pool_.used(), .pages_needed = pool_.used()};
   for (const Sequence* sequence : running_) {
     use.running |= RungSet{1} << sequence->rung;
-    use.wished |= RungSet{1} << WishedMove(*sequence);
+    use.wished |= RungSet{1} << WishedOf(*sequence, Reachable(*sequence));
   }
   if (!waiting_.empty()) {
-    use.wished |= RungSet{1} << WishedRung(*waiting_.front());
+    use.head = FittingRungs(*waiting_.front());
+    use.wished |= RungSet{1} << WishedOf(*waiting_.front(), use.head);
     use.pages_of_head = PagesPromised(*waiting_.front());
   }
   for (const Sequence* sequence : waiting_) use.pages_needed += PagesPromised(*sequence);
@@ -413,7 +439,8 @@ SequenceOutput Scheduler::Describe(const Sequence& sequence, FinishReason finish
 
 bool Scheduler::HeldByWeights(const Sequence& sequence) const {
   return std::popcount(served_) < ladder_.size() && sequence.state == Sequence::State::kRunning &&
-         sequence.rung != WishedMove(sequence);
+         sequence.rung !=
+             WishedOf(sequence, sequence.allowed & (~RungSet{0} << mildest_[sequence.rung]));
 }
 
 bool Scheduler::Grow(Sequence* sequence) {

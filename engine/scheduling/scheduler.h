@@ -117,6 +117,7 @@ struct SchedulerStats {
 struct RungUse {
   RungSet running = 0;  // that running sequences are at
   RungSet wished = 0;   // that they would be at if all weights were in memory, and who is next
+  RungSet head = 0;     // that who is next may be served at
   int64_t pages_used = 0;
   int64_t pages_of_head = 0;  // promised to who is next
   int64_t pages_needed = 0;   // used, and promised to all who wait
@@ -170,14 +171,17 @@ class Scheduler {
   int64_t PagesAtMost() const;
 
   // Rungs whose weights are in memory; the others are served to nobody. At first all. False, and
-  // nothing is changed, if somebody runs who cannot come to one of these now; else whoever runs is
-  // at one of them, and packings() are to be done before anything else. Not while a batch is out.
-  // Whoever waits and may have none of them waits on, and those behind.
+  // nothing is changed, if somebody runs who cannot come to one of these now; else whoever ran at
+  // none of them does, and packings() are to be done before anything else. So true for any set that
+  // has all that are run at. Not while a batch is out. Whoever waits and may have none of them
+  // waits on, and those behind.
   bool ServeRungs(RungSet rungs);
   RungUse rung_use() const;
-  // The most pages there could be for who may have no rung but this one, [rungs]; Submit goes by it
-  // in place of those there are.
-  void set_most_pages(std::vector<int> pages) { most_pages_ = std::move(pages); }
+  // The most pages there could be for who may have no rung but this one, [rungs]. Submit goes by it
+  // in place of those there are, and who fits beside the weights of some rungs is served at these.
+  void set_most_pages(std::span<const int> pages) {
+    most_pages_.assign(pages.begin(), pages.end());
+  }
 
   // When the machine's memory was seen last; kNever, as at first: nobody looks.
   void set_memory_seen(Instant at) { memory_seen_ = at; }
@@ -205,7 +209,6 @@ class Scheduler {
   // Running sequences to the rungs that the policy now wants. What shapes their KV may only shrink:
   // no rung that keeps K and V of more layers, or at more bits; of fewer layers, the pages of the
   // others are free at once, and so is half of the pages at fewer bits.
-  // Of rungs whose weights are in memory.
   void MoveRunning();
   // Stays where it is if pages have to be copied, and none are available.
   void MoveTo(Sequence* sequence, int rung);
@@ -218,12 +221,18 @@ class Scheduler {
   // Moves the head of the queue to running_[place]; false if it has to wait. `unpromised` is free
   // and cached pages less what the running were promised beyond what they hold.
   bool AdmitHead(size_t place, Instant now, int64_t* unpromised);
-  // The rung that the sequence should be at, whatever weights are in memory; that it is served at,
-  // or -1 if it may have none.
+  // The policy's choice, or the rung that was named.
   int WishedRung(const Sequence& sequence) const;
+  // That, or the nearest of the set, a harder one if there is any.
+  int WishedOf(const Sequence& sequence, RungSet rungs) const;
+  // Rungs it may have: of those allowed the ones beside whose weights alone all of its pages fit,
+  // or all where they fit beside none.
+  RungSet FittingRungs(const Sequence& sequence) const;
+  // The same for who runs: what it may move to. Who fits nowhere near stays within what is allowed.
+  RungSet Reachable(const Sequence& sequence) const;
+  // The rung that a waiting sequence is admitted at, that a running one goes to; -1 if weights of
+  // none that it may have are in memory.
   int ChooseRung(const Sequence& sequence) const;
-  // The same for who runs, of those it may move to.
-  int WishedMove(const Sequence& sequence) const;
   int MoveOf(const Sequence& sequence) const;
   // Whether it is at its rung because weights of another are not in memory.
   bool HeldByWeights(const Sequence& sequence) const;

@@ -109,8 +109,15 @@ TEST_F(WeightKeeperTest, WhoMayHaveNothingElseWaitsForRoomAndThenGetsIt) {
   use.wished |= 1;  // the next one, at rung 0 or not at all
   use.pages_of_head = use.pages_needed = 20;
   EXPECT_EQ(Decide(5, use, 55), 0b1100u);
-  use.running = 0, use.wished = 1, use.pages_used = 0;
+  use = {.wished = 1, .head = 1, .pages_of_head = 20, .pages_needed = 20};
   EXPECT_EQ(Decide(6, use, -30), kDense) << "nobody runs any more: whatever it takes";
+}
+
+TEST_F(WeightKeeperTest, WhoMayHaveSomethingElseGetsThatUntilADwellLater) {
+  EXPECT_EQ(Decide(0, {}, -1), kDense);
+  const RungUse use{.wished = 4, .head = kAll, .pages_of_head = 20, .pages_needed = 20};
+  EXPECT_EQ(Decide(0.5, use, -1), kDense);
+  EXPECT_EQ(Decide(1.5, use, -1), 0b0100u);
 }
 
 TEST_F(WeightKeeperTest, NobodyNeedsPanelsWhereNobodyIs) {

@@ -342,6 +342,19 @@ TEST_F(EngineThreadTest, LostDeviceEndsEveryStreamAndTakesNoMore) {
   EXPECT_EQ(Offer(Prompt(3, 1)), nullptr);
 }
 
+TEST_F(EngineThreadTest, WeightsLostWhileNobodyIsServedAreToldAtOnce) {
+  Start();
+  paced_->executor.set_panel_pages(100);
+  paced_->executor.Break(absl::DataLossError("the file has changed"));
+  thread_->LimitPages(-1);
+  for (const Instant until = SteadyNow() + seconds(20); !lost_ && SteadyNow() < until;) {
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  EXPECT_TRUE(lost_);
+  EXPECT_THAT(thread_->lost().ToString(), testing::HasSubstr("file has changed"));
+  EXPECT_EQ(Offer(Prompt(1, 1)), nullptr);
+}
+
 TEST_F(EngineThreadTest, StalledExecutorIsNoticedOnceAndSoIsItsReturn) {
   Start();
   Watchdog watchdog(milliseconds(60));

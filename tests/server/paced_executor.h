@@ -43,6 +43,17 @@ class PacedExecutor final : public Executor {
     return absl::OkStatus();
   }
 
+  // Weights that rung 0 does not need are worth so many pages.
+  int ReleasablePages(RungSet served) const override {
+    return (served & ~RungSet{1}) == 0 ? panel_pages_.load() : 0;
+  }
+  absl::StatusOr<WeightsFit> FitWeights(RungSet /*served*/, bool /*at_once*/) override {
+    std::lock_guard lock(mutex_);
+    if (!failure_.ok()) return failure_;
+    return WeightsFit{};
+  }
+  void set_panel_pages(int pages) { panel_pages_ = pages; }
+
   // Steps wait from now on, until Go.
   void Hold() {
     std::lock_guard lock(mutex_);
@@ -58,7 +69,7 @@ class PacedExecutor final : public Executor {
     held_ = false;
     moved_.notify_all();
   }
-  // Every further step fails.
+  // Every further step fails, and every move of weights.
   void Break(absl::Status failure) {
     std::lock_guard lock(mutex_);
     failure_ = std::move(failure);
@@ -74,6 +85,7 @@ class PacedExecutor final : public Executor {
   absl::Status failure_;
   std::atomic<std::chrono::microseconds> step_time_{std::chrono::microseconds(0)};
   std::atomic<int64_t> rows_{0};
+  std::atomic<int> panel_pages_{0};
 };
 
 // A small engine on one.

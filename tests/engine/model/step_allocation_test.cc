@@ -1,7 +1,8 @@
 // Whole steps allocate nothing once warm: scheduling, forward pass, sampling, telling tokens.
 //
 // What may: Submit, which takes a request over, the step that admits one, which makes its page
-// tables, and log-probabilities of more tokens than the drawn one.
+// tables, the step after which there are fewer pages, which moves some, and log-probabilities of
+// more tokens than the drawn one.
 #include <string>
 #include <tuple>
 #include <vector>
@@ -21,7 +22,8 @@ using Case = std::tuple<const char*, WeightPlan, KvType, Isa>;
 
 class StepAllocationTest : public ::testing::TestWithParam<Case> {
  protected:
-  void Serve(ModelExecutor* executor, bool prefix_cache);
+  // `squeezed`: there may be fewer pages, in every step, than those who were accepted need.
+  void Serve(ModelExecutor* executor, bool prefix_cache, bool squeezed = false);
 };
 
 constexpr int kRequests = 6;
@@ -50,13 +52,14 @@ TEST_P(StepAllocationTest, WarmStepsAllocateNothing) {
                       {.weights = weights, .kv = kv, .kv_bytes = 8 << 20, .max_batch_tokens = 16})
                       .value();
   for (const bool prefix_cache : {false, true}) Serve(executor.get(), prefix_cache);
+  Serve(executor.get(), /*prefix_cache=*/true, /*squeezed=*/true);
   InputMoments moments(executor->config());
   executor->set_input_moments(&moments, 1);
   Serve(executor.get(), /*prefix_cache=*/false);
   EXPECT_GT(moments.tokens(), 0);
 }
 
-void StepAllocationTest::Serve(ModelExecutor* executor, bool prefix_cache) {
+void StepAllocationTest::Serve(ModelExecutor* executor, bool prefix_cache, bool squeezed) {
   FixedPolicy dense(0);
   Engine engine({.max_batch_tokens = 16, .prefix_cache = prefix_cache}, executor->kv_geometry(),
                 executor->ladder(), executor, &dense);
@@ -65,6 +68,7 @@ void StepAllocationTest::Serve(ModelExecutor* executor, bool prefix_cache) {
   int quiet = 0, decoding = 0, mixed = 0;
   const auto serve = [&](bool warm) {
     const RequestId first = next;
+    engine.LimitPages(executor->kv_geometry().pages, Instant(0));
     std::vector<std::unique_ptr<TokenStream>> told;
     for (int i = 0; i < kRequests; ++i) {
       told.push_back(std::make_unique<TokenStream>(next, 1024, std::weak_ptr<StreamReader>()));
@@ -79,15 +83,19 @@ void StepAllocationTest::Serve(ModelExecutor* executor, bool prefix_cache) {
         stream->Drain(&pending);
       }
     }
+    if (squeezed) engine.LimitPages(0, Instant(0));
     while (!engine.idle()) {
-      const int waiting = engine.scheduler().stats().waiting;
+      const SchedulerStats stats = engine.scheduler().stats();
       const int64_t before = Allocations();
       const StepReport& report = **engine.Step(Instant(0));
+      bool scores = false;
       for (const SequenceOutput& output : report.outputs) {
+        scores |= !output.prompt_scores.empty();
         told[output.id - first]->Push(output, Instant(0));
         told[output.id - first]->Drain(&pending);
       }
-      if (!warm || report.stats.waiting != waiting) continue;  // it admitted someone
+      if (!warm || scores || report.stats.pages_total != stats.pages_total) continue;
+      if (report.stats.waiting != stats.waiting) continue;  // it admitted someone
       EXPECT_EQ(Allocations() - before, 0)
           << report.decode_rows << " decode rows, " << report.prefill_rows << " prefill rows";
       ++quiet;
