@@ -60,9 +60,19 @@ TEST_F(ModelExecutorTest, ReadsNothingAfterTheFirstFault) {
   std::memcpy(parts.tensor("blk.0.attn_norm.weight").data.data(), &fault, sizeof(fault));
   int loaded = 0;
   const absl::Status status =
-      Load(parts, {.kv_bytes = 1 << 20}, [&](int done, int) { loaded = done; }).status();
+      Load(parts, {.kv_bytes = 1 << 20}, [&](int done, int) { return (loaded = done) > 0; }).status();
   EXPECT_THAT(std::string(status.message()), HasSubstr("blk.0.attn_norm.weight"));
   EXPECT_EQ(loaded, 1) << "the embedding alone";
+}
+
+TEST_F(ModelExecutorTest, ReadsNothingMoreOnceItIsToldToStop) {
+  int loaded = 0;
+  const absl::Status status =
+      Load(TinyGguf(), {.kv_bytes = 1 << 20}, [&](int done, int) { return (loaded = done) < 3; })
+          .status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kCancelled);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("model.gguf"));
+  EXPECT_EQ(loaded, 3);
 }
 
 TEST_F(ModelExecutorTest, RefusesKvMemoryThatHoldsNoSequence) {
