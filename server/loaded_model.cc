@@ -123,7 +123,8 @@ absl::Status LoadedModel::LoadWeights(const std::shared_ptr<const ModelFile>& op
   if (!order.ladder.empty()) {
     absl::StatusOr<CalibratedLadder> ladder = OpenLadder(order.ladder, file);
     if (!ladder.ok()) return ladder.status();
-    if (absl::Status fits = CheckPolicy(options_, order.ladder, ladder->ladder.size()); !fits.ok()) {
+    if (absl::Status fits = CheckPolicy(options_, order.ladder, ladder->ladder.size());
+        !fits.ok()) {
       return fits;
     }
     if (options_.probe.has_value() && ladder->refitted) {
@@ -292,7 +293,8 @@ absl::Status CheckPolicy(const ServerOptions& options, const std::string& ladder
   }
   if (options.policy != Kind::kDqn) return absl::OkStatus();
   if (ladder.empty()) {
-    return absl::FailedPreconditionError("--policy: dqn needs a ladder, of as many rungs as it had");
+    return absl::FailedPreconditionError(
+        "--policy: dqn needs a ladder, of as many rungs as it had");
   }
   const std::string& given = options.policy_file;
   const absl::Status opened =

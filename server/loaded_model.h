@@ -92,8 +92,9 @@ class LoadedModel {
 // whether it has an LM head of its own, are its own business.
 absl::Status CheckReplaces(const ServedModel& served, const ModelFile& file);
 
-// That the policy which the options ask for can serve a ladder of `rungs` rungs that lies at `ladder`
-// (empty: the full model alone): FailedPrecondition, naming the option or the network's file.
+// That the policy which the options ask for can serve a ladder of `rungs` rungs that lies at
+// `ladder` (empty: the full model alone): FailedPrecondition, naming the option or the network's
+// file.
 absl::Status CheckPolicy(const ServerOptions& options, const std::string& ladder, int rungs);
 
 // What the weights of a file take in memory, within some percent, with the panels and refitted

@@ -1,5 +1,5 @@
-// Replaces the model that is served by another: checks and loads it on a thread of its own, hands it
-// to the engine thread, and lets the one before go once nobody is left there.
+// Replaces the model that is served by another: checks and loads it on a thread of its own, hands
+// it to the engine thread, and lets the one before go once nobody is left there.
 #pragma once
 
 #include <atomic>
@@ -55,7 +55,8 @@ class Reloader {
 
   // No more of them, and one that still loads is given up.
   void Stop();
-  // Waits for the end of the one that is under way: after Stop, and once the engine thread has ended.
+  // Waits for the end of the one that is under way: after Stop, and once the engine thread has
+  // ended.
   void Join();
 
  private:

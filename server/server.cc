@@ -485,7 +485,7 @@ class Server {
   std::optional<InputMoments> moments_copy_;  // the engine thread's until moments_copied_
   std::atomic<bool> moments_copied_{false};
   std::mutex moments_mutex_;
-  int64_t moments_written_ = -1;  // tokens
+  int64_t moments_written_ = -1;             // tokens
   const InputMoments* gathering_ = nullptr;  // engine thread
   int told_rung_ = 0;                        // engine thread
   WeightsReport told_weights_;               // engine thread

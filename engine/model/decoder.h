@@ -67,8 +67,8 @@ enum class LayerInput : uint8_t { kQkv, kO, kGateUp };
 class Decoder {
  public:
   // Uploads every weight of `file`, calling progress(done, total) after each. Errors name file and
-  // tensor; Cancelled if progress says false. `backend` must outlive the model; `file` may be closed
-  // afterwards.
+  // tensor; Cancelled if progress says false. `backend` must outlive the model; `file` may be
+  // closed afterwards.
   static absl::StatusOr<std::unique_ptr<Decoder>> Load(
       const ModelFile& file, Backend* backend, WeightPlan plan,
       const std::function<bool(int done, int total)>& progress);

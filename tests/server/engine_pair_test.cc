@@ -49,7 +49,7 @@ struct WeightyEngine {
 
   Weighty executor;
   FixedPolicy policy{0};
-  Engine engine{{}, kGeometry, TwoRungs(), &executor, &policy};
+  Engine engine = Engine(SchedulerOptions(), kGeometry, TwoRungs(), &executor, &policy);
 };
 
 class EnginePairTest : public ::testing::Test {
@@ -66,7 +66,9 @@ class EnginePairTest : public ::testing::Test {
     ASSERT_EQ(old_.engine.scheduler().stats().pages_used, 20);
   }
   // Of the memory that both share, beside all weights.
-  int Taken() const { return old_.engine.pages_beside_weights() + new_.engine.pages_beside_weights(); }
+  int Taken() const {
+    return old_.engine.pages_beside_weights() + new_.engine.pages_beside_weights();
+  }
 
   Instant now_{0};
   WeightyEngine old_{12}, new_{12};

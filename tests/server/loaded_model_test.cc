@@ -20,6 +20,7 @@ void ExpectGoodEstimate(const std::string& model, const std::string& ladder_path
   const std::shared_ptr<const ModelFile> file = ModelFile::Open(model).value();
   ServerOptions options;
   options.weights = plan;
+  if (!ladder_path.empty()) options.kv_type = KvType::kInt8;  // for its rungs of four bits
   const auto loaded =
       LoadedModel::Load(options, file, {.ladder = ladder_path, .kv_bytes = 16 << 20}).value();
   CalibratedLadder ladder;
