@@ -33,6 +33,11 @@ int Engine::Pages(RungSet rungs) const {
   return static_cast<int>(std::clamp<int64_t>(pages, 0, pages_whole_));
 }
 
+int Engine::pages_beside_weights() const {
+  return scheduler_.pages_total() -
+         executor_->ReleasablePages(coming_ != 0 ? coming_ : keeper_.present());
+}
+
 void Engine::SetPages(int pages, Instant now) {
   const int before = scheduler_.pages_total();
   const auto moves = scheduler_.LimitPages(pages, now);

@@ -69,6 +69,11 @@ class Engine {
   const absl::Status& lost() const { return lost_; }
   bool all_weights() const { return weights_.rungs == keeper_.all(); }
 
+  // KV pages that all weights which may leave are worth, and of those there are how many there
+  // would be beside all weights: less than none where it takes weights that have left.
+  int weight_pages() const { return executor_->ReleasablePages(0); }
+  int pages_beside_weights() const;
+
   bool idle() const { return scheduler_.idle(); }
   const Scheduler& scheduler() const { return scheduler_; }
 

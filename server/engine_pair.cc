@@ -33,6 +33,8 @@ void EnginePair::Replace(Engine* engine, Instant now) {
   Invariant(left_ == nullptr && engine->idle(), "an engine is replaced while another is left");
   left_ = std::exchange(current_, engine);
   left_had_turn_ = false;
+  lefts_pages_ = pages_;
+  currents_pages_ = engine->scheduler().pages_total();
   Share(now);
 }
 
@@ -89,23 +91,28 @@ void EnginePair::LimitPages(int pages, Instant now) {
 }
 
 void EnginePair::Share(Instant now) {
-  // Weights leave where pages in use do not fit; beyond that two models ask for none.
   const int all = std::max(0, pages_);
+  const int missing = all - pages_;
   const Scheduler& left = left_->scheduler();
-  const Scheduler& current = current_->scheduler();
-  const int64_t awaited = current.PagesAtMost() + awaited_;
+  const int64_t awaited = current_->scheduler().PagesAtMost() + awaited_;
   const int64_t share = std::max(all - awaited, int64_t{all} / 2);
-  const int lefts = static_cast<int>(std::min(left.PagesAtMost(), share));
-  const auto limit = [now](Engine* engine, int pages) {
-    if (engine->scheduler().pages_total() != pages) engine->LimitPages(pages, now);
+  const int lefts = static_cast<int>(std::min(left.PagesAtMost(), share)) -
+                    (missing > 0 ? std::min(missing, left_->weight_pages()) : 0);
+  const auto limit = [now](Engine* engine, int pages, int* given) {
+    if (*given != pages) engine->LimitPages(pages, now);
+    *given = pages;
   };
-  // Who gets fewer goes first, and may keep more: enough for the largest of its requests.
-  if (lefts < left.pages_total()) {
-    limit(left_, lefts);
-    limit(current_, std::max(0, all - left.pages_total()));
+  // More than it was given where the largest of its requests needs that.
+  const auto takes = [](const Engine& engine, int given) {
+    return std::max(given, engine.pages_beside_weights());
+  };
+  // Who gets fewer goes first, and may keep more.
+  if (lefts < takes(*left_, lefts_pages_)) {
+    limit(left_, lefts, &lefts_pages_);
+    limit(current_, pages_ - takes(*left_, lefts_pages_), &currents_pages_);
   } else {
-    limit(current_, all - lefts);
-    limit(left_, std::clamp(all - current.pages_total(), 0, lefts));
+    limit(current_, pages_ - lefts, &currents_pages_);
+    limit(left_, std::min(lefts, pages_ - takes(*current_, currents_pages_)), &lefts_pages_);
   }
 }
 

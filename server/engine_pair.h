@@ -44,6 +44,7 @@ class EnginePair {
   // As Engine::LimitPages, of both together.
   void LimitPages(int pages, Instant now);
   // Two engines: gives each what all its requests may come to hold, or half if that is too much.
+  // Where weights have to leave, those of the one before do first: nobody new comes to them.
   void Share(Instant now);
 
   // Of both, and of those retired.
@@ -54,7 +55,9 @@ class EnginePair {
   Engine* current_;
   Engine* left_ = nullptr;
   bool left_had_turn_ = false;
-  int pages_;  // both may have
+  int pages_;  // both may have, as Engine::LimitPages
+  // As last limited, so that nothing is done where nothing changes.
+  int currents_pages_ = 0, lefts_pages_ = 0;
   int64_t awaited_ = 0;
   SchedulerStats retired_;  // totals since start
   WeightsReport retired_weights_;

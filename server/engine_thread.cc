@@ -56,20 +56,31 @@ absl::Status EngineThread::lost() const {
 }
 
 bool EngineThread::BetweenSteps(const std::function<void()>& work) {
-  Work entry{.run = &work};
+  bool done = false;
+  SoonBetweenSteps([&] {
+    work();
+    done = true;
+  });
   std::unique_lock lock(work_mutex_);
-  if (!works_) return false;
-  work_.push_back(&entry);
-  has_work_.store(true, std::memory_order_release);
-  inbox_.Wake();
-  done_work_.wait(lock, [&] { return entry.done || !works_; });
-  return entry.done;
+  done_work_.wait(lock, [&] { return done || !works_; });
+  return done;
 }
 
-bool EngineThread::Replace(NextEngine next, std::function<void()> left) {
-  return BetweenSteps([&] {
+void EngineThread::SoonBetweenSteps(std::function<void()> work) {
+  std::lock_guard lock(work_mutex_);
+  if (!works_) return;
+  work_.push_back(std::move(work));
+  has_work_.store(true, std::memory_order_release);
+  inbox_.Wake();
+}
+
+std::optional<int> EngineThread::Replace(NextEngine next, std::function<void()> left) {
+  int before = 0;
+  const bool replaced = BetweenSteps([&] {
     const Instant now = SteadyNow();
     EndCheck(now);
+    const SchedulerStats stats = Stats();
+    before = stats.running + stats.waiting + inbox_.Arriving(generation_);
     lefts_ledger_ = std::move(serving_.ledger);
     serving_ = std::move(next);
     on_left_ = std::move(left);
@@ -77,15 +88,13 @@ bool EngineThread::Replace(NextEngine next, std::function<void()> left) {
     inbox_.NextGeneration();
     ++generation_;
   });
+  return replaced ? std::optional(before) : std::nullopt;
 }
 
 void EngineThread::DoWork() {
   if (!has_work_.exchange(false, std::memory_order_acquire)) return;
   std::lock_guard lock(work_mutex_);
-  for (Work* work : work_) {
-    (*work->run)();
-    work->done = true;
-  }
+  for (const std::function<void()>& work : work_) work();
   work_.clear();
   done_work_.notify_all();
 }

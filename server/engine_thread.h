@@ -8,6 +8,7 @@
 #include <limits>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <unordered_map>
 #include <vector>
@@ -63,13 +64,16 @@ class EngineThread {
 
   // Who takes a place from now on is served by `next`, which has nothing to do; who took one before
   // finishes where it is. `left` is called on the engine thread once the engine before has nobody
-  // left, and is not touched any more. Returns when this holds; false if the thread ends first:
-  // then `left` is not called. Not while another is to be left. Any thread.
-  bool Replace(NextEngine next, std::function<void()> left);
+  // left, and is not touched any more. Returns when this holds, with the requests that finish so;
+  // none if the thread ends first: then `left` is not called. Not while another is to be left. Any
+  // thread.
+  std::optional<int> Replace(NextEngine next, std::function<void()> left);
 
   // Runs `work` on the engine thread, between two steps, and returns; false, and it is not run, if
   // that has ended. Any thread.
   bool BetweenSteps(const std::function<void()>& work);
+  // The same, without waiting for it: not a step that takes long holds up who asks.
+  void SoonBetweenSteps(std::function<void()> work);
 
   // As Engine::SawMemory. Any thread.
   void SawMemory(Instant at) { memory_seen_.store(at.count(), std::memory_order_relaxed); }
@@ -144,13 +148,9 @@ class EngineThread {
   bool abandoned_ = false;               // engine thread; read after join
 
   // Who waits for the engine thread to do something, waits on `done_work_`.
-  struct Work {
-    const std::function<void()>* run = nullptr;
-    bool done = false;
-  };
   std::mutex work_mutex_;
   std::condition_variable done_work_;
-  std::vector<Work*> work_;
+  std::vector<std::function<void()>> work_;
   bool works_ = true;  // false: the thread has ended, or is about to
   std::atomic<bool> has_work_{false};
 

@@ -4,6 +4,9 @@
 
 #include <algorithm>
 #include <chrono>
+#include <functional>
+#include <map>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -120,10 +123,9 @@ absl::Status LoadedModel::LoadWeights(const std::shared_ptr<const ModelFile>& op
   if (!order.ladder.empty()) {
     absl::StatusOr<CalibratedLadder> ladder = OpenLadder(order.ladder, file);
     if (!ladder.ok()) return ladder.status();
-    if (options_.fixed_rung >= ladder->ladder.size()) {
-      return absl::InvalidArgumentError(fmt::format("--policy: fixed:{}, and {} has rungs 0 to {}",
-                                                    options_.fixed_rung, order.ladder,
-                                                    ladder->ladder.size() - 1));
+    if (absl::Status fits = CheckPolicy(options_, order.ladder, ladder->ladder.size());
+        !fits.ok()) {
+      return fits;
     }
     if (options_.probe.has_value() && ladder->refitted) {
       return absl::InvalidArgumentError(
@@ -282,26 +284,91 @@ absl::Status CheckReplaces(const ServedModel& served, const ModelFile& file) {
   return status;
 }
 
-uint64_t EstimateWeightBytes(const ModelFile& file, WeightPlan plan) {
-  double bytes = 0;
-  for (const StoredTensor& tensor : file.tensors()) {
-    const double values = double{1} * tensor.rows * tensor.cols;
-    switch (TypeOf(plan, tensor.type, tensor.name.starts_with("blk."))) {
-      case WeightType::kF32:
-        bytes += 4 * values;
-        break;
-      case WeightType::kBf16:
-        bytes += 2 * values;
-        break;
-      case WeightType::kInt4:
-        bytes += values * sizeof(FourBitGroup) / kQuantGroup;
-        break;
-      default:
-        bytes += values + values / kQuantGroup * sizeof(float);
-        break;
+absl::Status CheckPolicy(const ServerOptions& options, const std::string& ladder, int rungs) {
+  using Kind = ServerOptions::PolicyKind;
+  if (options.policy == Kind::kFixed && options.fixed_rung >= rungs) {
+    return absl::FailedPreconditionError(
+        fmt::format("--policy: fixed:{}, and {} has rungs 0 to {}", options.fixed_rung,
+                    ladder.empty() ? "the full model alone" : ladder, rungs - 1));
+  }
+  if (options.policy != Kind::kDqn) return absl::OkStatus();
+  if (ladder.empty()) {
+    return absl::FailedPreconditionError(
+        "--policy: dqn needs a ladder, of as many rungs as it had");
+  }
+  const std::string& given = options.policy_file;
+  const absl::Status opened =
+      OpenPolicy(given.empty() ? PolicyPathOf(ladder) : given, rungs).status();
+  return opened.ok() ? opened : absl::FailedPreconditionError(opened.message());
+}
+
+namespace {
+
+// The bytes of `values` of a tensor that is kept as `type`.
+double BytesOf(WeightType type, double values) {
+  switch (type) {
+    case WeightType::kF32:
+      return 4 * values;
+    case WeightType::kBf16:
+      return 2 * values;
+    case WeightType::kInt4:
+      return values * sizeof(FourBitGroup) / kQuantGroup;
+    default:
+      return values + values / kQuantGroup * sizeof(float);
+  }
+}
+
+// What a layer's panels take, as Decoder::MakePanels makes them: `bytes` tells what its tensors do.
+double PanelBytes(const ModelConfig& config, const CalibratedLadder& ladder, int layer,
+                  const std::function<double(std::string_view part)>& bytes, bool four_bits) {
+  int heads = 0;
+  std::set<int> counts;
+  for (int i = 0; i < ladder.ladder.size(); ++i) {
+    const Rung& rung = ladder.ladder.rung(i);
+    for (const KeepProfile* keep : {&rung.prefill, &rung.decode}) {
+      if (const int kept = keep->kept(layer, SiteKind::kHeads); kept < config.heads) {
+        heads = std::max(heads, kept);
+      }
+      const int kept = keep->kept(layer, SiteKind::kChannels);
+      if (kept > 0 && kept < config.channels) counts.insert(kept);
     }
   }
-  return static_cast<uint64_t>(bytes);
+  double sum = heads * (bytes("attn_q") + bytes("attn_output")) / config.heads;
+  if (counts.empty()) return sum;
+  sum += bytes("ffn_gate") + bytes("ffn_up");
+  int widest = 0;  // of the counts that share one `down`
+  for (const int count : counts) {
+    if (ladder.channels->RefitOf(layer, count).down.empty()) {
+      widest = count;
+    } else if (four_bits) {
+      sum += BytesOf(WeightType::kInt4, double{1} * count * config.hidden);
+    } else {
+      sum += bytes("ffn_down") * count / config.channels;
+    }
+  }
+  return sum + bytes("ffn_down") * widest / config.channels;
+}
+
+}  // namespace
+
+uint64_t EstimateWeightBytes(const ModelFile& file, WeightPlan plan,
+                             const CalibratedLadder* ladder) {
+  double sum = 0;
+  std::map<std::string, double, std::less<>> bytes;
+  for (const StoredTensor& tensor : file.tensors()) {
+    const WeightType type = TypeOf(plan, tensor.type, tensor.name.starts_with("blk."));
+    sum += bytes[tensor.name] = BytesOf(type, double{1} * tensor.rows * tensor.cols);
+  }
+  // Refits are 4-bit, except beside weights that are floats.
+  const bool four_bits = plan != WeightPlan::kF32 && plan != WeightPlan::kBf16;
+  for (int layer = 0; ladder != nullptr && layer < file.config().layers; ++layer) {
+    const auto part = [&](std::string_view name) {
+      const auto found = bytes.find(fmt::format("blk.{}.{}.weight", layer, name));
+      return found == bytes.end() ? 0.0 : found->second;
+    };
+    sum += PanelBytes(file.config(), *ladder, layer, part, four_bits);
+  }
+  return static_cast<uint64_t>(sum);
 }
 
 }  // namespace espalier

@@ -13,6 +13,7 @@
 #include "engine/engine.h"
 #include "engine/model/files/model_file.h"
 #include "engine/model/model_executor.h"
+#include "engine/model/pruning_file.h"
 #include "engine/pruning/probe.h"
 #include "engine/pruning/weights/input_moments.h"
 #include "policy/capped_policy.h"
@@ -38,7 +39,7 @@ class LoadedModel {
 
   // Weights that rungs do not need may leave memory, and are read again from `file`, which stays
   // mapped for that. Errors name file and tensor, the option that does not fit, or the bytes that
-  // are not there.
+  // are not there; Cancelled if progress says false.
   static absl::StatusOr<std::unique_ptr<LoadedModel>> Load(const ServerOptions& options,
                                                            std::shared_ptr<const ModelFile> file,
                                                            const Order& order);
@@ -91,7 +92,14 @@ class LoadedModel {
 // whether it has an LM head of its own, are its own business.
 absl::Status CheckReplaces(const ServedModel& served, const ModelFile& file);
 
-// What the weights of a file take in memory, within some percent, without those of its ladder.
-uint64_t EstimateWeightBytes(const ModelFile& file, WeightPlan plan);
+// That the policy which the options ask for can serve a ladder of `rungs` rungs that lies at
+// `ladder` (empty: the full model alone): FailedPrecondition, naming the option or the network's
+// file.
+absl::Status CheckPolicy(const ServerOptions& options, const std::string& ladder, int rungs);
+
+// What the weights of a file take in memory, within some percent, with the panels and refitted
+// weights of its ladder, if that is not null.
+uint64_t EstimateWeightBytes(const ModelFile& file, WeightPlan plan,
+                             const CalibratedLadder* ladder);
 
 }  // namespace espalier

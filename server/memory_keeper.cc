@@ -19,6 +19,7 @@ MemoryKeeper::MemoryKeeper(const Options& options, std::function<void(int)> limi
       sources_(std::move(sources)),
       budget_(options.budget),
       other_(options.other_bytes),
+      weight_pages_(options.weight_pages),
       pages_(options.pages) {}
 
 bool MemoryKeeper::Look() {
@@ -32,15 +33,32 @@ void MemoryKeeper::SetBudget(uint64_t bytes) {
   LookLocked(1);
 }
 
-void MemoryKeeper::SetOther(uint64_t bytes) {
+void MemoryKeeper::SetOther(uint64_t bytes, int weight_pages) {
   std::lock_guard lock(mutex_);
   other_ = bytes;
+  weight_pages_ = weight_pages;
   LookLocked(1);
 }
 
 uint64_t MemoryKeeper::other() const {
   std::lock_guard lock(mutex_);
   return other_;
+}
+
+int MemoryKeeper::weight_pages() const {
+  std::lock_guard lock(mutex_);
+  return weight_pages_;
+}
+
+uint64_t MemoryKeeper::Room(uint64_t held) const {
+  std::lock_guard lock(mutex_);
+  const MachineMemory machine = sources_.machine();
+  uint64_t room = UINT64_MAX;
+  if (machine.total > 0) {
+    const uint64_t left = LeftLocked(machine);
+    room = machine.available - std::min(machine.available, left);
+  }
+  return budget_ > 0 ? std::min(room, budget_ - std::min(budget_, held)) : room;
 }
 
 uint64_t MemoryKeeper::budget() const {
@@ -63,11 +81,15 @@ int MemoryKeeper::KvPagesLocked(uint64_t released) const {
   return static_cast<int>(std::clamp<int64_t>(pages, 0, options_.pages));
 }
 
+uint64_t MemoryKeeper::LeftLocked(const MachineMemory& machine) const {
+  return machine.total / (stalled_ ? kLeftShareStalled : kLeftShare);
+}
+
 bool MemoryKeeper::LookLocked(int worth_it) {
   const MachineMemory machine = sources_.machine();
   const uint64_t resident = sources_.resident(), released = sources_.released();
   stalled_ = machine.stalled.value_or(0) >= (stalled_ ? kFlows : kStalled);
-  const uint64_t left = machine.total / (stalled_ ? kLeftShareStalled : kLeftShare);
+  const uint64_t left = LeftLocked(machine);
   // Nothing could be read: no reason to think that there is none.
   uint64_t bytes = UINT64_MAX;
   if (machine.total > 0) bytes = resident + std::max(machine.available, left) - left;
@@ -81,7 +103,7 @@ bool MemoryKeeper::LookLocked(int worth_it) {
       (other - std::min(bytes, other) + options_.page_bytes - 1) / options_.page_bytes;
   const int pages =
       static_cast<int>(std::min<uint64_t>(fit, options_.pages)) -
-      static_cast<int>(std::min<uint64_t>(missing, static_cast<uint64_t>(options_.weight_pages)));
+      static_cast<int>(std::min<uint64_t>(missing, static_cast<uint64_t>(weight_pages_)));
   const bool told = pages <= pages_ - std::max(1, worth_it / 10) || pages >= pages_ + worth_it ||
                     (pages == options_.pages && pages > pages_);
   if (told) {

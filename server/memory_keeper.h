@@ -18,7 +18,7 @@ class MemoryKeeper {
     uint64_t page_bytes = 0;
     int pages = 0;             // of the whole KV pool
     uint64_t other_bytes = 0;  // resident, and no KV: weights, workspace, the process itself
-    int weight_pages = 0;      // that weights are worth which may leave
+    int weight_pages = 0;      // that weights are worth which may leave, as in SetOther
   };
   // Where it looks; for tests.
   struct Sources {
@@ -45,9 +45,15 @@ class MemoryKeeper {
   // they are few more. Any thread.
   void SetBudget(uint64_t bytes);
 
-  // Bytes that are no KV from now on: weights came or went. Looks. Any thread.
-  void SetOther(uint64_t bytes);
+  // Bytes that are no KV from now on, and the pages that those weights among them are worth which
+  // may leave: weights came or went. Looks. Any thread.
+  void SetOther(uint64_t bytes, int weight_pages);
   uint64_t other() const;
+  int weight_pages() const;
+
+  // Bytes that the process may still take, by what the machine has left beside what is others', and
+  // by the budget if `held` of it are taken; all there could be where neither can be seen.
+  uint64_t Room(uint64_t held) const;
 
   uint64_t budget() const;
   int pages() const;  // as last told; at first all
@@ -56,6 +62,7 @@ class MemoryKeeper {
 
  private:
   bool LookLocked(int worth_it);
+  uint64_t LeftLocked(const MachineMemory& machine) const;  // to others
   int KvPagesLocked(uint64_t released) const;
 
   const Options options_;
@@ -64,6 +71,7 @@ class MemoryKeeper {
   mutable std::mutex mutex_;
   uint64_t budget_;
   uint64_t other_;
+  int weight_pages_;
   int pages_;
   bool stalled_ = false;
 };

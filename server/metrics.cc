@@ -396,12 +396,13 @@ void Metrics::OnCheck(const QualityCheck& quality, int rungs) {
   }
 }
 
-void Metrics::OnReload(const BuildInfo& build, int rungs) {
+void Metrics::OnReload(const BuildInfo& build, int rungs, int rungs_before) {
   Instruments& m = *instruments_;
   m.Build(build);
   m.reloads.Increment();
   m.checks_before = static_cast<uint64_t>(m.checks.Value());
-  for (int rung = 1; rung < rungs; ++rung) {
+  m.hardest_rung.Set(rungs - 1);
+  for (int rung = 1; rung < rungs_before; ++rung) {
     for (const char* of : {"prompts", "answers"}) {
       m.MeasuredLosses().Remove(&m.MeasuredLoss(rung, of));
     }

@@ -49,9 +49,10 @@ class Metrics {
   // Engine thread: after each of its checks.
   void OnCheck(const QualityCheck& quality, int rungs);
 
-  // The model was reloaded: `build` tells it from now on, and what `rungs` rungs of the one before
-  // were seen to lose is forgotten. vLLM's series keep the name that they began with. Thread-safe.
-  void OnReload(const BuildInfo& build, int rungs);
+  // Engine thread: the model was reloaded. `build` tells it from now on, all of its `rungs` rungs
+  // may be served, and what those of the one before, `rungs_before`, were seen to lose is
+  // forgotten. vLLM's series keep the name that they began with.
+  void OnReload(const BuildInfo& build, int rungs, int rungs_before);
 
   // Engine thread: rows in the sums of --moments-file.
   void OnGathered(int64_t tokens);

@@ -147,7 +147,8 @@ RpcError NotAdmin() {
 
 RpcError NotReloaded(std::string_view field, const absl::Status& cause) {
   constexpr size_t kLongest = 1500;  // it travels three times, within 8 KiB
-  const std::string message(cause.message().substr(0, kLongest));
+  const std::string_view whole(cause.message().data(), cause.message().size());
+  const std::string message(whole.substr(0, ValidUtf8Prefix(whole.substr(0, kLongest))));
   StatusBuilder builder(static_cast<grpc::StatusCode>(cause.code()),
                         field.empty() ? message : fmt::format("{}: {}", field, message));
   if (!field.empty()) builder.Violation({std::string(field), message});

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 #include <google/protobuf/stubs/logging.h>
 #include <grpc/support/log.h>
-#include <malloc.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,13 +16,11 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <utility>
 
 #include "engine/machine_memory.h"
 #include "engine/model/files/model_file.h"
 #include "engine/model/moments_file.h"
-#include "engine/model/pruning_file.h"
 #include "kernels/nvml.h"
 #include "server/api_service.h"
 #include "server/engine_thread.h"
@@ -34,6 +31,7 @@
 #include "server/metrics.h"
 #include "server/quality_check.h"
 #include "server/ready_queue.h"
+#include "server/reloader.h"
 #include "server/steady_clock.h"
 #include "server/stop_signal.h"
 #include "server/watchdog.h"
@@ -128,13 +126,21 @@ class Server {
                            .decision_log = options_.decision_log,
                            .gathers = !options_.moments_file.empty(),
                            .moments_file = options_.moments_file,
-                           .progress = ShowProgress});
+                           .progress = [](int done, int total) {
+                             ShowProgress(done, total);
+                             return true;
+                           }});
     const Instant packed = SteadyNow();
     if (absl::Status status = text.get(); !loaded.ok() || !status.ok()) {
       return loaded.ok() ? status : loaded.status();
     }
     loaded_ = *std::move(loaded);
     gathering_ = loaded_->moments();
+    if (gathering_ != nullptr) {
+      moments_config_ = loaded_->executor().config();
+      moments_lineage_ = loaded_->lineage();
+      moments_copy_.emplace(moments_config_);
+    }
     kv_ = loaded_->executor().kv_geometry();
     const std::shared_ptr<const ServedModel> model = Serve(*loaded_);
     models_.emplace(model);
@@ -212,6 +218,7 @@ class Server {
     const Ledger ledger = loaded_->executor().ledger(loaded_->engine()->scheduler().stats());
     page_bytes_ =
         (ledger.kv_used + ledger.kv_reusable + ledger.kv_free) / static_cast<uint64_t>(kv_.pages);
+    const int weight_pages = loaded_->engine()->weight_pages();
 
     hardest_ = models_->of(0)->ladder.size() - 1;
     if (loaded_->quality() != nullptr) metrics_->OnCheck(*loaded_->quality(), hardest_ + 1);
@@ -238,19 +245,19 @@ class Server {
                               .page_bytes = page_bytes_,
                               .pages = kv_.pages,
                               .other_bytes = ResidentMemoryBytes(),
-                              .weight_pages = loaded_->executor().ReleasablePages(0)},
+                              .weight_pages = weight_pages},
         [this](int pages) { LimitPages(pages); }, MemoryKeeper::Sources{.released = [this] {
           return released_.load(std::memory_order_relaxed);
         }});
     memory_->Look();
     thread_->SawMemory(SteadyNow());  // or from now on it has not been
-    FindMemorySources();
+    MakeReloader(ledger.weights + ledger.workspace);
     backstage_ = {.models = &*models_,
                   .encoder = encoder_.get(),
                   .engine = thread_.get(),
                   .memory = memory_.get(),
                   .reload = [this](ReloadOrder order, Backstage::ReloadDone done) {
-                    Reload(std::move(order), std::move(done));
+                    reloader_->Reload(std::move(order), std::move(done));
                   }};
     stop_->set_nothing_to_finish(false);
     service_.Open(&backstage_);
@@ -259,7 +266,38 @@ class Server {
         {{"host", options_.host},
          {"port", front_->port()},
          {"ready_seconds", Seconds(SteadyNow() - began_)}});
+    FindMemorySources();  // a device's takes its time
     return absl::OkStatus();
+  }
+
+  void MakeReloader(uint64_t fixed_bytes) {
+    reloader_ = std::make_unique<Reloader>(
+        Reloader::Served{.options = &options_,
+                         .engine = thread_.get(),
+                         .memory = memory_.get(),
+                         .models = &*models_,
+                         .loaded = &loaded_,
+                         .kv_bytes = page_bytes_ * static_cast<uint64_t>(kv_.pages),
+                         .fixed_bytes = fixed_bytes},
+        Reloader::Hooks{
+            .describe = [this](const LoadedModel& loaded) { return Serve(loaded); },
+            .engine_of = [this](LoadedModel* loaded) { return EngineOf(loaded); },
+            .on_replaced =
+                [this](const ServedModel& before, const ServedModel& now) {
+                  metrics_->OnReload(BuildOf(now), now.ladder.size(), before.ladder.size());
+                  hardest_ = now.ladder.size() - 1;
+                },
+            .on_left =
+                [this](LoadedModel* now) {
+                  if (now->moments() != nullptr) now->moments()->Add(*gathering_);
+                  gathering_ = now->moments();
+                },
+            .on_release =
+                [this](const LoadedModel& before, const LoadedModel& now) {
+                  if (before.moments() == nullptr || now.moments() != nullptr) return;
+                  KeepMoments(*before.moments());
+                  Log(LogLevel::kInfo, "moments are gathered no more: another model is served");
+                }});
   }
 
   void FindMemorySources() {
@@ -328,179 +366,45 @@ class Server {
     thread_->LimitPages(pages);
   }
 
-  // Begins on a thread of its own: gRPC's must not wait for seconds.
-  void Reload(ReloadOrder order, Backstage::ReloadDone done) {
-    std::lock_guard lock(reload_mutex_);
-    if (reloading_ || no_more_reloads_) {
-      done({}, no_more_reloads_ ? Draining() : Reloading());
-      return;
-    }
-    if (reload_thread_.joinable()) reload_thread_.join();  // it has nothing left to do
-    reloading_ = true;
-    reload_thread_ = std::thread([this, order = std::move(order), done = std::move(done)] {
-      if (std::optional<RpcError> error = ReplaceModel(order, done); error.has_value()) {
-        Log(LogLevel::kWarning, "the model was not reloaded",
-            {{"error", error->status.error_message()}});
-        std::unique_lock lock(reload_mutex_);
-        reloading_ = false;
-        lock.unlock();
-        done({}, error);
-      }
-    });
-  }
-
-  // All of a reload: from the file to the release of the weights before. Calls `done` when the new
-  // ones serve; an error means that nothing has changed.
-  std::optional<RpcError> ReplaceModel(const ReloadOrder& order,
-                                       const Backstage::ReloadDone& done) {
-    const Instant began = SteadyNow();
-    const std::shared_ptr<const ServedModel> before = backstage_.model();
-    const uint64_t other = memory_->other();
-    const std::string path = order.model.empty() ? path_ : order.model;
-    const std::string ladder =
-        order.without_ladder ? "" : (order.ladder.empty() ? ladder_ : order.ladder);
-    if (options_.probe.has_value()) {
-      return NotReloaded("", absl::FailedPreconditionError(
-                                 "--probe: what it has learned is of the weights there are"));
-    }
-    std::unique_ptr<LoadedModel> next;
-    {
-      absl::StatusOr<std::unique_ptr<ModelFile>> opened_file = ModelFile::Open(path);
-      if (!opened_file.ok()) return NotReloaded("model", opened_file.status());
-      const std::shared_ptr<const ModelFile> file = *std::move(opened_file);
-      absl::Status status = CheckReplaces(*before, *file);
-      if (!status.ok()) return NotReloaded("model", status);
-      if (!ladder.empty()) {
-        // First, as it is quick, and so that it is known whose fault it is.
-        const absl::StatusOr<CalibratedLadder> opened = OpenLadder(ladder, *file);
-        if (!opened.ok() && !order.ladder.empty()) return NotReloaded("ladder", opened.status());
-        if (!opened.ok()) {
-          return NotReloaded(
-              "ladder", absl::FailedPreconditionError(fmt::format(
-                            "the served one does not fit: {}; name one that `espalier calibrate` "
-                            "made for these weights, or ask for none: without_ladder",
-                            Text(opened.status()))));
-        }
-      }
-      if (status = CheckFits(*file, other); !status.ok()) return NotReloaded("model", status);
-      const std::string& log = options_.decision_log;
-      absl::StatusOr<std::unique_ptr<LoadedModel>> loaded = LoadedModel::Load(
-          options_, file,
-          {.ladder = ladder,
-           .kv_bytes = page_bytes_ * static_cast<uint64_t>(kv_.pages),
-           .decision_log = log.empty() ? "" : fmt::format("{}.{}", log, generation_ + 1),
-           .gathers = loaded_->moments() != nullptr && LineageOf(*file) == loaded_->lineage()});
-      if (loaded.ok()) status = (*loaded)->WarmUp();
-      if (!loaded.ok() || !status.ok()) {
-        memory_->SetOther(other);
-        return NotReloaded("model", loaded.ok() ? status : loaded.status());
-      }
-      next = *std::move(loaded);
-    }
-    const Reloaded reloaded{.model = Serve(*next),
-                            .loading_s = Seconds(SteadyNow() - began),
-                            .before = thread_->load().stats.running + thread_->load().waiting()};
-    models_->Set(generation_ + 1, reloaded.model);
-    std::promise<void> left;
-    const bool replaced = thread_->Replace(EngineOf(next.get()), [this, &left, &next] {
-      if (next->moments() != nullptr) next->moments()->Add(*gathering_);
-      gathering_ = next->moments();
-      left.set_value();
-    });
-    if (!replaced) return Draining();
-    ++generation_;
-    path_ = path;
-    ladder_ = ladder;
-    thread_->BetweenSteps([&] {
-      metrics_->OnReload(BuildOf(*reloaded.model), before->ladder.size());
-      hardest_ = reloaded.model->ladder.size() - 1;
-    });
-    Log(LogLevel::kInfo, "model reloaded",
-        {{"model", reloaded.model->name},
-         {"file", path},
-         {"weights", reloaded.model->weight_type},
-         {"rungs", reloaded.model->ladder.size()},
-         {"load_seconds", reloaded.loading_s},
-         {"requests_before", reloaded.before}});
-    done(reloaded, std::nullopt);
-
-    left.get_future().wait();
-    ReleaseBefore(std::exchange(loaded_, std::move(next)), SteadyNow() - began);
-    return std::nullopt;
-  }
-
-  // That what a file's weights take is there beside those of now and the KV in use; KV is kept out
-  // of it from here on.
-  absl::Status CheckFits(const ModelFile& file, uint64_t other) {
-    const LoadSnapshot load = thread_->load();
-    if (load.ledger.weights_released > 0) {
-      return absl::ResourceExhaustedError(
-          fmt::format("{}: {} MiB of the served weights have left memory for want of it",
-                      file.path(), load.ledger.weights_released >> 20));
-    }
-    const uint64_t need = EstimateWeightBytes(file, options_.weights) + load.ledger.workspace;
-    uint64_t left = ReadMachineMemory().available;
-    if (const uint64_t budget = memory_->budget(); budget > 0) {
-      left = std::min(left, budget - std::min(budget, other + load.ledger.kv_used));
-    }
-    if (need > left) {
-      return absl::ResourceExhaustedError(
-          fmt::format("{}: weights and workspace take some {} MiB beside what is served, and {} "
-                      "MiB are left",
-                      file.path(), need >> 20, left >> 20));
-    }
-    memory_->SetOther(other + need);
-    return absl::OkStatus();
-  }
-
-  void ReleaseBefore(std::unique_ptr<LoadedModel> before, Instant took) {
-    const uint64_t held = ResidentMemoryBytes();
-    if (before->moments() != nullptr && loaded_->moments() == nullptr) {
-      KeepMoments(*before, *before->moments());
-      Log(LogLevel::kInfo, "moments are gathered no more: another model is served");
-    }
-    before.reset();
-    malloc_trim(0);
-    const uint64_t resident = ResidentMemoryBytes();
-    const Ledger ledger = thread_->load().ledger;
-    const uint64_t whole = resident + ledger.weights_released;
-    memory_->SetOther(whole - std::min(whole, ledger.kv_used + ledger.kv_reusable));
-    {
-      std::lock_guard lock(reload_mutex_);
-      reloading_ = false;  // before it is told: who reads the log may ask for the next
-    }
-    Log(LogLevel::kInfo, "weights before released",
-        {{"seconds", Seconds(took)}, {"resident", resident}, {"was", held}});
-  }
-
-  void KeepMoments(const LoadedModel& loaded, const InputMoments& moments) {
+  // Unless they are there already. Threads that keep them must not put older ones in their place.
+  void KeepMoments(const InputMoments& moments) {
+    std::lock_guard lock(moments_mutex_);
+    if (moments.tokens() <= moments_written_) return;
     const absl::Status status =
-        WriteMoments(options_.moments_file, loaded.lineage(), loaded.executor().config(), moments);
-    if (!status.ok()) Log(LogLevel::kError, "moments lost", {{"error", Text(status)}});
+        WriteMoments(options_.moments_file, moments_lineage_, moments_config_, moments);
+    if (status.ok()) {
+      moments_written_ = moments.tokens();
+    } else {
+      Log(LogLevel::kError, "moments lost", {{"error", Text(status)}});
+    }
   }
 
-  // A copy of what is gathered goes to its file, if there is more of it than before.
-  void KeepMomentsNow() {
-    std::lock_guard lock(reload_mutex_);
-    if (reloading_ || loaded_->moments() == nullptr) return;
-    if (!kept_moments_.has_value()) kept_moments_.emplace(loaded_->executor().config());
-    const int64_t kept = kept_moments_->tokens();
-    if (!thread_->BetweenSteps([this] { *kept_moments_ = *loaded_->moments(); })) return;
-    if (kept_moments_->tokens() > kept) KeepMoments(*loaded_, *kept_moments_);
+  // What is gathered goes to its file: asks for a copy, which is made between two steps, whenever
+  // that may be, and is written when it is looked for next.
+  void TendMoments(Instant now) {
+    if (moments_copied_.exchange(false, std::memory_order_acquire)) {
+      KeepMoments(*moments_copy_);
+      moments_asked_ = false;
+    }
+    if (now < moments_due_ || moments_asked_ || !moments_copy_.has_value()) return;
+    moments_due_ = now + kMomentsInterval;
+    moments_asked_ = true;
+    thread_->SoonBetweenSteps([this] {
+      if (gathering_ == nullptr) return;  // it has ended: nobody need ask again
+      *moments_copy_ = *gathering_;
+      moments_copied_.store(true, std::memory_order_release);
+    });
   }
 
   // Until a signal comes, health follows the engine's progress, and KV memory what there is.
   void Supervise() {
     Watchdog watchdog(options_.stall_timeout);
-    Instant moments_due = SteadyNow() + kMomentsInterval;
+    moments_due_ = SteadyNow() + kMomentsInterval;
     while (!stop_->WaitFor(std::min(watchdog.interval(), kMemoryInterval))) {
       if (memory_->Look()) thread_->SawMemory(SteadyNow());
       const auto device = nvml_ == nullptr ? std::nullopt : nvml_->Read();
       if (device.has_value()) metrics_->OnDeviceMemory(device->total, device->free);
-      if (SteadyNow() >= moments_due) {
-        KeepMomentsNow();
-        moments_due = SteadyNow() + kMomentsInterval;
-      }
+      TendMoments(SteadyNow());
       const double still = thread_->seconds_without_progress();
       if (!watchdog.Look(still)) continue;
       SetHealth(&Health::stuck, watchdog.stuck());
@@ -519,17 +423,14 @@ class Server {
     Log(LogLevel::kInfo, "draining",
         {{"running", load.stats.running}, {"waiting", load.waiting()}});
     const Instant until = SteadyNow() + options_.drain_timeout;
-    {
-      std::lock_guard lock(reload_mutex_);
-      no_more_reloads_ = true;
-    }
+    reloader_->Stop();
     const bool all_finished = thread_->Drain(options_.drain_timeout);
-    if (reload_thread_.joinable()) reload_thread_.join();
+    reloader_->Join();
     ready_.reset();                // the last tokens are on their way
     service_.WaitForCalls(until);  // slow readers may have some to read yet
     front_->Shutdown(kGoodbye);
     loaded_->KeepHistory();
-    if (loaded_->moments() != nullptr) KeepMoments(*loaded_, *loaded_->moments());
+    if (loaded_->moments() != nullptr) KeepMoments(*loaded_->moments());
     Log(LogLevel::kInfo, "stopped", {{"all_finished", all_finished}});
     return lost_ ? 1 : 0;
   }
@@ -576,16 +477,20 @@ class Server {
   uint64_t page_bytes_ = 0;
   std::unique_ptr<LoadedModel> loaded_;  // the reload thread's while that replaces it
   std::optional<ServedModels> models_;
-  std::optional<InputMoments> kept_moments_;
+  // Of what is gathered, whichever generation gathers: all are of one lineage.
+  std::string moments_lineage_;
+  ModelConfig moments_config_;
+  Instant moments_due_{};
+  bool moments_asked_ = false;
+  std::optional<InputMoments> moments_copy_;  // the engine thread's until moments_copied_
+  std::atomic<bool> moments_copied_{false};
+  std::mutex moments_mutex_;
+  int64_t moments_written_ = -1;             // tokens
   const InputMoments* gathering_ = nullptr;  // engine thread
   int told_rung_ = 0;                        // engine thread
   WeightsReport told_weights_;               // engine thread
   std::atomic<uint64_t> released_{0};        // bytes of weights that are out of memory
   int hardest_ = 0;                          // engine thread; that may be served
-  // Of reloads: the reload thread's, and read before it is started.
-  std::string path_ = options_.model;
-  std::string ladder_ = options_.ladder;
-  int generation_ = 0;
   std::unique_ptr<ReadyQueue> ready_;
   std::unique_ptr<EngineThread> thread_;
   std::unique_ptr<MemoryKeeper> memory_;
@@ -593,10 +498,7 @@ class Server {
   Backstage backstage_;
   ApiService service_;
   std::unique_ptr<Front> front_;
-  std::mutex reload_mutex_;
-  bool reloading_ = false;
-  bool no_more_reloads_ = false;
-  std::thread reload_thread_;
+  std::unique_ptr<Reloader> reloader_;
 };
 
 }  // namespace

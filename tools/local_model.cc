@@ -93,7 +93,10 @@ absl::StatusOr<LocalModel> LoadLocalModel(const LocalModelOptions& options, int6
                            .kv = model.kv,
                            .kv_bytes = pages * page.page_bytes(),
                            .max_batch_tokens = step_rows},
-                          [&](int done, int total) { bar.Update(done, total); });
+                          [&](int done, int total) {
+                            bar.Update(done, total);
+                            return true;
+                          });
   if (!executor.ok()) return executor.status();
   model.executor = *std::move(executor);
   return model;

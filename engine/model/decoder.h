@@ -67,10 +67,11 @@ enum class LayerInput : uint8_t { kQkv, kO, kGateUp };
 class Decoder {
  public:
   // Uploads every weight of `file`, calling progress(done, total) after each. Errors name file and
-  // tensor. `backend` must outlive the model; `file` may be closed afterwards.
+  // tensor; Cancelled if progress says false. `backend` must outlive the model; `file` may be
+  // closed afterwards.
   static absl::StatusOr<std::unique_ptr<Decoder>> Load(
       const ModelFile& file, Backend* backend, WeightPlan plan,
-      const std::function<void(int done, int total)>& progress);
+      const std::function<bool(int done, int total)>& progress);
 
   const ModelConfig& config() const { return config_; }
   // As loaded, and of the panels.

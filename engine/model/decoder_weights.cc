@@ -33,7 +33,7 @@ WeightSource SourceOf(const StoredTensor& tensor) {
 class Loader {
  public:
   Loader(const ModelFile& file, Backend* backend, WeightPlan plan, int total,
-         const std::function<void(int, int)>& progress)
+         const std::function<bool(int, int)>& progress)
       : file_(file), backend_(backend), plan_(plan), total_(total), progress_(progress) {}
 
   void Vector(const std::string& name, int size, std::vector<float>* out) {
@@ -93,7 +93,9 @@ class Loader {
   }
 
   void Count() {
-    if (progress_) progress_(++done_, total_);
+    if (progress_ && !progress_(++done_, total_)) {
+      status_ = absl::CancelledError(fmt::format("{}: loading was given up", file_.path()));
+    }
   }
 
   const ModelFile& file_;
@@ -101,7 +103,7 @@ class Loader {
   WeightPlan plan_;
   int done_ = 0;
   int total_;
-  const std::function<void(int, int)>& progress_;
+  const std::function<bool(int, int)>& progress_;
   absl::Status status_;
   uint64_t bytes_ = 0;
 };
@@ -144,7 +146,7 @@ uint64_t Checksum(const Weight& weight) {
 
 absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Load(
     const ModelFile& file, Backend* backend, WeightPlan plan,
-    const std::function<void(int, int)>& progress) {
+    const std::function<bool(int, int)>& progress) {
   const ModelConfig& config = file.config();
   std::unique_ptr<Decoder> model(new Decoder(config, backend));
   const int total = (9 + 3 * config.qkv_bias + 2 * config.qk_norm) * config.layers +

@@ -37,11 +37,12 @@ struct WeightSources;
 
 class ModelExecutor final : public Executor {
  public:
-  // Called with done in [0, total] weights loaded.
-  using Progress = std::function<void(int done, int total)>;
+  // Called with done in [0, total] weights loaded; false: the rest need not be.
+  using Progress = std::function<bool(int done, int total)>;
 
   // Uploads the weights of `file` and makes the KV pool. `file` may be closed afterwards; `backend`
-  // must outlive the executor. Errors name file and tensor, or the bytes that do not fit.
+  // must outlive the executor. Errors name file and tensor, or the bytes that do not fit; Cancelled
+  // if `progress` says false.
   static absl::StatusOr<std::unique_ptr<ModelExecutor>> Load(const ModelFile& file,
                                                              Backend* backend,
                                                              const ModelOptions& options,

@@ -152,7 +152,7 @@ TEST(Memory, ABudgetBelowWeightsAndKvTakesWeightsNobodyNeeds) {
     usleep(500'000);
     const v1::MemoryLedger before = *server.Load();
     EXPECT_EQ(before.weights_released(), 0u);
-    const uint64_t budget = before.weights() > 0 ? idle - 20'000'000 : 0;
+    const uint64_t budget = idle - 20'000'000;
     server.SetBudget(budget);
     EXPECT_TRUE(server.Becomes([&](const v1::MemoryLedger& memory) {
       return memory.weights_released() > 30'000'000 && memory.resident() < budget + (6 << 20);

@@ -149,8 +149,7 @@ class Reload(unittest.TestCase):
             self.assertIn("garbage.gguf", self.code(
                 server, grpc.StatusCode.INVALID_ARGUMENT, "model", model=str(garbage)))
             other = self.code(server, grpc.StatusCode.FAILED_PRECONDITION, "model",
-                              model=str(DATA / "tiny-qwen2.gguf" if (DATA / "tiny-qwen2.gguf").exists()
-                                        else DATA / "tiny-qwen2-quantized.gguf"))
+                              model=str(DATA / "tiny-qwen2-quantized.gguf"))
             self.assertIn("architecture: the served model has llama, this one qwen2", other)
             self.assertIn("without_ladder", self.code(
                 server, grpc.StatusCode.FAILED_PRECONDITION, "ladder", model=str(self.pruned)))
@@ -180,6 +179,48 @@ class Reload(unittest.TestCase):
             self.assertIn("1 rungs", command.stdout)
             self.assertEqual(answer(server, self.prompts[1]), self.new[1])
             self.assertEqual(len(server.stub.GetModel(pb.GetModelRequest(), timeout=9).rungs), 1)
+
+    def test_a_policy_that_does_not_fit_the_ladder_is_refused_before_loading(self):
+        folder = pathlib.Path(self.folder.name)
+        ladder, shorter = folder / "two-rungs.ladder", folder / "one-rung.ladder"
+        made = espalier("calibrate", "--model", MODEL, "--text", pathlib.Path(__file__),
+                        "--tokens", "1000", "--rungs", "0.3", "--dense-layers", "0",
+                        "--compensate", "none", "--out", ladder)
+        self.assertEqual(made.returncode, 0, made.stderr)
+        shorter.write_text("".join(line for line in ladder.read_text().splitlines(keepends=True)
+                                   if not line.startswith("rung 1")))
+        refused = grpc.StatusCode.FAILED_PRECONDITION
+        with Server(BINARY, MODEL, "--admin", "--ladder", ladder, "--policy", "fixed:1") as server:
+            self.assertIn("--policy: fixed:1", self.code(server, refused, "ladder",
+                                                         without_ladder=True))
+            self.assertIn("has rungs 0 to 0", self.code(server, refused, "ladder",
+                                                        ladder=str(shorter)))
+            self.assertEqual(server.log().count("model reloaded"), 0)
+            self.assertEqual(server.stub.ReloadModel(pb.ReloadModelRequest(), timeout=60).rungs, 2)
+        log = folder / "decisions"
+        with Server(BINARY, MODEL, "--admin", "--ladder", ladder, "--policy", "ladder",
+                    "--decision-log", log) as server:
+            pathlib.Path(f"{log}.1").mkdir()  # where the next one's would be
+            told = self.code(server, grpc.StatusCode.UNAVAILABLE)
+            self.assertTrue(told.startswith("--decision-log: "), told)
+
+    def test_a_signal_ends_a_reload_and_the_server(self):
+        with Server(BINARY, MODEL, "--admin", "--drain-timeout", "5") as server, \
+                concurrent.futures.ThreadPoolExecutor(1) as pool:
+            def reload_until_the_end():
+                while True:
+                    try:
+                        server.stub.ReloadModel(pb.ReloadModelRequest(), timeout=60)
+                    except grpc.RpcError as error:
+                        if error.code() != grpc.StatusCode.ABORTED:
+                            return error.code()
+
+            last = pool.submit(reload_until_the_end)
+            self.wait_for_log(server, "weights before released", 3)
+            began = time.monotonic()
+            self.assertEqual(server.terminate(), 0)
+            self.assertLess(time.monotonic() - began, 5)
+            self.assertEqual(last.result(), grpc.StatusCode.UNAVAILABLE)
 
     def test_a_server_prunes_itself_by_what_it_served(self):
         moments = pathlib.Path(self.folder.name) / "served.moments"

@@ -405,7 +405,8 @@ TEST_F(EngineThreadTest, ReplacedEngineFinishesWhatItHas) {
   absl::StatusOr<Reservation> place = thread_->inbox().Reserve();
   ASSERT_TRUE(place.ok());
   std::atomic<bool> left = false;
-  ASSERT_TRUE(thread_->Replace({.engine = &next.engine}, [&] { left = true; }));
+  EXPECT_EQ(thread_->Replace({.engine = &next.engine}, [&] { left = true; }), 2)
+      << "one runs, and one has a place";
   EXPECT_EQ(thread_->inbox().generation(), 1);
 
   const auto newcomer = Offer(Prompt(2, 30));
@@ -436,6 +437,23 @@ TEST_F(EngineThreadTest, ReplacedEngineFinishesWhatItHas) {
   EXPECT_EQ(Offer(Prompt(4, 10))->WaitForEnd()->reason, FinishReason::kLength);
   EXPECT_EQ(paced_->executor.rows(), before);
   EXPECT_TRUE(thread_->Drain(seconds(10)));
+}
+
+TEST_F(EngineThreadTest, WhatIsToBeDoneSoonIsNotWaitedFor) {
+  Start();
+  paced_->executor.Hold();
+  const auto running = Offer(Prompt(1, 3));
+  paced_->executor.WaitForHeldStep();
+  std::atomic<bool> done = false;
+  thread_->SoonBetweenSteps([&] { done = true; });  // returns, though the step does not
+  EXPECT_FALSE(done);
+  paced_->executor.Go();
+  EXPECT_TRUE(thread_->BetweenSteps([] {}));
+  EXPECT_TRUE(done) << "in the order they came";
+  ASSERT_TRUE(running->WaitForEnd().has_value());
+  ASSERT_TRUE(thread_->Drain(seconds(10)));
+  thread_->SoonBetweenSteps([] { FAIL(); });
+  EXPECT_FALSE(thread_->BetweenSteps([] { FAIL(); }));
 }
 
 TEST_F(EngineThreadTest, PlaceThatIsGivenBackLetsAnEngineGo) {

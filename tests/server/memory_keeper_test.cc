@@ -93,6 +93,26 @@ TEST_F(MemoryKeeperTest, TellsWhatWeightsHaveToLeaveFor) {
   EXPECT_EQ(keeper.kv_bytes(), 0u);
   keeper.SetBudget(0);
   EXPECT_THAT(told_, ElementsAre(-11, -40, 100));
+  // Another model, of whose weights 600 may leave; and one that keeps all.
+  keeper.SetBudget(100);
+  keeper.SetOther(1000, 60);
+  keeper.SetOther(1000, 0);
+  EXPECT_THAT(told_, ElementsAre(-11, -40, 100, -40, -60, 0));
+}
+
+TEST_F(MemoryKeeperTest, TellsTheRoomThatThereIs) {
+  MemoryKeeper keeper = Make(0);
+  EXPECT_EQ(keeper.Room(1200), 19'000u) << "1000 are left to others";
+  machine_.stalled = 0.2;
+  keeper.Look();
+  EXPECT_EQ(keeper.Room(1200), 16'000u);
+  keeper.SetBudget(2000);
+  EXPECT_EQ(keeper.Room(1200), 800u);
+  EXPECT_EQ(keeper.Room(2200), 0u);
+  machine_.available = 3000;
+  EXPECT_EQ(keeper.Room(1200), 0u);
+  machine_ = {};
+  EXPECT_EQ(keeper.Room(1200), 800u) << "by the budget alone";
 }
 
 TEST_F(MemoryKeeperTest, CountsWhatTheProcessHasGrownBy) {

@@ -245,12 +245,11 @@ TEST(MetricsTest, AStallShowsWhileItLastsAndIsCounted) {
 
 TEST(MetricsTest, AReloadIsCountedAndTellsTheNewModel) {
   Metrics metrics = MakeMetrics();
-  const Ladder dense = Ladder::DenseOnly({.layers = 1, .heads = 1, .channels = 8});
   EXPECT_THAT(metrics.Text(), HasSubstr("espalier_reloads_total 0\n"));
-  metrics.OnReload({.version = "1.2.3", .model_name = "smaller", .weights = "int4"}, 3);
-  metrics.OnCheck(QualityCheck({}, dense), 1);
+  metrics.OnReload({.version = "1.2.3", .model_name = "smaller", .weights = "int4"}, 2, 3);
   const std::string text = metrics.Text();
   EXPECT_THAT(text, HasSubstr("espalier_reloads_total 1\n"));
+  EXPECT_THAT(text, HasSubstr("espalier_hardest_rung 1\n"));
   EXPECT_THAT(text, HasSubstr(R"(model_name="smaller",)"));
   EXPECT_THAT(text, Not(HasSubstr(R"(weights="int8")")));
   EXPECT_THAT(text, Not(HasSubstr("espalier_measured_loss_nats{")));

@@ -59,10 +59,21 @@ TEST_F(ModelExecutorTest, ReadsNothingAfterTheFirstFault) {
   const float fault = std::nanf("");
   std::memcpy(parts.tensor("blk.0.attn_norm.weight").data.data(), &fault, sizeof(fault));
   int loaded = 0;
-  const absl::Status status =
-      Load(parts, {.kv_bytes = 1 << 20}, [&](int done, int) { loaded = done; }).status();
+  const absl::Status status = Load(parts, {.kv_bytes = 1 << 20}, [&](int done, int) {
+                                return (loaded = done) > 0;
+                              }).status();
   EXPECT_THAT(std::string(status.message()), HasSubstr("blk.0.attn_norm.weight"));
   EXPECT_EQ(loaded, 1) << "the embedding alone";
+}
+
+TEST_F(ModelExecutorTest, ReadsNothingMoreOnceItIsToldToStop) {
+  int loaded = 0;
+  const absl::Status status = Load(TinyGguf(), {.kv_bytes = 1 << 20}, [&](int done, int) {
+                                return (loaded = done) < 3;
+                              }).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kCancelled);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("model.gguf"));
+  EXPECT_EQ(loaded, 3);
 }
 
 TEST_F(ModelExecutorTest, RefusesKvMemoryThatHoldsNoSequence) {
@@ -380,8 +391,10 @@ TEST(ReleasedWeights, LeaveResidentMemory) {
 
 TEST_F(ModelExecutorTest, TellsEachWeightOnceUntilAllAreLoaded) {
   std::vector<std::pair<int, int>> told;
-  const auto executor = Load(TinyGguf(), {.kv_bytes = 1 << 20},
-                             [&](int done, int total) { told.emplace_back(done, total); });
+  const auto executor = Load(TinyGguf(), {.kv_bytes = 1 << 20}, [&](int done, int total) {
+    told.emplace_back(done, total);
+    return true;
+  });
   ASSERT_TRUE(executor.ok()) << executor.status();
   ASSERT_EQ(told.size(), 2u + 2 * 9);  // embedding and final norm, nine a layer, a tied head
   for (size_t i = 0; i < told.size(); ++i) {
