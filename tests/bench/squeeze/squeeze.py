@@ -29,6 +29,10 @@ PROMPT, OUTPUT, STREAMS = 128, 128, 32
 PAGE_TOKENS = 16
 
 
+def load_loss(options):
+    return [] if options.load_loss is None else ["--load-loss", str(options.load_loss)]
+
+
 @contextlib.contextmanager
 def server(options, policy, kv_bytes, *more):
     """A server's address; its process is `server.process` while it runs."""
@@ -40,7 +44,7 @@ def server(options, policy, kv_bytes, *more):
                 [f"{options.bin}/espalier-server", "--model", options.model, "--ladder",
                  options.ladder, "--policy", policy, "--port", "0", "--port-file", port,
                  "--metrics-port", "-1", "--kv-memory", str(kv_bytes), "--max-sequences",
-                 str(STREAMS), "--ttft-target", str(options.ttft), "--tpot-target",
+                 str(STREAMS), *load_loss(options), "--ttft-target", str(options.ttft), "--tpot-target",
                  str(options.tpot), "--prefix-cache=false", *map(str, more)],
                 stdout=out, stderr=out, env=environment)
         server.process = process
@@ -134,7 +138,7 @@ def simulated(options, traffic, kv_bytes):
     done = subprocess.run(
         [f"{options.bin}/espalier", "simulate", "--ladder", options.ladder, "--costs",
          options.costs, "--policy", "ladder", "--traffic", traffic, "--kv-memory",
-         str(kv_bytes / 2**20), "--max-sequences", str(STREAMS), "--ttft-target",
+         str(kv_bytes / 2**20), "--max-sequences", str(STREAMS), *load_loss(options), "--ttft-target",
          str(options.ttft), "--tpot-target", str(options.tpot), "--json"],
         check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)["good"]
@@ -254,6 +258,7 @@ def main():
                         help="in which texts are scored under load, for told_over_measured")
     parser.add_argument("--ttft", type=float, default=2)
     parser.add_argument("--tpot", type=float, default=0.08)
+    parser.add_argument("--load-loss", type=float, help="nats a token; the server's default unless told")
     parser.add_argument("--loads", default="0.5,1,2,3", help="shares of the full model's capacity")
     parser.add_argument("--taken", default="0,0.35,0.7", help="shares of the KV memory taken away")
     parser.add_argument("--no-llama", action="store_true", help="leave out llama-server")

@@ -67,8 +67,9 @@ def ratios(cells, seconds):
                                      / sum(cells[cell][best[cell]]["loss"] for cell in cells))
     if (0, 0.5) in cells:
         figures["cost_without_squeeze"] = 1 - goodput(LADDER, (0, 0.5)) / goodput(FULL, (0, 0.5))
+    # Below the capacity nobody queues, and all lines finish everything.
     llama = [goodput(LADDER, cell) / goodput(LLAMA, cell) for cell, lines in cells.items()
-             if LLAMA in lines and cell[0] == worst]
+             if LLAMA in lines and cell[0] == worst and cell[1] >= 1]
     if llama:
         figures["goodput_vs_llamaserver"] = min(llama)
     learned = [goodput(DQN, cell) / goodput(LADDER, cell) for cell, lines in cells.items()
