@@ -207,7 +207,7 @@ class Pruning(unittest.TestCase):
         for path, extra in ((cls.refitted, ()), (cls.plain, ("--compensate", "none"))):
             subprocess.run(
                 [pathlib.Path(BINARY).with_name("espalier"), "calibrate", "--model", MODEL,
-                 "--text", harness.ROOT / "README.md", "--tokens", "3000", "--dense-layers", "0",
+                 "--text", harness.ROOT / "tests/golden/data/prose.txt", "--tokens", "3000", "--dense-layers", "0",
                  "--rungs", "0.6", "--out", path, *extra], check=True, stdout=subprocess.DEVNULL)
             # So small a model may be no faster pruned, and calibration then leaves the rung out.
             path.write_text("espalier-ladder 1\nmodel layers=2 heads=4 channels=96\n"

@@ -16,7 +16,8 @@
 #include "engine/sim/cost_model.h"
 #include "policy/blocks/block_orders.h"
 #include "policy/ladder_file.h"
-#include "tools/command.h"
+#include "tests/support/model_writer.h"
+#include "tests/support/run_command.h"
 
 namespace espalier {
 namespace {
@@ -26,24 +27,6 @@ using testing::HasSubstr;
 constexpr int kVocabulary = 320;
 const std::string kData = ESPALIER_SOURCE_DIR "/tests/golden/data/";
 const std::string kModel = kData + "tiny-llama.gguf";
-
-struct Outcome {
-  int code = 0;
-  std::string out;
-  std::string err;
-};
-
-Outcome RunWith(const std::vector<std::string>& arguments) {
-  std::vector<const char*> argv = {"espalier"};
-  for (const std::string& argument : arguments) argv.push_back(argument.c_str());
-  testing::internal::CaptureStdout();
-  testing::internal::CaptureStderr();
-  Outcome outcome;
-  outcome.code = RunCommand(static_cast<int>(argv.size()), argv.data());
-  outcome.out = testing::internal::GetCapturedStdout();
-  outcome.err = testing::internal::GetCapturedStderr();
-  return outcome;
-}
 
 std::string ReadFile(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -156,7 +139,8 @@ TEST(Tokenize, IsTheSameForTextAndItsChat) {
 }
 
 TEST(Bench, WritesItsFigures) {
-  const std::string figures = testing::TempDir() + "espalier_local_test/bench.json";
+  const TemporaryFolder temporary;
+  const std::string figures = temporary.Path("made/bench.json");
   const Outcome outcome = RunWith({"bench", "--model", kModel, "--batch", "1,3", "--prompt", "8",
                                    "--generate", "4", "--long-prompt", "40", "--turns", "2",
                                    "--footprint", "1", "--phases", "--figures", figures});
@@ -177,7 +161,8 @@ TEST(Bench, WritesItsFigures) {
 }
 
 TEST(Bench, FitsWhatStepsTake) {
-  const std::string path = testing::TempDir() + "espalier_local_test.costs";
+  const TemporaryFolder temporary;
+  const std::string path = temporary.Path("bench.costs");
   const Outcome outcome = RunWith({"bench", "--model", kModel, "--fit", path});
   ASSERT_EQ(outcome.code, 0) << outcome.err;
   EXPECT_THAT(outcome.out, HasSubstr("R^2"));
@@ -190,8 +175,8 @@ TEST(Bench, FitsWhatStepsTake) {
 }
 
 TEST(Train, OrdersBlocksThatCalibrationThenDrops) {
-  const std::string folder = testing::TempDir() + "espalier_train_test/";
-  std::filesystem::create_directories(folder);
+  const TemporaryFolder temporary;
+  const std::string folder = temporary.Path("");
   const auto train = [&](const std::string& out, const std::string& seed) {
     return RunWith({"train",
                     "--task",
@@ -199,7 +184,7 @@ TEST(Train, OrdersBlocksThatCalibrationThenDrops) {
                     "--model",
                     kModel,
                     "--text",
-                    ESPALIER_SOURCE_DIR "/README.md",
+                    ESPALIER_SOURCE_DIR "/tests/golden/data/prose.txt",
                     "--tokens",
                     "256",
                     "--held-out-tokens",
@@ -235,10 +220,10 @@ TEST(Train, OrdersBlocksThatCalibrationThenDrops) {
   const nlohmann::json figures = nlohmann::json::parse(ReadFile(folder + "figures.json"));
   EXPECT_GT(figures["rap_dqn_vs_greedy"].get<double>(), 0);
 
-  const Outcome calibrated =
-      RunWith({"calibrate", "--model", kModel, "--text", ESPALIER_SOURCE_DIR "/README.md",
-               "--tokens", "1000", "--rungs", "0+1,0+2", "--dense-layers", "0", "--compensate",
-               "none", "--blocks", folder + "a", "--out", folder + "m.ladder"});
+  const Outcome calibrated = RunWith(
+      {"calibrate", "--model", kModel, "--text", ESPALIER_SOURCE_DIR "/tests/golden/data/prose.txt",
+       "--tokens", "1000", "--rungs", "0+1,0+2", "--dense-layers", "0", "--compensate", "none",
+       "--blocks", folder + "a", "--out", folder + "m.ladder"});
   ASSERT_EQ(calibrated.code, 0) << calibrated.err;
   EXPECT_THAT(ReadFile(folder + "m.ladder"), HasSubstr("--blocks a --resident-tokens 8192"));
   Ladder ladder = Ladder::DenseOnly({});
@@ -247,9 +232,9 @@ TEST(Train, OrdersBlocksThatCalibrationThenDrops) {
   EXPECT_EQ(ladder.rung(1).decode.kept(LayerOfBlock(block),
                                        IsAttention(block) ? SiteKind::kHeads : SiteKind::kChannels),
             0);
-  EXPECT_THAT(RunWith({"calibrate", "--model", kModel, "--text", ESPALIER_SOURCE_DIR "/README.md",
-                       "--dense-layers", "0", "--blocks", kData + "expected.json", "--out",
-                       folder + "n.ladder"})
+  EXPECT_THAT(RunWith({"calibrate", "--model", kModel, "--text",
+                       ESPALIER_SOURCE_DIR "/tests/golden/data/prose.txt", "--dense-layers", "0",
+                       "--blocks", kData + "expected.json", "--out", folder + "n.ladder"})
                   .err,
               HasSubstr("expected.json: line 1: expected 'espalier-blocks 1'"));
   std::filesystem::remove_all(folder);

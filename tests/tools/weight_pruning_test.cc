@@ -21,7 +21,7 @@
 
 #include "kernels/cpu/cpu_backend.h"
 #include "tests/support/model_writer.h"
-#include "tools/command.h"
+#include "tests/support/run_command.h"
 
 namespace espalier {
 namespace {
@@ -30,25 +30,7 @@ using testing::HasSubstr;
 
 const std::string kModel = ESPALIER_SOURCE_DIR "/tests/golden/data/tiny-llama.gguf";
 const std::string kFolder = ESPALIER_SOURCE_DIR "/tests/golden/data/tiny-llama";
-const std::string kText = ESPALIER_SOURCE_DIR "/README.md";
-
-struct Outcome {
-  int code = 0;
-  std::string out;
-  std::string err;
-};
-
-Outcome RunWith(const std::vector<std::string>& arguments) {
-  std::vector<const char*> argv = {"espalier"};
-  for (const std::string& argument : arguments) argv.push_back(argument.c_str());
-  testing::internal::CaptureStdout();
-  testing::internal::CaptureStderr();
-  Outcome outcome;
-  outcome.code = RunCommand(static_cast<int>(argv.size()), argv.data());
-  outcome.out = testing::internal::GetCapturedStdout();
-  outcome.err = testing::internal::GetCapturedStderr();
-  return outcome;
-}
+const std::string kText = ESPALIER_SOURCE_DIR "/tests/golden/data/prose.txt";
 
 Outcome Prune(const std::string& model, const std::string& out,
               const std::vector<std::string>& more = {}) {
