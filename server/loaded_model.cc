@@ -55,6 +55,9 @@ absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Load(
   std::unique_ptr<LoadedModel> loaded(new LoadedModel(options));
   loaded->fingerprint_ = FingerprintOf(*file);
   loaded->lineage_ = LineageOf(*file);
+  loaded->name_ = !order.name.empty()          ? order.name
+                  : options.model_name.empty() ? file->config().name
+                                               : options.model_name;
   absl::Status status = loaded->LoadWeights(file, order);
   if (status.ok() && order.gathers) status = loaded->OpenMoments(*file, order.moments_file);
   if (!status.ok()) return status;
@@ -212,7 +215,7 @@ absl::Status LoadedModel::WarmUp() {
 ServedModel LoadedModel::Describe() const {
   ServedModel model;
   model.config = executor_->config();
-  model.name = options_.model_name.empty() ? model.config.name : options_.model_name;
+  model.name = name_;
   model.max_sequence_tokens = engine_->scheduler().max_sequence_tokens();
   model.weight_type = executor_->weight_types();
   model.kv_type = KvTypeName(executor_->kv_type());

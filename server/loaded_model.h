@@ -30,6 +30,7 @@ class LoadedModel {
  public:
   struct Order {
     std::string ladder;        // empty: the full model alone
+    std::string name;          // that calls know it by; empty: the option's, or the file's own
     uint64_t kv_bytes = 0;     // as ModelOptions
     std::string decision_log;  // empty: none
     bool gathers = false;      // for --moments-file
@@ -82,7 +83,7 @@ class LoadedModel {
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Probe> probe_;
   std::unique_ptr<InputMoments> moments_;
-  std::string fingerprint_, lineage_;  // of the model
+  std::string fingerprint_, lineage_, name_;  // of the model
   std::unique_ptr<ModelExecutor> executor_;
   std::unique_ptr<Engine> engine_;
 };

@@ -112,6 +112,7 @@ std::optional<RpcError> Reloader::Replace(const ReloadOrder& order,
   absl::StatusOr<std::unique_ptr<LoadedModel>> loaded = LoadedModel::Load(
       options, file,
       {.ladder = ladder_path,
+       .name = before->name,
        .kv_bytes = served_.kv_bytes,
        .decision_log = log.empty() ? "" : fmt::format("{}.{}", log, generation_ + 1),
        .gathers = (*served_.loaded)->moments() != nullptr &&

@@ -1,6 +1,7 @@
 // `espalier budget`: what memory a server has, and changing it while it serves.
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 
@@ -48,6 +49,19 @@ absl::Status Run(const Options& options) {
   return absl::OkStatus();
 }
 
+// CLI11 wraps a negative size and cuts a large one. Looked at before it is read.
+CLI::Validator IsSize() {
+  const auto check = [](std::string& text) -> std::string {
+    constexpr size_t kMostDigits = 15;  // a petabyte
+    const auto digits = std::ranges::count_if(text, [](char c) { return c >= '0' && c <= '9'; });
+    const bool plain = text.find_first_of("-+.") == std::string::npos;
+    return plain && digits >= 1 && digits <= static_cast<int64_t>(kMostDigits)
+               ? ""
+               : fmt::format("expected whole bytes or a size such as 180MB, got {}", text);
+  };
+  return CLI::Validator(check, "");
+}
+
 }  // namespace
 
 void AddBudget(CLI::App& root, Action* action) {
@@ -59,7 +73,8 @@ void AddBudget(CLI::App& root, Action* action) {
                       "Memory for the server's process, e.g. 180MB; 0: what the machine has. The "
                       "server must run with --admin")
           ->type_name("SIZE")
-          ->transform(CLI::AsSizeValue(false));
+          ->transform(CLI::AsSizeValue(false))
+          ->transform(IsSize());
   AddRemoteOptions(*sub, &options->remote);
   sub->final_callback([options, action, size] {
     options->sets = size->count() > 0;

@@ -433,6 +433,12 @@ absl::Status Reprice(const Options& options) {
 absl::Status Run(const Options& options) {
   const Interrupt interrupt([] {});
   const std::string out = options.out.empty() ? LadderPathOf(options.model.model) : options.out;
+  for (const std::string& written : {out, ChannelsPathOf(out)}) {
+    std::error_code error;
+    if (std::filesystem::equivalent(written, options.model.model, error)) {
+      return absl::InvalidArgumentError(fmt::format("--out: {} is the model", written));
+    }
+  }
   if (absl::Status status = CheckWritable(out); !status.ok()) return status;
   absl::StatusOr<LocalModel> model = LoadLocalModel(
       options.model, int64_t{WantsSelf(options) ? kSelfBatch : 8} * PagedTokens(options.window + 1),
@@ -621,7 +627,7 @@ void AddCalibrate(CLI::App& root, Action* action) {
                   "of a model of 135M; a rung of a ratio between two has some layers of either")
       ->type_name("RATIO")
       ->delimiter(',')
-      ->check(CLI::Range(0.01, 0.95))
+      ->check(Within(0.01, 0.95))
       ->default_str(fmt::format("{}", fmt::join(options->widths, ",")));
   sub->add_option("--dense-layers", options->dense_layers, "First layers to leave whole")
       ->type_name("LAYERS")

@@ -127,6 +127,29 @@ absl::Status CheckMoments(const Options& options, const WeightPruningOptions& pl
   return absl::OkStatus();
 }
 
+// What a run writes is nothing that it reads, and not twice the same.
+absl::Status CheckPaths(const Options& options) {
+  std::vector<std::pair<std::string_view, std::string>> read = {{"--model", options.model.model}};
+  for (const std::string& text : options.texts) read.emplace_back("--calibration", text);
+  if (!options.moments.empty()) read.emplace_back("--moments", options.moments);
+  const auto same = [](const std::string& a, const std::string& b) {
+    std::error_code error;
+    return a == b || std::filesystem::equivalent(a, b, error);
+  };
+  for (const auto& [name, path] : read) {
+    if (!options.json.empty() && same(options.json, path)) {
+      return Contradiction("--json", fmt::format("would be written over {} {}", name, path));
+    }
+    if (name != "--model" && same(options.out, path)) {
+      return Contradiction("--out", fmt::format("would be written over {} {}", name, path));
+    }
+  }
+  if (!options.json.empty() && same(options.json, options.out)) {
+    return Contradiction("--json", fmt::format("would be written over --out {}", options.out));
+  }
+  return absl::OkStatus();
+}
+
 int64_t TokensOf(const Options& options) {
   if (options.tokens > 0) return options.tokens;
   if (options.method == "sparsegpt") return 4096;
@@ -282,6 +305,7 @@ absl::Status Run(const Options& options) {
   if (!plan.ok()) return plan.status();
   const bool looks = plan->method != WeightMethod::kScores || plan->compensate_mean ||
                      plan->metric != Metric::kMagnitude;
+  if (absl::Status status = CheckPaths(options); !status.ok()) return status;
   const bool gathered = !options.moments.empty();
   if (gathered) {
     if (absl::Status status = CheckMoments(options, *plan, looks); !status.ok()) return status;
@@ -372,8 +396,9 @@ void AddPrune(CLI::App& root, Action* action) {
       "as published",
       {"swift", "wanda", "sparsegpt", "magnitude", "ria"});
   sub->add_option("--pattern", options->pattern,
-                  "Which weights may go: a share of each row, or all but N of every M along it")
-      ->type_name("SHARE|N:M")
+                  "Which weights may go: a share of each row, above 0 and below 1, or all but N of "
+                  "every M along it, as N:M, M up to 64")
+      ->type_name("PATTERN")
       ->check(IsPattern())
       ->capture_default_str();
   sub->add_option("--calibration,--text", options->texts,
@@ -422,7 +447,7 @@ void AddPrune(CLI::App& root, Action* action) {
          "--alpha", options->alpha,
          "Weight of each score in ewma's mean and deviation, as published; 0.02 loses less")
       ->type_name("SHARE")
-      ->check(CLI::Range(0.001, 1.0))
+      ->check(Within(0.001, 1.0))
       ->capture_default_str();
   sub->add_flag("--loose", options->loose,
                 "Leave ewma's rows as the threshold has them, within half a percent of the share");

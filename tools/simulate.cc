@@ -247,7 +247,7 @@ void AddSimulate(CLI::App& root, Action* action) {
                           const char* unit, const char* description) {
     sub->add_option(name, value, description)
         ->type_name(unit)
-        ->check(CLI::Range(least, most))
+        ->check(Within(least, most))
         ->capture_default_str();
   };
   TrafficOptions& made = options->made;

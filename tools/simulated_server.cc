@@ -3,10 +3,12 @@
 #include <fmt/format.h>
 
 #include <fstream>
+#include <type_traits>
 
 #include <CLI/CLI.hpp>
 
 #include "policy/ladder_file.h"
+#include "tools/value_checks.h"
 
 namespace espalier {
 namespace {
@@ -29,10 +31,13 @@ void AddSimulatedServerOptions(CLI::App& sub, SimulatedServerOptions* options) {
       ->required();
   const auto number = [&](const char* name, auto& value, auto least, auto most, const char* unit,
                           const char* description) {
-    sub.add_option(name, value, description)
-        ->type_name(unit)
-        ->check(CLI::Range(least, most))
-        ->capture_default_str();
+    CLI::Option* const option = sub.add_option(name, value, description)->type_name(unit);
+    if constexpr (std::is_floating_point_v<decltype(least)>) {
+      option->check(Within(least, most));  // which NaN is not
+    } else {
+      option->check(CLI::Range(least, most));
+    }
+    option->capture_default_str();
   };
   number("--kv-memory", options->kv_mib, 0.01, 1e7, "MIB", "Of the KV pool");
   number("--max-sequences", options->max_sequences, 1, 4096, "COUNT", "That run at once");

@@ -2,6 +2,8 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -65,8 +67,17 @@ class FileRewriter final : public ModelRewriter {
   absl::Status Begin(Header header, std::map<std::string, Place> places) {
     header_ = std::move(header);
     places_ = std::move(places);
-    file_ = open(aside().c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    file_ = open(aside().c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
     if (file_ < 0) return SystemError("open");
+    // Of two that write the same model one does; what a killed one left is written over.
+    struct stat opened, there;
+    if (flock(file_, LOCK_EX | LOCK_NB) != 0 || fstat(file_, &opened) != 0 ||
+        stat(aside().c_str(), &there) != 0 || opened.st_ino != there.st_ino) {
+      close(std::exchange(file_, -1));
+      return absl::FailedPreconditionError(
+          fmt::format("{}: is being written by another process", path_));
+    }
+    if (ftruncate(file_, 0) != 0) return SystemError("truncate");
     for (auto& [name, place] : places_) {
       if (place.replaced) continue;
       const absl::Status status = WriteAt(place.offset, place.tensor->data, place.tensor->bytes);
@@ -122,13 +133,13 @@ class FileRewriter final : public ModelRewriter {
         !status.ok()) {
       return status;
     }
-    const int file = std::exchange(file_, -1);
-    const bool closed = close(file) == 0;
+    // The lock ends with the last descriptor, when the name is no longer that of what is written.
+    const int file = dup(file_);
+    const bool closed = file >= 0 && close(file) == 0;
     if (!closed || std::rename(aside().c_str(), path_.c_str()) != 0) {
-      const absl::Status status = SystemError(closed ? "rename" : "close");
-      std::remove(aside().c_str());
-      return status;
+      return SystemError(closed ? "rename" : "close");
     }
+    close(std::exchange(file_, -1));
     return absl::OkStatus();
   }
 
