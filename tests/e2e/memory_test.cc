@@ -63,7 +63,9 @@ class SqueezedServer {
   SqueezedServer(const std::string& model, const std::string& policy)
       : server_(ESPALIER_SERVER, {"--model", model, "--ladder", ESPALIER_LADDER, "--policy", policy,
                                   "--metrics-port", "-1", "--log-level", "warning", "--kv-memory",
-                                  "96MiB", "--admin", "--prefix-cache=false"}),
+                                  "96MiB", "--admin", "--prefix-cache=false",
+                                  // Of memory alone: a slow machine refuses nobody.
+                                  "--ttft-target", "300", "--tpot-target", "30"}),
         remote_{.address = fmt::format("127.0.0.1:{}", server_.port())},
         stub_(v1::EspalierService::NewStub(Connect(remote_))) {
     for (int i = 0; i < 3000 && !Load().has_value(); ++i) usleep(10'000);
