@@ -222,7 +222,9 @@ class Reload(unittest.TestCase):
             began = time.monotonic()
             self.assertEqual(server.terminate(), 0)
             self.assertLess(time.monotonic() - began, 5)
-            self.assertEqual(last.result(), grpc.StatusCode.UNAVAILABLE)
+            # gRPC cuts off by CANCELLED what comes between our last answer and the end of its listener.
+            self.assertIn(last.result(),
+                          (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED))
 
     def test_a_server_prunes_itself_by_what_it_served(self):
         moments = pathlib.Path(self.folder.name) / "served.moments"
