@@ -144,6 +144,8 @@ class Server:
         return self
 
     def __exit__(self, *unused):
+        if self.process.poll() not in (None, 0):
+            print(f"the server ended by {self.process.returncode}:\n{self.log()}", file=sys.stderr)
         with contextlib.suppress(Exception):
             self.channel.close()
         self.kill()

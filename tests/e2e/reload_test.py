@@ -124,11 +124,13 @@ class Reload(unittest.TestCase):
             callers = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
             for caller in callers:
                 caller.start()
-            for turn in range(6):
-                model = str(self.pruned) if turn % 2 == 0 else str(MODEL)
-                server.stub.ReloadModel(pb.ReloadModelRequest(model=model), timeout=60)
-                self.wait_for_log(server, "weights before released", turn + 1)
-            stop.set()
+            try:
+                for turn in range(6):
+                    model = str(self.pruned) if turn % 2 == 0 else str(MODEL)
+                    server.stub.ReloadModel(pb.ReloadModelRequest(model=model), timeout=60)
+                    self.wait_for_log(server, "weights before released", turn + 1)
+            finally:  # or the threads would keep this process
+                stop.set()
             for caller in callers:
                 caller.join(60)
             self.assertEqual(wrong, [])
@@ -162,9 +164,9 @@ class Reload(unittest.TestCase):
                       without_ladder=True)
             self.code(server, grpc.StatusCode.INVALID_ARGUMENT, "model", model="a\nb")
             self.code(server, grpc.StatusCode.INVALID_ARGUMENT, "ladder", ladder="a" * 2000)
-            budget = server.load().memory
+            held = server.load().memory
             server.stub.SetMemoryBudget(pb.SetMemoryBudgetRequest(
-                bytes=budget.resident - budget.kv_used), timeout=9)
+                bytes=held.weights + held.workspace), timeout=9)
             self.assertIn("MiB are left", self.code(
                 server, grpc.StatusCode.RESOURCE_EXHAUSTED, "model", model=str(self.pruned),
                 without_ladder=True))

@@ -53,8 +53,10 @@ class Soak(unittest.TestCase):
                        for i in range(CALLERS)]
             for caller in callers:
                 caller.start()
-            least = self.squeeze(server, whole)
-            self.ended.set()
+            try:
+                least = self.squeeze(server, whole)
+            finally:  # or the threads would keep this process
+                self.ended.set()
             for caller in callers:
                 caller.join(60)
                 self.assertFalse(caller.is_alive(), "a call hangs")
