@@ -143,7 +143,10 @@ class Server:
     def __enter__(self):
         return self
 
-    def __exit__(self, *unused):
+    def __exit__(self, failure, *unused):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            if failure and issubclass(failure, grpc.RpcError):
+                self.process.wait(5)  # a sanitizer's report takes a while
         if self.process.poll() not in (None, 0):
             print(f"the server ended by {self.process.returncode}:\n{self.log()}", file=sys.stderr)
         with contextlib.suppress(Exception):
