@@ -54,7 +54,7 @@ void QualityCheck::Forget(RequestId id) {
 }
 
 Instant QualityCheck::Due(Instant idle_since) const {
-  if (!text_.has_value() || running_.has_value()) return kNever;
+  if (!text_.has_value() || running_.has_value() || idle_since == kNever) return kNever;
   const auto idle =
       std::chrono::duration_cast<Instant>(std::chrono::duration<double>(options_.idle_s));
   return std::max(rest_until_, idle_since + idle);

@@ -46,7 +46,8 @@ class QualityCheck {
   void Follow(const SequenceOutput& output);
   void Forget(RequestId id);
 
-  // When Next may have something for an engine that is idle since then; kNever: not as things are.
+  // When Next may have something for an engine that is idle since then (kNever: it is not known to
+  // be); kNever: not as things are.
   Instant Due(Instant idle_since) const;
   // A request that scores a text, for an engine that is idle; nothing if none is due.
   std::optional<Request> Next(Instant now, Instant idle_since);

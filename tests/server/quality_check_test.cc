@@ -112,6 +112,8 @@ TEST_F(QualityCheckTest, LooksOnlyAtTextsThatAreWhole) {
 TEST_F(QualityCheckTest, WaitsUntilTheEngineIsIdleAndTakesItsShareOfTime) {
   Serve(1);
   EXPECT_EQ(check_.Due(now_), now_ + milliseconds(200));
+  EXPECT_EQ(check_.Due(kNever), kNever) << "it is not idle yet";
+  EXPECT_EQ(check_.Next(now_, kNever), std::nullopt);
   EXPECT_EQ(check_.Next(now_ + milliseconds(199), now_), std::nullopt);
   EXPECT_EQ(Run(-1), 1);
   EXPECT_EQ(check_.Due(Instant{0}), now_ + milliseconds(90)) << "10 ms of 100";
