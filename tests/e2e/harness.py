@@ -143,11 +143,11 @@ class Server:
     def __enter__(self):
         return self
 
-    def __exit__(self, failure, *unused):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            if failure and issubclass(failure, grpc.RpcError):
+    def __exit__(self, failure=None, *unused):
+        if failure and issubclass(failure, grpc.RpcError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(5)  # a sanitizer's report takes a while
-        if self.process.poll() not in (None, 0):
+        if failure and self.process.poll() is not None:
             print(f"the server ended by {self.process.returncode}:\n{self.log()}", file=sys.stderr)
         with contextlib.suppress(Exception):
             self.channel.close()

@@ -167,10 +167,13 @@ class Reload(unittest.TestCase):
             held = server.load().memory
             server.stub.SetMemoryBudget(pb.SetMemoryBudgetRequest(
                 bytes=held.weights + held.workspace), timeout=9)
-            self.assertIn("MiB are left", self.code(
+            # With so little, weights that rung 0 does not need may have left as well.
+            self.assertRegex(self.code(
                 server, grpc.StatusCode.RESOURCE_EXHAUSTED, "model", model=str(self.pruned),
-                without_ladder=True))
+                without_ladder=True), "MiB are left|MiB of the served weights have left memory")
             server.stub.SetMemoryBudget(pb.SetMemoryBudgetRequest(bytes=0), timeout=9)
+            self.assertIsNotNone(server.wait_for_load(
+                lambda load: load.memory.weights_released == 0))
             self.assertEqual(len(server.stub.GetModel(pb.GetModelRequest(), timeout=9).rungs), 2)
             self.assertEqual(answer(server, self.prompts[1]), self.old[1])
             # The same model, read anew, keeps its ladder; the other has none.
