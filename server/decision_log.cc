@@ -4,6 +4,7 @@
 #include <pthread.h>
 
 #include <chrono>
+#include <string_view>
 #include <utility>
 
 namespace espalier {
@@ -11,6 +12,7 @@ namespace {
 
 constexpr size_t kMost = 65536;  // minutes of steps, should the disk stall
 constexpr std::chrono::milliseconds kEvery{100};
+constexpr std::string_view kBegins = R"({"policy":)";
 
 // Numbers as they are, so that they are read back to the same bits.
 std::string Line(const Decision& decision) {
@@ -33,6 +35,13 @@ std::string BandText(const PressureBand& band) {
 absl::StatusOr<std::unique_ptr<DecisionLog>> DecisionLog::Create(const std::string& path,
                                                                  const LadderPolicyOptions& options,
                                                                  std::string_view learned) {
+  std::string there(kBegins.size(), '\0');
+  std::ifstream before(path, std::ios::binary);
+  before.read(there.data(), static_cast<std::streamsize>(there.size()));
+  if (before.gcount() > 0 && there != kBegins) {
+    return absl::AlreadyExistsError(
+        fmt::format("--decision-log: {}: is no decision log and would be written over", path));
+  }
   std::ofstream file(path, std::ios::binary);
   file << fmt::format(
       R"({{"policy":"{}","network":"{}","version":2,"ttft_target_s":{},"tpot_target_s":{},"kv_lower":{},"load_loss":{},)"

@@ -161,7 +161,7 @@ int RunCommand(int argc, const char* const* argv) {
       "ESPALIER_CLI_CONFIG; the command line wins over the environment, and the environment over "
       "the\n"
       "file.\n"
-      "Exit codes: 0; 1 failed; 2 unknown option or bad value; 130 interrupted.");
+      "Exit codes: 0; 1 failed; 2 unknown option or bad value; 130 or 143 interrupted.");
 
   Action action;
   AddChat(root, &action);
@@ -197,7 +197,7 @@ int RunCommand(int argc, const char* const* argv) {
   }
 
   const absl::Status status = action();
-  if (Interrupt::raised()) return 130;
+  if (const int signal = Interrupt::raised(); signal != 0) return 128 + signal;
   if (status.ok()) return 0;
   const std::string message(status.message());
   fmt::print(stderr, "espalier: {}\n", OneLine(message));

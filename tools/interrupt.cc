@@ -10,13 +10,13 @@ namespace {
 
 // What a signal handler may touch: a lock-free flag and a pipe. The pipe outlives every guard, so
 // that a late handler never writes to a descriptor that means something else.
-std::atomic<bool> caught = false;
+std::atomic<int> caught = 0;  // the signal
 int wake[2] = {-1, -1};
 
-void OnSignal(int) {
-  if (caught.exchange(true)) {
-    std::signal(SIGINT, SIG_DFL);
-    std::raise(SIGINT);
+void OnSignal(int signal) {
+  if (caught.exchange(signal) != 0) {
+    std::signal(signal, SIG_DFL);
+    std::raise(signal);
     return;
   }
   const char byte = 'c';
@@ -37,17 +37,19 @@ Interrupt::Interrupt(std::function<void()> cancel) {
   struct sigaction action{};
   action.sa_handler = OnSignal;
   action.sa_flags = SA_RESTART;
-  sigaction(SIGINT, &action, &previous_);
+  sigaction(SIGINT, &action, &previous_[0]);
+  sigaction(SIGTERM, &action, &previous_[1]);
 }
 
 Interrupt::~Interrupt() {
   if (!waiter_.joinable()) return;
-  sigaction(SIGINT, &previous_, nullptr);
+  sigaction(SIGINT, &previous_[0], nullptr);
+  sigaction(SIGTERM, &previous_[1], nullptr);
   const char byte = 'q';
   [[maybe_unused]] const ssize_t written = write(wake[1], &byte, 1);
   waiter_.join();
 }
 
-bool Interrupt::raised() { return caught.load(); }
+int Interrupt::raised() { return caught.load(); }
 
 }  // namespace espalier

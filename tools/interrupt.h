@@ -1,4 +1,4 @@
-// Ctrl-C as a cancellation: the call in flight is cancelled and ends in order.
+// Ctrl-C or SIGTERM as a cancellation: the call in flight is cancelled and ends in order.
 #pragma once
 
 #include <csignal>
@@ -7,8 +7,8 @@
 
 namespace espalier {
 
-// While it lives, the first SIGINT calls `cancel` (once, on a thread of its own) and a second one
-// ends the process as SIGINT does by default. One at a time.
+// While it lives, the first SIGINT or SIGTERM calls `cancel` (once, on a thread of its own) and a
+// second one ends the process as it does by default. One at a time.
 class Interrupt {
  public:
   explicit Interrupt(std::function<void()> cancel);
@@ -16,11 +16,11 @@ class Interrupt {
   Interrupt(const Interrupt&) = delete;
   Interrupt& operator=(const Interrupt&) = delete;
 
-  // Whether a SIGINT was caught since the process began.
-  static bool raised();
+  // The signal that was caught since the process began; 0: none.
+  static int raised();
 
  private:
-  struct sigaction previous_{};
+  struct sigaction previous_[2]{};  // of SIGINT, SIGTERM
   std::thread waiter_;
 };
 

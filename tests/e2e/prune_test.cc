@@ -146,11 +146,13 @@ TemporaryFolder* PruneTest::folder_ = nullptr;
 TEST_F(PruneTest, InterruptedLeavesNothing) {
   const std::string out = folder_->Path("out.gguf");
   folder_->Write("out.gguf", "what was there");
-  const pid_t child = StartAndSeeItWrite("out.gguf");
-  kill(child, SIGINT);
-  EXPECT_EQ(Wait(child), 130) << Error();
-  EXPECT_EQ(ReadAll(out), "what was there");
-  EXPECT_FALSE(fs::exists(out + ".new"));
+  for (const int signal : {SIGINT, SIGTERM}) {
+    const pid_t child = StartAndSeeItWrite("out.gguf");
+    kill(child, signal);
+    EXPECT_EQ(Wait(child), 128 + signal) << Error();
+    EXPECT_EQ(ReadAll(out), "what was there");
+    EXPECT_FALSE(fs::exists(out + ".new"));
+  }
 }
 
 TEST_F(PruneTest, KilledLeavesNoModel) {

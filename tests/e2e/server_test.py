@@ -379,6 +379,17 @@ class Pruning(unittest.TestCase):
             self.assertEqual(finished.served.rungs[0].rung, 0)
             self.assertIn("quality", finished.served.reason)
 
+    def test_a_decision_log_is_written_over_no_other_file(self):
+        ladder = pathlib.Path(self.folder.name) / "kept.ladder"
+        ladder.write_text(self.refitted.read_text())
+        shutil.copyfile(f"{self.refitted}.gguf", f"{ladder}.gguf")
+        done = subprocess.run([BINARY, "--model", MODEL, "--port", "0", "--metrics-port", "-1",
+                               "--ladder", ladder, "--policy", "ladder", "--decision-log", ladder],
+                              capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("kept.ladder: is no decision log", done.stdout + done.stderr)
+        self.assertEqual(ladder.read_text(), self.refitted.read_text())
+
     def test_shadow_policy_serves_the_full_model(self):
         options = ("--ladder", self.refitted, "--policy", "ladder", "--policy-mode", "shadow",
                    "--ttft-target", "0.001", "--max-sequences", "1")
