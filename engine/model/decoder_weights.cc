@@ -1,7 +1,6 @@
 // Where a decoder's weights come from: loaded from a file, gathered and refitted for rungs, and
 // given back to the device while no rung that is served needs them.
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -9,6 +8,7 @@
 #include <utility>
 
 #include "engine/model/decoder.h"
+#include "engine/model/files/checksum.h"
 #include "engine/model/files/quant_blocks.h"
 #include "engine/scheduling/invariant.h"
 #include "fmt/format.h"
@@ -127,19 +127,10 @@ absl::StatusOr<Weight> UploadRefit(std::span<const FourBitGroup> groups, const W
 }
 
 // Of a weight's packed values. Weights that come back are held to what they were.
-uint64_t Checksum(const Weight& weight) {
-  uint64_t sums[4] = {1, 2, 3, 4};  // side by side: a multiplication waits for the one before
-  const size_t words = weight.bytes / sizeof(uint64_t);
-  for (size_t i = 0; i < words; ++i) {
-    uint64_t word;
-    std::memcpy(&word, weight.blocks + i * sizeof(word), sizeof(word));
-    uint64_t& sum = sums[i % 4];
-    sum = std::rotl((sum ^ word) * 0x9e3779b97f4a7c15, 29);
-  }
-  for (size_t i = words * sizeof(uint64_t); i < weight.bytes; ++i) {
-    sums[0] = (sums[0] ^ weight.blocks[i]) * 0x9e3779b97f4a7c15;
-  }
-  return ((sums[0] * 3 + sums[1]) * 5 + sums[2]) * 7 + sums[3];
+uint64_t ChecksumOf(const Weight& weight) {
+  Checksum checksum;
+  checksum.Add(weight.blocks, weight.bytes);
+  return checksum.value();
 }
 
 }  // namespace
@@ -413,7 +404,7 @@ absl::Status Decoder::FitLayer(int layer, RungSet served) {
   }
   for (auto each = first; each != last; ++each) {
     if ((each->users & served) != 0 || each->weight->blocks == nullptr) continue;
-    if (each->checksum == 0) each->checksum = Checksum(*each->weight) | 1;
+    if (each->checksum == 0) each->checksum = ChecksumOf(*each->weight) | 1;
     released_bytes_ += each->weight->releasable;
     ++released_;
     backend_->ReleaseWeight(each->weight);
@@ -448,7 +439,7 @@ absl::Status Decoder::Refill(Releasable* part) {
           SourceOf(sources_.channels->RefitOf(part->layer, part->count).down, part->count), weight);
       break;
   }
-  if (status.ok() && (Checksum(*weight) | 1) != part->checksum) {
+  if (status.ok() && (ChecksumOf(*weight) | 1) != part->checksum) {
     status = absl::DataLossError("the values are not those that were released");
   }
   if (!status.ok()) {

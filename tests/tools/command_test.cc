@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include "tests/support/run_command.h"
+
 namespace espalier {
 namespace {
 
@@ -18,33 +20,14 @@ using testing::AllOf;
 using testing::ContainsRegex;
 using testing::HasSubstr;
 
-struct Outcome {
-  int code = 0;
-  std::string out;
-  std::string err;
-};
-
-using Arguments = std::vector<const char*>;
+using Arguments = std::vector<std::string>;
 
 // The variables that name the tests' data are spelt like options of ours; the command must not see
 // them in these tests.
-const bool kCleared = [] {
+[[maybe_unused]] const bool kCleared = [] {
   for (const char* name : {"ESPALIER_MODEL", "ESPALIER_TEXT"}) unsetenv(name);
   return true;
 }();
-
-Outcome RunWith(const Arguments& arguments) {
-  EXPECT_TRUE(kCleared);
-  Arguments argv = {"espalier"};
-  argv.insert(argv.end(), arguments.begin(), arguments.end());
-  testing::internal::CaptureStdout();
-  testing::internal::CaptureStderr();
-  Outcome outcome;
-  outcome.code = RunCommand(static_cast<int>(argv.size()), argv.data());
-  outcome.out = testing::internal::GetCapturedStdout();
-  outcome.err = testing::internal::GetCapturedStderr();
-  return outcome;
-}
 
 bool OneLine(const std::string& text) {
   return std::count(text.begin(), text.end(), '\n') == 1 && text.ends_with('\n');
@@ -163,7 +146,7 @@ TEST(Command, BadValuesAreNamedInOneLine) {
 
 TEST(Command, RepeatedOptionsAreBounded) {
   const std::string long_stop(257, 's');
-  EXPECT_THAT(RunWith({"generate", "x", "--stop", long_stop.c_str()}).err, HasSubstr("--stop"));
+  EXPECT_THAT(RunWith({"generate", "x", "--stop", long_stop}).err, HasSubstr("--stop"));
   for (const auto& [name, value, most] : std::vector<std::tuple<const char*, const char*, int>>{
            {"--stop", "s", 16}, {"--stop-id", "7", 64}, {"--logit-bias", "7=1", 1024}}) {
     Arguments arguments = {"generate", "x", kNobody};
