@@ -74,6 +74,9 @@ absl::StatusOr<WeightPruningOptions> Plan(const Options& options) {
   plan.weights = static_cast<WeightPlan>(IndexOf(kWeightPlanNames, options.model.weights));
   plan.skip_first = options.skip_first;
   const bool swift = options.method == "swift";
+  if (options.skip_first && options.window == 1) {
+    return Contradiction("--skip-first", "leaves nothing of windows of one token");
+  }
   if (options.metric != "auto" && !swift) {
     return Contradiction("--metric", "of --method swift alone; others are metrics themselves");
   }

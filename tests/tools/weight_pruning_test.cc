@@ -223,6 +223,10 @@ TEST_F(WeightPruningTest, SaysWhatContradicts) {
   EXPECT_THAT(error({"--pattern", "4:4"}), HasSubstr("--pattern"));
   EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", folder_.Path("m.gguf")}).err,
               HasSubstr("--calibration"));
+  EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", folder_.Path("m.gguf"), "--calibration",
+                       kText, "--window", "1", "--skip-first"})
+                  .err,
+              HasSubstr("--skip-first: leaves nothing"));
   EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", kModel, "--method", "magnitude"}).err,
               HasSubstr("another than the model's own"));
   EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", folder_.Path("folder"), "--method",
