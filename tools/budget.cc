@@ -46,6 +46,11 @@ absl::Status Run(const Options& options) {
              memory.budget() > 0 ? MiB(memory.budget()) : "none", MiB(memory.resident()),
              MiB(memory.weights()), released, MiB(memory.workspace()),
              MiB(memory.kv_used() + memory.kv_reusable()), MiB(memory.kv_allowed()));
+  if (memory.kv_allowed() == 0) {
+    fmt::print(stderr,
+               "espalier: no memory is left for KV beside weights and workspace: new requests are "
+               "refused\n");
+  }
   return absl::OkStatus();
 }
 

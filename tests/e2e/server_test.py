@@ -64,6 +64,24 @@ class Memory(unittest.TestCase):
             self.assertEqual(refused.exception.code(), grpc.StatusCode.PERMISSION_DENIED)
             self.assertEqual(server.load().memory.budget, 0)
 
+    def test_command_tells_what_a_budget_means(self):
+        with Server(BINARY, MODEL, "--admin") as server:
+            def told(*size):
+                done = subprocess.run([pathlib.Path(BINARY).with_name("espalier"), "budget", *size,
+                                       "--address", server.address], capture_output=True, text=True)
+                self.assertEqual(done.returncode, 0, done.stderr)
+                return done.stdout, done.stderr
+
+            self.assertIn("budget none", told()[0])
+            out, warned = told("1")
+            self.assertIn("KV 0.0 MiB of 0.0 MiB", out)
+            self.assertIn("new requests are refused", warned)
+            with self.assertRaises(grpc.RpcError) as refused:
+                list(server.stub.Generate(text_request("x", 5)))
+            self.assertEqual(refused.exception.code(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+            self.assertEqual(told("0")[1], "")
+            list(server.stub.Generate(text_request("x", 5)))
+
 
 class Calls(unittest.TestCase):
     @classmethod
