@@ -28,7 +28,7 @@ double Seconds(Clock::duration duration) { return std::chrono::duration<double>(
 
 class Generator;
 
-// One call. Deletes itself when it has ended.
+// One call, its own until it has ended.
 class Call final : public grpc::ClientReadReactor<v1::GenerateResponse> {
  public:
   Call(Generator* generator, v1::EspalierService::Stub* stub, const RemoteOptions& remote,
@@ -65,7 +65,7 @@ class Generator {
       : stub_(stub), remote_(remote), shape_(shape), random_(shape.seed) {}
 
   LoadReport Run(const std::function<void(int64_t, int64_t)>& progress);
-  void Ended(Call* call, const grpc::Status& status);
+  void Ended(std::unique_ptr<Call> call, const grpc::Status& status);
 
  private:
   v1::GenerateRequest RandomRequest();
@@ -110,8 +110,7 @@ void Call::OnReadDone(bool ok) {
 void Call::OnDone(const grpc::Status& status) {
   times_.end = Seconds(Clock::now() - start_);
   past_deadline_ |= status.ok() && deadline_ > 0 && times_.end > deadline_;
-  generator_->Ended(this, status);
-  delete this;
+  generator_->Ended(std::unique_ptr<Call>(this), status);
 }
 
 v1::GenerateRequest Generator::RandomRequest() {
@@ -139,11 +138,10 @@ void Generator::Begin() {
   call->StartCall();
 }
 
-void Generator::Ended(Call* call, const grpc::Status& status) {
-  const StreamTimes& times = call->times();
+void Generator::Ended(std::unique_ptr<Call> call, const grpc::Status& status) {
+  const StreamTimes times = call->times();
   const std::lock_guard lock(mutex_);
-  in_flight_.erase(call);
-  ++ended_;
+  in_flight_.erase(call.get());
   report_.tokens += times.tokens;
   report_.past_deadline += call->past_deadline();
   if (times.tokens > 0) report_.first_token.push_back(times.first_token);
@@ -169,6 +167,10 @@ void Generator::Ended(Call* call, const grpc::Status& status) {
     refusals.with_retry_info += RetryAfter(status) >= 0;
     if (refusals.example.empty()) refusals.example = status.error_message();
   }
+  // Before Run may return: if the caller's stub went first, the call's would be the channel's last
+  // reference, and gRPC's thread would end itself in it.
+  call.reset();
+  ++ended_;
   changed_.notify_all();
 }
 
