@@ -296,10 +296,14 @@ class Pruning(unittest.TestCase):
                     break
             self.assertGreater(pruned, 3)
             self.assertGreater(hardest or 0, 400)
-            # Two quiet seconds later, which a report ends that comes with the next request.
-            time.sleep(2.5)
-            list(server.stub.Generate(text_request("x", 8)))
-            last = list(server.stub.Generate(text_request("x", 8)))[-1].finished.served
+            # Two quiet seconds later, which a report ends that comes with the next request. Where
+            # the machine holds that one up for 20 ms, it is pressure again.
+            for _ in range(5):
+                time.sleep(2.5)
+                list(server.stub.Generate(text_request("x", 8)))
+                last = list(server.stub.Generate(text_request("x", 8)))[-1].finished.served
+                if last.rungs[0].rung == 0 and self.metric(server, "espalier_policy_rung") == 0:
+                    break
             self.assertEqual([(use.rung, use.tokens) for use in last.rungs], [(0, 8)])
             self.assertEqual(self.metric(server, "espalier_policy_rung"), 0)
             self.assertEqual(server.terminate(), 0)
