@@ -4,7 +4,9 @@
 #include <pthread.h>
 
 #include <chrono>
+#include <filesystem>
 #include <string_view>
+#include <system_error>
 #include <utility>
 
 namespace espalier {
@@ -35,21 +37,26 @@ std::string BandText(const PressureBand& band) {
 absl::StatusOr<std::unique_ptr<DecisionLog>> DecisionLog::Create(const std::string& path,
                                                                  const LadderPolicyOptions& options,
                                                                  std::string_view learned) {
-  std::string there(kBegins.size(), '\0');
-  std::ifstream before(path, std::ios::binary);
-  before.read(there.data(), static_cast<std::streamsize>(there.size()));
-  if (before.gcount() > 0 && there != kBegins) {
-    return absl::AlreadyExistsError(
-        fmt::format("--decision-log: {}: is no decision log and would be written over", path));
+  // A pipe or a terminal has nothing to lose, and to read from it could wait for ever.
+  if (std::error_code none; std::filesystem::is_regular_file(path, none)) {
+    std::string there(kBegins.size(), '\0');
+    std::ifstream before(path, std::ios::binary);
+    before.read(there.data(), static_cast<std::streamsize>(there.size()));
+    if (before.gcount() > 0 && there != kBegins) {
+      return absl::AlreadyExistsError(
+          fmt::format("--decision-log: {}: is no decision log and would be written over", path));
+    }
   }
   std::ofstream file(path, std::ios::binary);
-  file << fmt::format(
-      R"({{"policy":"{}","network":"{}","version":2,"ttft_target_s":{},"tpot_target_s":{},"kv_lower":{},"load_loss":{},)"
-      R"("wait":{},"step":{},"raise_dwell_s":{},"lower_dwell_s":{}}})"
-      "\n",
-      learned.empty() ? "ladder" : "dqn", learned, options.ttft_target_s, options.tpot_target_s,
-      options.kv_lower, options.load_loss, BandText(options.wait), BandText(options.step),
-      options.raise_dwell_s, options.lower_dwell_s);
+  file
+      << kBegins
+      << fmt::format(
+             R"("{}","network":"{}","version":2,"ttft_target_s":{},"tpot_target_s":{},"kv_lower":{},"load_loss":{},)"
+             R"("wait":{},"step":{},"raise_dwell_s":{},"lower_dwell_s":{}}})"
+             "\n",
+             learned.empty() ? "ladder" : "dqn", learned, options.ttft_target_s,
+             options.tpot_target_s, options.kv_lower, options.load_loss, BandText(options.wait),
+             BandText(options.step), options.raise_dwell_s, options.lower_dwell_s);
   file.flush();
   if (!file) {
     return absl::UnavailableError(fmt::format("--decision-log: {}: cannot be written", path));

@@ -139,9 +139,10 @@ void Generator::Begin() {
 }
 
 void Generator::Ended(std::unique_ptr<Call> call, const grpc::Status& status) {
-  const StreamTimes times = call->times();
+  const StreamTimes& times = call->times();
   const std::lock_guard lock(mutex_);
   in_flight_.erase(call.get());
+  ++ended_;
   report_.tokens += times.tokens;
   report_.past_deadline += call->past_deadline();
   if (times.tokens > 0) report_.first_token.push_back(times.first_token);
@@ -167,10 +168,9 @@ void Generator::Ended(std::unique_ptr<Call> call, const grpc::Status& status) {
     refusals.with_retry_info += RetryAfter(status) >= 0;
     if (refusals.example.empty()) refusals.example = status.error_message();
   }
-  // Before Run may return: if the caller's stub went first, the call's would be the channel's last
-  // reference, and gRPC's thread would end itself in it.
+  // While Run waits for the lock: if the caller's stub went first, the call's would be the
+  // channel's last reference, and gRPC's thread would end itself in it.
   call.reset();
-  ++ended_;
   changed_.notify_all();
 }
 
