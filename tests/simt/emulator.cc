@@ -1,5 +1,6 @@
 #include "tests/simt/emulator.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <array>
@@ -63,8 +64,11 @@ void Arrive([[maybe_unused]] const Stack& at, [[maybe_unused]] Stack* from) {
 
 enum class State { kReady, kAtBarrier, kAtCollective, kLeft };
 
+// It starts by its context, which takes two system calls, and goes on by its registers.
 struct Fiber {
   ucontext_t context;
+  jmp_buf registers;
+  bool started;
   Stack stack;
   State state;
   Site site;       // where it waits
@@ -73,6 +77,17 @@ struct Fiber {
 
 thread_local Device* current_device = nullptr;
 thread_local Grid* current_grid = nullptr;
+
+// Kept from launch to launch: the machine hands out fresh pages more slowly than a kernel runs.
+std::byte* Stacks(unsigned threads) {
+  thread_local std::unique_ptr<std::byte[]> stacks;
+  thread_local unsigned count = 0;
+  if (count < threads) {
+    stacks = std::make_unique_for_overwrite<std::byte[]>(threads * kStackBytes);
+    count = threads;
+  }
+  return stacks.get();
+}
 
 }  // namespace
 
@@ -85,7 +100,7 @@ class Grid {
         blocks_(blocks),
         thread_(thread),
         arguments_(arguments),
-        stacks_(std::make_unique_for_overwrite<std::byte[]>(threads * kStackBytes)),
+        stacks_(Stacks(threads)),
         fibers_(threads),
         order_(threads) {}
 
@@ -111,7 +126,7 @@ class Grid {
       at_barrier_ = 0;
       for (Fiber& fiber : fibers_) fiber.state = State::kReady;
     }
-    Suspend(&own.stack);
+    Suspend(&own);
   }
 
   // `result` makes of the values of a warp's lanes, and a lane, what that lane gets.
@@ -132,7 +147,7 @@ class Grid {
         warp[lane].state = State::kReady;
       }
     }
-    Suspend(&own.stack);
+    Suspend(&own);
     return own.value;
   }
 
@@ -175,10 +190,11 @@ class Grid {
     arrays_.clear();
     for (unsigned i = 0; i < fibers_.size(); ++i) {
       Fiber& fiber = fibers_[i];
-      fiber.stack = {.bottom = stacks_.get() + i * kStackBytes, .bytes = kStackBytes};
+      fiber.stack = {.bottom = stacks_ + i * kStackBytes, .bytes = kStackBytes};
       fiber.state = State::kReady;
+      fiber.started = false;
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stacks_.get() + i * kStackBytes;
+      fiber.context.uc_stack.ss_sp = stacks_ + i * kStackBytes;
       fiber.context.uc_stack.ss_size = kStackBytes;
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, &Grid::RunThread, 0);
@@ -203,24 +219,29 @@ class Grid {
     Arrive({}, &grid->host_stack_);
     grid->thread_(grid->arguments_);
     grid->fibers_[grid->running_].state = State::kLeft;
-    grid->Suspend(nullptr);
+    Leave(nullptr, grid->host_stack_);
+    _longjmp(grid->host_, 1);
   }
 
   void Resume(unsigned thread) {
+    Fiber& fiber = fibers_[thread];
     running_ = thread;
     current_grid = this;
-    Leave(&host_stack_, fibers_[thread].stack);
-    swapcontext(&host_, &fibers_[thread].context);
+    Leave(&host_stack_, fiber.stack);
+    if (_setjmp(host_) == 0) {
+      if (fiber.started) _longjmp(fiber.registers, 1);
+      fiber.started = true;
+      setcontext(&fiber.context);
+    }
     Arrive(host_stack_, nullptr);
     current_grid = nullptr;
   }
 
-  // Back to the host; for good without a stack.
-  void Suspend(Stack* own) {
-    const unsigned thread = running_;
-    Leave(own, host_stack_);
-    swapcontext(&fibers_[thread].context, &host_);
-    Arrive(*own, nullptr);
+  // Back to the host.
+  void Suspend(Fiber* own) {
+    Leave(&own->stack, host_stack_);
+    if (_setjmp(own->registers) == 0) _longjmp(host_, 1);
+    Arrive(own->stack, nullptr);
   }
 
   void TellDivergence() {
@@ -243,10 +264,10 @@ class Grid {
   const unsigned blocks_;
   void (*const thread_)(const void*);
   const void* const arguments_;
-  const std::unique_ptr<std::byte[]> stacks_;
+  std::byte* const stacks_;
   std::vector<Fiber> fibers_;
   std::vector<unsigned> order_;
-  ucontext_t host_;
+  jmp_buf host_;
   Stack host_stack_;
   unsigned block_ = 0;
   unsigned running_ = 0;
