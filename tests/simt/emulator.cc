@@ -32,9 +32,9 @@ class Grid;
 
 namespace {
 
-constexpr size_t kDeviceBytes = 16 << 20;
+constexpr size_t kDeviceBytes = 1 << 20;
 constexpr size_t kSharedBytes = 48 << 10;  // what every device gives without being asked
-constexpr size_t kStackBytes = 128 << 10;
+constexpr size_t kStackBytes = 64 << 10;
 constexpr unsigned kLanes = 32;
 constexpr unsigned kMostThreads = 1024;
 

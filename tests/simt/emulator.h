@@ -27,7 +27,7 @@ class Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
-  // Uninitialised; 16 MiB in all, given back with the device.
+  // Uninitialised; 1 MiB in all, given back with the device.
   template <class T>
   T* Allocate(size_t count) {
     return reinterpret_cast<T*>(AllocateBytes(count * sizeof(T)));
