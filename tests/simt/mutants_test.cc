@@ -15,7 +15,7 @@ namespace {
 
 using testing::IsEmpty;
 
-constexpr uint32_t kSeeds = 6;
+constexpr uint32_t kSeeds = 4;
 
 // Two blocks an output, the second not full; a last word of one group.
 constexpr int kOutputs = 3, kGroups = 301, kDepth = kGroups * kSparseGroup;
