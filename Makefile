@@ -4,7 +4,7 @@
   layering lint-proto packages clean
 
 SCRIPTS := tools/scripts
-SOURCES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h')
+SOURCES = $(shell git ls-files --cached --others --exclude-standard '*.cc' '*.h' '*.cu' '*.cuh')
 # Without a file clang-format reads standard input, for ever on a terminal.
 NEED_SOURCES = @[ -n "$(SOURCES)" ] || { echo "format: git lists no sources here" >&2; exit 1; }
 

@@ -15,6 +15,7 @@ MAY_INCLUDE = {
     "policy": [],
     "kernels": [],
     "kernels/cpu": ["kernels"],
+    "kernels/cuda": [],
     "proto": [],
     "engine/model_config": ["policy"],
     "engine/ledger": [],
@@ -44,6 +45,7 @@ ONLY_IN = {
     r"CLI/": ["server/options", "tools"],
     r"absl/": ["engine", "kernels", "server", "tools", "tests"],
     r"nlohmann/": ["engine/model", "tools", "tests"],
+    r"cuda|cublas": ["kernels/cuda/arch"],
 }
 
 # No thread, lock, clock or unseeded randomness: whoever drives these passes time and seeds in.
@@ -98,7 +100,7 @@ def check_file(path, text):
         offence = check_include(path, include[1]) if include else None
         if offence:
             yield number, offence
-    if path.endswith(".h") and not re.search(r"^#pragma once$", text, re.M):
+    if path.endswith((".h", ".cuh")) and not re.search(r"^#pragma once$", text, re.M):
         yield 1, "header without #pragma once"
     if any(under(path, place) for place in PURE):
         code = COMMENT_OR_STRING.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
@@ -116,7 +118,7 @@ def check_tree(root):
             path = file.relative_to(root).as_posix()
             if any(part in ("common", "util", "utils") for part in file.relative_to(root).parts):
                 offences.append(f"{path}: a folder is named after its noun, not common or util")
-            if file.suffix in (".h", ".cc"):
+            if file.suffix in (".h", ".cc", ".cu", ".cuh"):
                 folders.add(file.parent)
                 offences += [f"{path}:{number}: {offence}"
                              for number, offence in check_file(path, file.read_text("utf-8"))]
@@ -135,6 +137,9 @@ def self_check():
         ("policy/a.cc", '#include "absl/status/status.h"', True),
         ("kernels/cpu/a.cc", '#include "kernels/backend.h"', False),
         ("kernels/a.cc", '#include "kernels/cpu/cpu_backend.h"', True),
+        ("kernels/cuda/a.cu", '#include "kernels/cuda/arch.cuh"', False),
+        ("kernels/cuda/a.cu", '#include "kernels/backend.h"', True),
+        ("kernels/cuda/a.cu", "#include <cuda_runtime.h>", True),
         ("engine/scheduling/a.cc", '#include "engine/model_config.h"', True),
         ("engine/scheduling/a.cc", '#include "kernels/tensor.h"', True),
         ("engine/engine.cc", '#include "engine/scheduling/scheduler.h"', False),

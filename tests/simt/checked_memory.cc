@@ -24,7 +24,6 @@ std::byte* Aligned(std::byte* at) {
 // No synchronisation but a block's barrier is known; shuffles and votes order nothing.
 bool Ordered(const Access& earlier, const Access& later) {
   if (earlier.launch != later.launch) return true;
-  if (earlier.kind == AccessKind::kAtomic && later.kind == AccessKind::kAtomic) return true;
   if (earlier.block != later.block) return false;
   return earlier.thread == later.thread || earlier.barriers < later.barriers;
 }
@@ -51,7 +50,6 @@ void AddFault(FaultKind kind, const void* where, std::string text, std::vector<F
 }
 
 void Trail::Add(const Access& access) {
-  Access next = access;
   if (last_.launch != access.launch) {
     other_thread_ = other_block_ = {};
   } else if (last_.block != access.block) {
@@ -59,10 +57,8 @@ void Trail::Add(const Access& access) {
     other_thread_ = {};
   } else if (last_.thread != access.thread) {
     other_thread_ = last_;
-  } else if (last_.barriers == access.barriers && last_.kind != AccessKind::kAtomic) {
-    next.kind = last_.kind;  // which an atomic one would excuse
   }
-  last_ = next;
+  last_ = access;
 }
 
 const Access* Trail::Unordered(const Access& access) const {
@@ -124,17 +120,14 @@ void CheckedMemory::Check(const void* at, size_t bytes, const Access& access,
     if (access.kind != AccessKind::kWrite && !byte.written) {
       add(FaultKind::kUninitialised, "finds nothing written");
     }
-    const Access* other = byte.writes.Unordered(access);
-    if (other == nullptr && access.kind != AccessKind::kRead) other = byte.reads.Unordered(access);
-    if (other != nullptr) {
+    for (const AccessKind kind : {AccessKind::kWrite, AccessKind::kAtomic, AccessKind::kRead}) {
+      if (kind == access.kind && kind != AccessKind::kWrite) continue;
+      const Access* const other = byte.trails[static_cast<int>(kind)].Unordered(access);
+      if (other == nullptr) continue;
       add(FaultKind::kRace, fmt::format("is not ordered after the {}", Words(*other)));
     }
-    if (access.kind == AccessKind::kRead) {
-      byte.reads.Add(access);
-    } else {
-      byte.writes.Add(access);
-      byte.written = true;
-    }
+    byte.trails[static_cast<int>(access.kind)].Add(access);
+    if (access.kind != AccessKind::kRead) byte.written = true;
   }
 }
 

@@ -2,6 +2,7 @@
 // a kernel it was touched when, and so sees accesses out of bounds, uninitialised reads and races.
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -37,13 +38,14 @@ struct Access {
   const void* where = nullptr;
 };
 
-// The accesses to a byte that can still race, if all are told in order: of the block that came last
-// the latest of two threads, and the latest of another block. Each later access of the launch that
-// is unordered with any of those left out is so with one of these.
+// Of one kind of access to a byte, those that are enough to see every race, if all are told in
+// order and blocks run one after the other: of the last block the latest of two threads, and the
+// latest of a block before. A later access that is unordered with any other is so with one of
+// these.
 class Trail {
  public:
   void Add(const Access& access);
-  // One that neither comes before `access` nor is atomic as that is; null if there is none.
+  // One that does not come before `access`; null if there is none.
   const Access* Unordered(const Access& access) const;
 
  private:
@@ -70,7 +72,7 @@ class CheckedMemory {
   struct Byte {
     bool allocated = false;
     bool written = false;
-    Trail reads, writes;
+    std::array<Trail, 3> trails;  // by AccessKind
   };
 
   const std::string name_;
