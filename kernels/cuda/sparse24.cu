@@ -4,8 +4,8 @@
 // Kernels lie in no anonymous namespace: who looks at what nvcc made of one finds it by its name.
 namespace espalier::cuda {
 
-// A thread has a group, a block the next groups of one output: loads and stores of a warp follow
-// each other, in 8 bytes a thread of values and 4 of what is kept.
+// A thread takes a group, a block neighbouring groups of one output. So a warp's loads and stores
+// are neighbours too, of 8 bytes for values and 4 for those kept.
 constexpr int kGroup = 4;
 constexpr int kGroupsOfWord = 4;
 constexpr int kLanes = 32;
@@ -15,7 +15,7 @@ constexpr int kThreads = 256;
 using Word32 [[gnu::may_alias]] = uint32_t;
 using Word64 [[gnu::may_alias]] = uint64_t;
 
-// Where a thread's group lies. Beyond an output's last one there are threads without.
+// Where a thread's group lies; the last threads of an output have none.
 struct Position {
   int64_t output;
   int group;
@@ -35,8 +35,8 @@ __device__ inline Position PositionOf(int groups, int blocks_of_output) {
   return position;
 }
 
-// To `*refused`, the first index of a refused group. Only a block's first goes there: of a dense
-// matrix, given by mistake, all would.
+// Leaves the first index of a refused group in `*refused`. A block sends its first one only: of a
+// matrix that is dense by mistake, every group would go to the one address.
 __device__ inline void Refuse(bool refuse, int64_t index, unsigned long long* refused) {
   SHARED_ARRAY(unsigned, refused_lanes, kThreads / kLanes);
   const int warp = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -50,8 +50,8 @@ __device__ inline void Refuse(bool refuse, int64_t index, unsigned long long* re
   atomicMin(refused, static_cast<unsigned long long>(index));
 }
 
-// Two places in four bits, the lower one lower, for a group of which `nonzero` says what is not
-// zero: of a pair beside which only zeros are, some zero's place is told as well.
+// Two places in four bits, the lower one in the lower two, by bits that tell which values are not
+// zero. Of fewer than two such, places of the same zeros as on the CPU.
 __device__ inline unsigned PlacesOf(unsigned nonzero) {
   if (nonzero == 0) nonzero = 0b0011;
   if (nonzero == 0b1000) nonzero = 0b1100;

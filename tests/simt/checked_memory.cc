@@ -28,12 +28,13 @@ bool Ordered(const Access& earlier, const Access& later) {
   return earlier.thread == later.thread || earlier.barriers < later.barriers;
 }
 
-// For `addr2line -e program`.
+// For `addr2line -e program`. A caller returns behind its call, which may be the next line.
 std::string Where(const void* code) {
   Dl_info module;
   if (dladdr(code, &module) == 0) return fmt::format("{}", code);
-  return fmt::format("{}+{:#x}", module.dli_fname,
-                     static_cast<const char*>(code) - static_cast<const char*>(module.dli_fbase));
+  return fmt::format(
+      "{}+{:#x}", module.dli_fname,
+      static_cast<const char*>(code) - 1 - static_cast<const char*>(module.dli_fbase));
 }
 
 std::string Words(const Access& access) {
