@@ -2,10 +2,10 @@
 // words under nvcc, and elsewhere the same words as C++, which whoever links the kernels gives a
 // meaning (tests/simt).
 //
-// Both halves have threadIdx, blockIdx, __syncthreads, __ballot_sync and __shfl_xor_sync, both with
-// all lanes, __popc, __ffs, __clz, atomicMin, and what is made here: SHARED_ARRAY, Launch. Blocks
-// and grids have one dimension, and blocks whole warps. A word comes in with the first kernel that
-// needs it, in both halves.
+// Both halves have threadIdx, blockIdx, __syncthreads, __ballot_sync and __shfl_xor_sync (each with
+// all lanes), __popc, __ffs, __clz, atomicMin, and two that are ours, SHARED_ARRAY and Launch.
+// Grids have one dimension, blocks are of whole warps. A word comes in, in both halves, with the
+// first kernel that needs it.
 #pragma once
 
 struct CUstream_st;
@@ -65,6 +65,8 @@ int RunGrid(unsigned blocks, unsigned threads, void (*thread)(const void*), cons
 
 }  // namespace espalier::simt
 
+// CUDA's names, which are reserved for it.
+// NOLINTBEGIN(bugprone-reserved-identifier,bugprone-macro-parentheses)
 #define __global__
 #define __device__
 #define __launch_bounds__(threads)
@@ -87,6 +89,7 @@ inline int __clz(unsigned bits) { return bits == 0 ? 32 : __builtin_clz(bits); }
 inline unsigned long long atomicMin(unsigned long long* at, unsigned long long value) {
   return espalier::simt::AtomicMin(at, value);
 }
+// NOLINTEND(bugprone-reserved-identifier,bugprone-macro-parentheses)
 
 namespace espalier {
 

@@ -92,8 +92,7 @@ TEST_P(CudaSparse24Test, RefusesThePlacesThatTheCpuRefuses) {
   std::mt19937 random(seed_);
   Sparse24 sparse = CompressSparse24(values_, outputs_, depth_).value();
   for (int i = 0; i < 3; ++i) {
-    // What is left in a word of a first place becomes the second one's as well, or what lies beyond
-    // the last group is rubbish, which nobody reads.
+    // Places that do not ascend, or that lie beyond the last group and are read by neither.
     uint16_t& word = sparse.places[random() % sparse.places.size()];
     word = static_cast<uint16_t>(i == 0 ? word | 0xf000 : random());
     const UnpackedOnSimt unpacked = Unpack(sparse);
@@ -115,13 +114,13 @@ std::string NameOf(const testing::TestParamInfo<std::tuple<Shape, uint32_t>>& in
   return fmt::format("{}x{}seed{}", shape.outputs, shape.depth, seed);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    All, CudaSparse24Test,
-    testing::Combine(testing::Values(Shape{1, 4}, Shape{1, 16}, Shape{1, 20}, Shape{7, 12},
-                                     Shape{33, 4}, Shape{3, 576}, Shape{2, 1024}, Shape{2, 1028},
-                                     Shape{3, 1020}, Shape{1, 4096 + 36}),
-                     testing::Range(0U, 5U)),
-    NameOf);
+INSTANTIATE_TEST_SUITE_P(All, CudaSparse24Test,
+                         testing::Combine(testing::Values(Shape{1, 4}, Shape{1, 16}, Shape{1, 20},
+                                                          Shape{7, 12}, Shape{33, 4}, Shape{3, 576},
+                                                          Shape{2, 1024}, Shape{2, 1028},
+                                                          Shape{3, 1020}, Shape{1, 4096 + 36}),
+                                          testing::Range(0U, 5U)),
+                         NameOf);
 
 TEST(CudaSparse24, TakesNoShapeThatIsNone) {
   constexpr int kInvalidValue = 1, kMost = std::numeric_limits<int>::max();

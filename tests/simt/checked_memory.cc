@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <utility>
 
 #include "fmt/format.h"
@@ -16,9 +17,10 @@ constexpr size_t kAlignment = 256, kGap = 256;
 // NaN as a float, and far out of range as an index.
 constexpr int kRubbish = 0xff;
 
-std::byte* Aligned(std::byte* at) {
-  return reinterpret_cast<std::byte*>((reinterpret_cast<uintptr_t>(at) + kAlignment - 1) /
-                                      kAlignment * kAlignment);
+std::byte* Aligned(std::byte* memory, size_t capacity) {
+  void* at = memory;
+  size_t space = capacity + kAlignment;
+  return static_cast<std::byte*>(std::align(kAlignment, capacity, at, space));
 }
 
 // No synchronisation but a block's barrier is known; shuffles and votes order nothing.
@@ -73,7 +75,7 @@ CheckedMemory::CheckedMemory(std::string name, size_t capacity)
     : name_(std::move(name)),
       capacity_(capacity),
       memory_(std::make_unique_for_overwrite<std::byte[]>(capacity + kAlignment)),
-      begin_(Aligned(memory_.get())) {}
+      begin_(Aligned(memory_.get(), capacity)) {}
 
 std::byte* CheckedMemory::Allocate(size_t bytes) {
   const size_t begin = (bytes_.size() + kGap + kAlignment - 1) / kAlignment * kAlignment;

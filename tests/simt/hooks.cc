@@ -9,6 +9,7 @@
 using espalier::simt::AccessKind;
 using espalier::simt::CheckAccess;
 
+// NOLINTBEGIN(bugprone-reserved-identifier,bugprone-macro-parentheses)
 #define CALLER __builtin_return_address(0)
 
 #define HOOKS_OF(kind, access)                                              \
@@ -55,3 +56,4 @@ void* __tsan_memset(void* to, int value, size_t bytes) {
 }
 
 }  // extern "C"
+// NOLINTEND(bugprone-reserved-identifier,bugprone-macro-parentheses)
