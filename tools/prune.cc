@@ -74,6 +74,7 @@ absl::StatusOr<WeightPruningOptions> Plan(const Options& options) {
   plan.weights = static_cast<WeightPlan>(IndexOf(kWeightPlanNames, options.model.weights));
   plan.skip_first = options.skip_first;
   const bool swift = options.method == "swift";
+  plan.compensate_mean = options.compensate == "auto" ? swift : options.compensate == "mean";
   if (options.skip_first && options.window == 1) {
     return Contradiction("--skip-first", "leaves nothing of windows of one token");
   }
@@ -88,8 +89,8 @@ absl::StatusOr<WeightPruningOptions> Plan(const Options& options) {
     if (options.metric != "auto") return Contradiction("--quality", "scores by its own metric");
     plan.method = WeightMethod::kBlockObs;
   } else {
-    const std::string metric =
-        swift ? (options.metric == "auto" ? "wanda" : options.metric) : options.method;
+    std::string metric = swift ? options.metric : options.method;
+    if (metric == "auto") metric = plan.compensate_mean ? "fluctuation" : "wanda";
     plan.metric = static_cast<Metric>(IndexOf(kMetricNames, metric));
   }
   plan.mask.whole_matrix = options.method == "magnitude";
@@ -102,8 +103,10 @@ absl::StatusOr<WeightPruningOptions> Plan(const Options& options) {
   }
   plan.mask.alpha = plan.mask.beta = static_cast<float>(options.alpha);
   plan.mask.strict = !options.loose;
-  plan.compensate_mean = options.compensate == "auto" ? swift : options.compensate == "mean";
-  plan.pruned_activations = options.activations != "dense";
+  // As published for those that are, whose programs go through each layer twice.
+  const std::string activations =
+      options.activations == "auto" ? (swift ? "sequential" : "pruned") : options.activations;
+  plan.calibrated_on = static_cast<CalibratedOn>(IndexOf(kCalibratedOnNames, activations));
   return plan;
 }
 
@@ -119,7 +122,7 @@ absl::Status CheckMoments(const Options& options, const WeightPruningOptions& pl
                          "needs products of columns, --moments has sums of each alone; name a "
                          "--calibration");
   }
-  if (options.activations == "pruned") {
+  if (options.activations == "pruned" || options.activations == "sequential") {
     return Contradiction("--activations",
                          "--moments are of the model that was served; name a --calibration");
   }
@@ -438,8 +441,11 @@ void AddPrune(CLI::App& root, Action* action) {
          {"auto", "f16", "bf16", "f32"});
   std::vector<std::string> metrics = {"auto"};
   metrics.insert(metrics.end(), std::begin(kMetricNames), std::end(kMetricNames));
-  choice("--metric", options->metric,
-         "What swift scores by; lscore as published; auto: wanda, which measured best", metrics);
+  choice(
+      "--metric", options->metric,
+      "What swift scores by; lscore as published; fluctuation: Wanda's around the inputs' means; "
+      "auto, what measured best: fluctuation, or wanda with --compensate none",
+      metrics);
   std::vector<std::string> selections = {"auto"};
   selections.insert(selections.end(), std::begin(kSelectionNames), std::end(kSelectionNames));
   choice("--select", options->select,
@@ -461,10 +467,12 @@ void AddPrune(CLI::App& root, Action* action) {
   sub->add_flag("--quality", options->quality,
                 "Update the weights that stay by a Hessian of blocks of 64 columns: slower than "
                 "scores, faster than sparsegpt");
-  choice("--activations", options->activations,
-         "What a layer is calibrated on: what pruned layers before it leave, at a second pass "
-         "through each, or what dense ones would; auto: pruned",
-         {"auto", "pruned", "dense"});
+  choice(
+      "--activations", options->activations,
+      "What a matrix is calibrated on. sequential: what all matrices before it leave, pruned; "
+      "pruned: what its own layer leaves dense after pruned ones, at a second pass through each; "
+      "dense: all dense; auto: sequential for swift, pruned for the others, as published",
+      {"auto", "sequential", "pruned", "dense"});
   sub->add_flag("--skip-first", options->skip_first,
                 "Leave position 0 of each window out of the statistics");
   sub->add_option("--json", options->json, "Also write the report as JSON")->type_name("PATH");

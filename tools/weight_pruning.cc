@@ -102,8 +102,10 @@ class WeightPruning {
         values_(kKinds) {
     if (windows.empty()) return;
     const size_t pages = (windows.front().size() + kPageTokens - 1) / kPageTokens;
-    table_.resize(1);
-    for (size_t i = 0; i < pages; ++i) table_.front().push_back(static_cast<int32_t>(i));
+    tables_.resize(sequential() ? windows.size() : 1, std::vector<std::vector<int32_t>>(1));
+    for (std::vector<std::vector<int32_t>>& table : tables_) {
+      for (size_t i = 0; i < pages; ++i) table.front().push_back(pages_++);
+    }
   }
 
   absl::StatusOr<WeightPruningReport> Run(const std::function<bool(int, int)>& progress) {
@@ -125,6 +127,9 @@ class WeightPruning {
  private:
   // Whether text goes through the layers.
   bool runs() const { return looks_at_inputs_ && options_.moments == nullptr; }
+  bool sequential() const {
+    return options_.calibrated_on == CalibratedOn::kPrunedMatrices && runs();
+  }
 
   absl::Status Embed() {
     if (windows_.empty()) return absl::InvalidArgumentError("no text to calibrate with");
@@ -168,54 +173,112 @@ class WeightPruning {
           hessians_.emplace_back(columns, 0, backend_);
         }
       }
-      const bool onward = !options_.pruned_activations;
+      if (sequential()) {
+        status = PruneOnTheWay(layer);
+        return status.ok() ? WriteOut() : status;
+      }
+      const bool onward = options_.calibrated_on == CalibratedOn::kDense;
       status = Sweep(layer, {}, /*watched=*/true, onward);
     }
-    if (status.ok()) status = Prune();
+    for (size_t input = 0; input < kInputs && status.ok(); ++input) {
+      status = Prune(static_cast<MatrixInput>(input));
+    }
     if (status.ok()) status = WriteOut();
     const bool last = layer + 1 == config_.layers;
-    if (status.ok() && runs() && options_.pruned_activations && !last) {
+    if (status.ok() && runs() && options_.calibrated_on == CalibratedOn::kPrunedLayers && !last) {
       status = Sweep(layer, values_, /*watched=*/false, /*onward=*/true);
     }
+    return status;
+  }
+
+  absl::StatusOr<std::unique_ptr<ModelExecutor>> Load(int layer, int step_rows,
+                                                      std::span<const std::vector<float>> values) {
+    const Timed timed(&report_.layers.back().load);
+    const KvType kv = DefaultKvType(options_.weights, config_.qkv_bias);
+    const KvPoolShape page = {
+        .type = kv, .pages = 1, .kv_heads = config_.kv_heads, .head_dim = config_.head_dim};
+    const LayerFile one(file_, layer, values);
+    return ModelExecutor::Load(one, backend_,
+                               {.weights = options_.weights,
+                                .kv = kv,
+                                .kv_bytes = page.page_bytes() * pages_,
+                                .max_batch_tokens = step_rows});
+  }
+
+  // Adds rows of one window, of which the first is at `start`, to the sums.
+  absl::Status Watch(MatrixInput of, int start, ConstMatrix rows) {
+    const auto input = static_cast<size_t>(of);
+    const int skipped = options_.skip_first && start == 0 ? 1 : 0;
+    const ConstMatrix counted(rows.row(skipped), rows.rows - skipped, rows.cols, rows.stride);
+    moments_[input].Add(counted, backend_);
+    return hessians_.empty() ? absl::OkStatus() : hessians_[input].Add(counted, {});
+  }
+
+  // Runs the layer over the stream in one step, which becomes what it leaves. A matrix is pruned
+  // when the rows have come to it.
+  absl::Status PruneOnTheWay(int layer) {
+    const auto rows = static_cast<int>(report_.tokens);
+    const auto length = static_cast<int>(windows_.front().size());
+    absl::StatusOr<std::unique_ptr<ModelExecutor>> loaded = Load(layer, rows, {});
+    if (!loaded.ok()) {
+      return absl::Status(loaded.status().code(),
+                          fmt::format("{}: --tokens, or --activations pruned, which takes them in "
+                                      "smaller steps",
+                                      loaded.status().ToString()));
+    }
+    ModelExecutor& executor = **loaded;
+    absl::Status status;
+    double visits = 0;
+    executor.set_weight_visitor([&](int, MatrixInput input, ConstMatrix all) {
+      const Timed timed(&visits);
+      {
+        const Timed watching(&report_.layers.back().statistics);
+        for (int first = 0; first < rows; first += length) {
+          status.Update(Watch(input, 0, ConstMatrix(all.row(first), length, all.cols, all.stride)));
+        }
+      }
+      if (status.ok()) status = Prune(input);
+      const Timed loading(&report_.layers.back().load);
+      for (size_t kind = 0; kind < kKinds && status.ok(); ++kind) {
+        if (kInputOf[kind] != input) continue;
+        status = executor.ReplaceWeight(0, kPrunedKinds[kind], ValuesOf(kind));
+      }
+    });
+    Batch batch;
+    batch.tokens.assign(rows, 0);
+    batch.prefill_rows = rows;
+    for (size_t i = 0; i < windows_.size(); ++i) {
+      batch.spans.push_back({.id = i + 1,
+                             .first_row = static_cast<int>(i) * length,
+                             .rows = length,
+                             .page_tables = tables_[i]});
+    }
+    const Clock::time_point begin = Clock::now();
+    status.Update(executor.ExecuteLayer(batch, 0, Matrix(stream_.data(), rows, config_.hidden),
+                                        /*embedded=*/true));
+    report_.layers.back().forward +=
+        std::chrono::duration<double>(Clock::now() - begin).count() - visits;
     return status;
   }
 
   // Runs the layer over the stream, which becomes what it leaves if that goes `onward`.
   absl::Status Sweep(int layer, std::span<const std::vector<float>> values, bool watched,
                      bool onward) {
-    const KvType kv = DefaultKvType(options_.weights, config_.qkv_bias);
-    const KvPoolShape page = {
-        .type = kv, .pages = 1, .kv_heads = config_.kv_heads, .head_dim = config_.head_dim};
-    std::unique_ptr<ModelExecutor> executor;
-    {
-      const Timed timed(&report_.layers.back().load);
-      const LayerFile one(file_, layer, values);
-      absl::StatusOr<std::unique_ptr<ModelExecutor>> loaded =
-          ModelExecutor::Load(one, backend_,
-                              {.weights = options_.weights,
-                               .kv = kv,
-                               .kv_bytes = page.page_bytes() * table_.front().size(),
-                               .max_batch_tokens = options_.step_rows});
-      if (!loaded.ok()) return loaded.status();
-      executor = *std::move(loaded);
-    }
+    absl::StatusOr<std::unique_ptr<ModelExecutor>> executor =
+        Load(layer, options_.step_rows, values);
+    if (!executor.ok()) return executor.status();
     absl::Status seen;
     double watching = 0;
     int start = 0;
     if (watched) {
-      const auto watch = [&](MatrixInput of, ConstMatrix rows) {
-        const auto input = static_cast<size_t>(of);
+      const auto watch = [&](MatrixInput input, ConstMatrix rows) {
         const Timed timed(&watching);
-        const int skipped = options_.skip_first && start == 0 ? 1 : 0;
-        const ConstMatrix counted(rows.data + skipped * rows.stride, rows.rows - skipped, rows.cols,
-                                  rows.stride);
-        moments_[input].Add(counted, backend_);
-        if (!hessians_.empty()) seen.Update(hessians_[input].Add(counted, {}));
+        seen.Update(Watch(input, start, rows));
       };
-      executor->set_input_observer([watch](int, LayerInput input, ConstMatrix rows) {
+      (*executor)->set_input_observer([watch](int, LayerInput input, ConstMatrix rows) {
         watch(input == LayerInput::kQkv ? kQkv : input == LayerInput::kO ? kO : kGateUp, rows);
       });
-      executor->set_channel_observer([watch](int, ConstMatrix rows) { watch(kDown, rows); });
+      (*executor)->set_channel_observer([watch](int, ConstMatrix rows) { watch(kDown, rows); });
     }
     const Clock::time_point begin = Clock::now();
     const int hidden = config_.hidden;
@@ -228,14 +291,14 @@ class WeightPruning {
         rows = std::min(options_.step_rows, length - start);
         batch.Clear();
         batch.tokens.assign(rows, 0);
-        batch.spans.push_back({.id = 1, .rows = rows, .start = start, .page_tables = table_});
+        batch.spans.push_back({.id = 1, .rows = rows, .start = start, .page_tables = tables_[0]});
         batch.prefill_rows = rows;
         float* to = stream_.data() + row * hidden;
         if (!onward) {
           left_.assign(to, to + int64_t{rows} * hidden);
           to = left_.data();
         }
-        status = executor->ExecuteLayer(batch, 0, Matrix(to, rows, hidden), /*embedded=*/true);
+        status = (*executor)->ExecuteLayer(batch, 0, Matrix(to, rows, hidden), /*embedded=*/true);
         row += rows;
       }
       start = 0;
@@ -285,12 +348,14 @@ class WeightPruning {
     return {values_[kind].data(), tensors_[kind]->rows, tensors_[kind]->cols};
   }
 
-  absl::Status Prune() {
-    std::vector<std::vector<float>> factors(kInputs);
-    std::vector<std::optional<BlockObs>> blocks(kInputs);
+  // The matrices that meet it.
+  absl::Status Prune(MatrixInput of) {
+    const auto input = static_cast<size_t>(of);
+    std::vector<float> factor;
+    std::optional<BlockObs> blocks;
     const WeightLoops& loops = BestWeightLoops();
     for (size_t kind = 0; kind < kKinds; ++kind) {
-      const auto input = static_cast<size_t>(kInputOf[kind]);
+      if (kInputOf[kind] != of) continue;
       const Matrix weights = ValuesOf(kind);
       Site& told = SiteOf(kind);
       std::optional<MeanCompensation> compensation;
@@ -299,7 +364,9 @@ class WeightPruning {
         compensation.emplace(moments_[input], weights, backend_);
       }
       const std::vector<float> squares =
-          looks_at_inputs_ ? moments_[input].Squares() : std::vector<float>();
+          !looks_at_inputs_                        ? std::vector<float>()
+          : options_.metric == Metric::kFluctuation ? moments_[input].SquaresAroundMean()
+                                                    : moments_[input].Squares();
       if (options_.method == WeightMethod::kScores) {
         const Timed timed(&told.select);
         const ColumnWeights columns(options_.metric, squares, weights, backend_);
@@ -312,21 +379,21 @@ class WeightPruning {
         {
           const Timed timed(&told.update);
           if (options_.method == WeightMethod::kSparseGpt) {
-            if (factors[input].empty()) {
-              factors[input] = hessians_[input].Mean();
-              status = ToInverseFactor(weights.cols, kSparseGptDamping, backend_, &factors[input]);
+            if (factor.empty()) {
+              factor = hessians_[input].Mean();
+              status = ToInverseFactor(weights.cols, kSparseGptDamping, backend_, &factor);
             }
             if (status.ok()) {
-              status = SparseGpt(options_.mask.pattern, factors[input], weights, backend_);
+              status = SparseGpt(options_.mask.pattern, factor, weights, backend_);
             }
           } else {
-            if (!blocks[input].has_value()) {
+            if (!blocks.has_value()) {
               absl::StatusOr<BlockObs> made =
                   BlockObs::Create(moments_[input], options_.compensate_mean, backend_);
               status = made.status();
-              if (status.ok()) blocks[input] = *std::move(made);
+              if (status.ok()) blocks = *std::move(made);
             }
-            if (status.ok()) blocks[input]->Prune(options_.mask.pattern, weights, backend_);
+            if (status.ok()) blocks->Prune(options_.mask.pattern, weights, backend_);
           }
         }
         if (!status.ok()) {
@@ -377,11 +444,13 @@ class WeightPruning {
   ModelRewriter* rewriter_;
   Backend* backend_;
   bool looks_at_inputs_;
-  std::vector<std::vector<int32_t>> table_;  // of the one layer: pages of one window
-  std::vector<float> stream_;                // [windows * tokens of each, hidden]
-  std::vector<float> left_;                  // of a piece, where that does not go onward
-  std::vector<ColumnMoments> moments_;       // [kInputs], of the layer in hand, as are the next
-  std::vector<SecondMoments> hessians_;      // [kInputs] or empty
+  // [windows that are in a step][1][pages of a window]: the one layer's.
+  std::vector<std::vector<std::vector<int32_t>>> tables_;
+  int32_t pages_ = 0;
+  std::vector<float> stream_;            // [windows * tokens of each, hidden]
+  std::vector<float> left_;              // of a piece, where that does not go onward
+  std::vector<ColumnMoments> moments_;   // [kInputs], of the layer in hand, as are the next
+  std::vector<SecondMoments> hessians_;  // [kInputs] or empty
   std::array<const StoredTensor*, kKinds> tensors_ = {};
   std::vector<std::vector<float>> values_;  // [kKinds]
   WeightPruningReport report_;

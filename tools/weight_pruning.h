@@ -30,21 +30,28 @@ enum class WeightMethod : uint8_t {
   kSparseGpt,  // the baseline
 };
 
+// What a matrix is calibrated on: what the layers before it leave, and its own layer.
+enum class CalibratedOn : uint8_t {
+  kPrunedMatrices,  // as they are written, up to the matrix itself: all text goes through a layer
+                    // once, in one step
+  kPrunedLayers,    // layers as they are written, its own dense: a second pass through each
+  kDense,           // all dense
+};
+inline constexpr std::string_view kCalibratedOnNames[] = {"sequential", "pruned", "dense"};
+
 struct WeightPruningOptions {
   WeightMethod method = WeightMethod::kScores;
   Metric metric = Metric::kWanda;
   MaskOptions mask;
   bool compensate_mean = false;
-  // What a layer is calibrated on: what pruned layers before it leave, at a second pass through
-  // each, or what dense ones would.
-  bool pruned_activations = true;
+  CalibratedOn calibrated_on = CalibratedOn::kPrunedMatrices;
   // Position 0 of each window, whose activations are many times those of others, is left out.
   bool skip_first = false;
   // What a server saw of the model's inputs, in place of text to run: of dense activations, for
   // kScores. Null: there is none.
   const InputMoments* moments = nullptr;
   WeightPlan weights = WeightPlan::kAuto;  // of the layers that calibration text runs through
-  int step_rows = 512;
+  int step_rows = 512;                     // of kPrunedLayers and kDense
 };
 
 // The matrices of a layer, as files name them.

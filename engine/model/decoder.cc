@@ -145,6 +145,7 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
     backend_->RmsNorm(
         {.x = residual, .weight = weights.attention_norm, .eps = config_.rms_eps, .out = normed});
   }
+  if (weight_visitor_) weight_visitor_(layer, MatrixInput::kQkv, normed);
   {
     PhaseTimer timer(&phases->attention_projections);
     projections_.clear();
@@ -194,6 +195,7 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
     }
   }
   if (input_observer_) input_observer_(layer, LayerInput::kO, attended);
+  if (weight_visitor_) weight_visitor_(layer, MatrixInput::kO, attended);
   PhaseTimer timer(&phases->attention_projections);
   for (const HeadRun& run : head_runs_) {
     if (run.heads == 0) continue;
@@ -269,6 +271,10 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
           {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
     }
     if (input_observer_) input_observer_(layer, LayerInput::kGateUp, normed);
+    if (weight_visitor_) {
+      VisitMlp(layer, normed, gate, up, residual);
+      continue;
+    }
     PhaseTimer timer(&phases->mlp);
     backend_->GatedMlp({.x = normed,
                         .gate = by == By::kWeights ? weights.gate : panels.gate,
@@ -298,6 +304,19 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
       row += step.rows;
     }
   }
+}
+
+void Decoder::VisitMlp(int layer, ConstMatrix x, const Matrix& gate, const Matrix& up,
+                       const Matrix& out) {
+  weight_visitor_(layer, MatrixInput::kGateUp, x);
+  const Layer& weights = layers_[layer];
+  const MatMulTarget widen[] = {{.weight = &weights.gate, .out = gate},
+                                {.weight = &weights.up, .out = up}};
+  backend_->MatMul({.x = x, .targets = widen});
+  backend_->SwiGlu({.gate = gate, .up = up, .out = gate});
+  weight_visitor_(layer, MatrixInput::kDown, gate);
+  const MatMulTarget narrow[] = {{.weight = &weights.down, .out = out}};
+  backend_->MatMul({.x = gate, .targets = narrow, .output = MatMulArgs::Output::kAdd});
 }
 
 void Decoder::RankAnew(int layer, const StepPlan& plan, Activations* activations) {

@@ -14,6 +14,7 @@
 #include <set>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -25,6 +26,7 @@
 #include "engine/model_config.h"
 #include "engine/pruning/channel_selector.h"
 #include "engine/pruning/probe.h"
+#include "engine/pruning/weights/input_moments.h"
 #include "engine/scheduling/batch.h"
 #include "kernels/backend.h"
 #include "policy/blocks/block_memory.h"
@@ -150,6 +152,15 @@ class Decoder {
   using InputObserver = std::function<void(int layer, LayerInput input, ConstMatrix rows)>;
   void set_input_observer(InputObserver observer) { input_observer_ = std::move(observer); }
 
+  // Called with each input of a layer before it meets weights, [rows, columns], of rows that keep
+  // all: once a step. What it then replaces is what the rows meet. For pruning weights.
+  using WeightVisitor = std::function<void(int layer, MatrixInput input, ConstMatrix rows)>;
+  void set_weight_visitor(WeightVisitor visitor) { weight_visitor_ = std::move(visitor); }
+  // A matrix of a layer, `part` as files name it ("attn_q"), gets these values, [outputs, inputs],
+  // kept as `plan` keeps floats. Not of weights that panels were made from, or sources kept for.
+  // On an error, of the backend, the old ones stay.
+  absl::Status ReplaceWeight(int layer, std::string_view part, ConstMatrix values, WeightPlan plan);
+
  private:
   struct Layer {
     std::vector<float> attention_norm;
@@ -216,6 +227,8 @@ class Decoder {
   void AttentionBlock(int layer, const StepPlan& plan, KvPool* pool, Activations* activations,
                       PhaseTimes* phases);
   void MlpBlock(int layer, const StepPlan& plan, Activations* activations, PhaseTimes* phases);
+  // The block as its parts, so that `down` is not met before its input is known.
+  void VisitMlp(int layer, ConstMatrix x, const Matrix& gate, const Matrix& up, const Matrix& out);
   // Whether the step keeps some of the layer's channels, but not all.
   bool Narrows(int layer, const PlanStep& step) const {
     const int kept = step.kept(layer, SiteKind::kChannels);
@@ -260,6 +273,7 @@ class Decoder {
   ChannelObserver channel_observer_;
   std::function<void(int, ConstMatrix)> key_observer_;
   InputObserver input_observer_;
+  WeightVisitor weight_visitor_;
   Probe* probe_ = nullptr;
   Look look_ = Look::kNone;  // of the step in hand
 };

@@ -321,6 +321,30 @@ absl::Status Decoder::MakeChannelPanels(int layer, const ChannelSelector& select
   return status;
 }
 
+absl::Status Decoder::ReplaceWeight(int layer, std::string_view part, ConstMatrix values,
+                                    WeightPlan plan) {
+  Layer& own = layers_[layer];
+  using Named = std::pair<std::string_view, Weight*>;
+  const Named named[] = {{"attn_q", &own.q},      {"attn_k", &own.k},      {"attn_v", &own.v},
+                         {"attn_output", &own.o}, {"ffn_gate", &own.gate}, {"ffn_up", &own.up},
+                         {"ffn_down", &own.down}};
+  const auto* const found = std::ranges::find(named, part, &Named::first);
+  Invariant(found != std::end(named), "a layer has no {}", part);
+  Weight* const weight = found->second;
+  const bool output_rows = weight->layout == WeightLayout::kOutputRows;
+  Invariant(values.rows == (output_rows ? weight->rows : weight->cols) &&
+                values.cols == (output_rows ? weight->cols : weight->rows),
+            "{} of [{}, {}] for one of [{}, {}]", part, values.rows, values.cols, weight->rows,
+            weight->cols);
+  absl::StatusOr<Weight> made = backend_->UploadWeight(
+      TypeOf(plan, BlockType::kF32, /*of_a_layer=*/true), weight->layout, weight->rows,
+      weight->cols,
+      {.read_values = [&](int n, float* dst) { std::copy_n(values.row(n), values.cols, dst); }});
+  if (!made.ok()) return made.status();
+  *weight = *std::move(made);
+  return absl::OkStatus();
+}
+
 void Decoder::KeepSources(WeightSources sources) { sources_ = std::move(sources); }
 
 void Decoder::ListReleasable(const Ladder& ladder) {

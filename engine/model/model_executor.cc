@@ -295,6 +295,14 @@ void ModelExecutor::set_input_observer(std::function<void(int, LayerInput, Const
   impl_->model->set_input_observer(std::move(observer));
 }
 
+void ModelExecutor::set_weight_visitor(std::function<void(int, MatrixInput, ConstMatrix)> visitor) {
+  impl_->model->set_weight_visitor(std::move(visitor));
+}
+
+absl::Status ModelExecutor::ReplaceWeight(int layer, std::string_view part, ConstMatrix values) {
+  return impl_->model->ReplaceWeight(layer, part, values, impl_->options.weights);
+}
+
 void ModelExecutor::set_input_moments(InputMoments* moments, int every) {
   impl_->moments = moments;
   impl_->gather_every = every;

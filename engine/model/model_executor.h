@@ -5,6 +5,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <string_view>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -70,6 +71,10 @@ class ModelExecutor final : public Executor {
 
   // As Decoder::set_input_observer. Rows lie as above.
   void set_input_observer(std::function<void(int layer, LayerInput, ConstMatrix rows)> observer);
+
+  // As Decoder::set_weight_visitor and ReplaceWeight, by the options' plan.
+  void set_weight_visitor(std::function<void(int layer, MatrixInput, ConstMatrix rows)> visitor);
+  absl::Status ReplaceWeight(int layer, std::string_view part, ConstMatrix values);
 
   // Adds what meets the matrices in one of `every` (>= 1) steps with kGatheredRows or more rows of
   // rung 0 to `moments`, of those rows alone; other steps are as without, and observers of the

@@ -40,16 +40,16 @@ class PruneMomentsTest : public ::testing::Test {
   }
 
   // As a server would, from steps of a window each.
-  InputMoments Gather() {
-    const int layers = file_->config().layers;
-    const auto executor = ModelExecutor::Load(*file_, backend_.get(),
+  InputMoments Gather(const ModelFile& file) {
+    const int layers = file.config().layers;
+    const auto executor = ModelExecutor::Load(file, backend_.get(),
                                               {.weights = WeightPlan::kF32, .kv_bytes = 8 << 20})
                               .value();
     std::vector<std::vector<int32_t>> table(layers);
     for (int32_t page = 0; page < layers * kLength / kPageTokens; ++page) {
       table[page % layers].push_back(page);
     }
-    InputMoments moments(file_->config());
+    InputMoments moments(file.config());
     executor->set_input_moments(&moments, 1);
     for (const std::vector<int32_t>& window : windows_) {
       Batch batch;
@@ -62,9 +62,11 @@ class PruneMomentsTest : public ::testing::Test {
     return moments;
   }
 
-  std::string Prune(const std::string& name, const InputMoments* moments) {
-    WeightPruningOptions options{.compensate_mean = true,
-                                 .pruned_activations = false,
+  std::string Prune(const std::string& name, const InputMoments* moments,
+                    CalibratedOn calibrated_on = CalibratedOn::kDense) {
+    WeightPruningOptions options{.metric = Metric::kFluctuation,
+                                 .compensate_mean = true,
+                                 .calibrated_on = calibrated_on,
                                  .moments = moments,
                                  .weights = WeightPlan::kF32};
     options.mask.pattern = *ParsePattern("2:4");
@@ -88,7 +90,7 @@ class PruneMomentsTest : public ::testing::Test {
 };
 
 TEST_F(PruneMomentsTest, GatheredMomentsPruneAsTheTextThatWasServed) {
-  const InputMoments moments = Gather();
+  const InputMoments moments = Gather(*file_);
   const std::string path = folder_.Path("m.moments");
   ASSERT_TRUE(WriteMoments(path, LineageOf(*file_), file_->config(), moments).ok());
   const InputMoments read = ReadMoments(path, *file_).value();
@@ -100,9 +102,20 @@ TEST_F(PruneMomentsTest, GatheredMomentsPruneAsTheTextThatWasServed) {
   EXPECT_NE(Prune("other.gguf", nullptr), by_text);
 }
 
+// A fixed point: what the matrices of the pruned model meet is what they were pruned by.
+TEST_F(PruneMomentsTest, MatrixByMatrixIsPrunedByWhatThePrunedModelMeets) {
+  const std::string by_text = Prune("text.gguf", nullptr, CalibratedOn::kPrunedMatrices);
+  const std::unique_ptr<ModelFile> pruned = ModelFile::Open(folder_.Path("text.gguf")).value();
+  const InputMoments met = Gather(*pruned);
+  EXPECT_EQ(Prune("moments.gguf", &met), by_text);
+  // Which neither of the others is.
+  EXPECT_NE(Prune("layers.gguf", nullptr, CalibratedOn::kPrunedLayers), by_text);
+  EXPECT_NE(Prune("dense.gguf", nullptr, CalibratedOn::kDense), by_text);
+}
+
 TEST_F(PruneMomentsTest, CommandPrunesWithoutAText) {
   const std::string moments = folder_.Path("m.moments"), out = folder_.Path("out.gguf");
-  const InputMoments gathered = Gather();
+  const InputMoments gathered = Gather(*file_);
   ASSERT_TRUE(WriteMoments(moments, LineageOf(*file_), file_->config(), gathered).ok());
   const Outcome pruned =
       RunWith({"prune", "--model", model_, "--moments", moments, "--out", out, "--store", "f32"});
@@ -132,6 +145,7 @@ TEST_F(PruneMomentsTest, CommandPrunesWithoutAText) {
   EXPECT_THAT(refusal({"--method", "sparsegpt"}), HasSubstr("--method: needs products"));
   EXPECT_THAT(refusal({"--method", "magnitude"}), HasSubstr("--moments: this method looks at no"));
   EXPECT_THAT(refusal({"--activations", "pruned"}), HasSubstr("--activations: "));
+  EXPECT_THAT(refusal({"--activations", "sequential"}), HasSubstr("--activations: "));
   EXPECT_THAT(refusal({"--tokens", "5"}), HasSubstr("--tokens: "));
   EXPECT_THAT(refusal({"--skip-first"}), HasSubstr("--skip-first: "));
   ASSERT_TRUE(

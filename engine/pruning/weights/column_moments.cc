@@ -63,6 +63,15 @@ void ColumnMoments::Restore(int64_t tokens, std::span<const double> sums,
 
 std::vector<float> ColumnMoments::Squares() const { return {squares_.begin(), squares_.end()}; }
 
+std::vector<float> ColumnMoments::SquaresAroundMean() const {
+  std::vector<float> squares(columns_);
+  for (int j = 0; tokens_ > 0 && j < columns_; ++j) {
+    const double of_mean = sums_[j] * sums_[j] / static_cast<double>(tokens_);
+    squares[j] = static_cast<float>(std::max(squares_[j] - of_mean, 0.0));
+  }
+  return squares;
+}
+
 std::vector<float> ColumnMoments::Mean() const {
   std::vector<float> mean(columns_);
   for (int j = 0; tokens_ > 0 && j < columns_; ++j) {

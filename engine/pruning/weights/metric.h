@@ -24,14 +24,18 @@ enum class Metric : uint8_t {
   // Optimal Brain Damage with a damped diagonal, w^2 * (x2 + 0.01 * S / columns): our definition.
   kObdDamped,
   kMagnitude,  // w^2; looks at no input
+  // w^2 * sum_t (X[t, j] - E[x_j])^2: what a row still loses where its mean is made up for
+  // (mean_compensation.h). FLAP (arXiv 2312.11983) takes it of channels, as their fluctuation; of
+  // single weights, and with the mean put into those that stay, is our definition.
+  kFluctuation,
 };
-inline constexpr std::string_view kMetricNames[] = {"lscore", "wanda", "ria", "obd_damped",
-                                                    "magnitude"};
+inline constexpr std::string_view kMetricNames[] = {"lscore",     "wanda",     "ria",
+                                                    "obd_damped", "magnitude", "fluctuation"};
 
 class ColumnWeights {
  public:
-  // `squares`: x2, [columns of weights]; of kMagnitude it may be empty. Sums over W are made on the
-  // backend's workers if the metric has any.
+  // `squares`: x2, [columns of weights], of kFluctuation around the mean; of kMagnitude it may be
+  // empty. Sums over W are made on the backend's workers if the metric has any.
   ColumnWeights(Metric metric, std::span<const float> squares, ConstMatrix weights,
                 Backend* backend);
 

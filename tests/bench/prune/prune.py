@@ -29,6 +29,7 @@ WINDOW = 1024
 PIECE = 3_000  # characters of one kind, where kinds take turns
 SCORES = ("--method", "swift", "--compensate", "none")
 EWMA = (*SCORES, "--select", "ewma", "--loose")
+ONCE = ("--activations", "sequential")
 OURS = ("--tokens", "2048", "--window", "128")  # the default's own calibration
 # name: (what it is, arguments); calibration tokens are each method's own, as published, but for the
 # rows that say otherwise.
@@ -45,6 +46,7 @@ ROWS = {
     "quality": ("SwiftPrune --quality", ("--method", "swift", "--quality")),
     "sparsegpt": ("SparseGPT", ("--method", "sparsegpt")),
     "sparsegpt-2048": ("SparseGPT, our 2,048 tokens", ("--method", "sparsegpt", *OURS)),
+    "sparsegpt-once": ("SparseGPT, layers run once", ("--method", "sparsegpt", *ONCE)),
 }
 UNGROUPED = ("lscore-ewma", "wanda-ewma", "wanda-ewma-02")
 TIMED, TIMED_PATTERN, TURNS = ("swift", "quality", "sparsegpt"), "2:4", 5

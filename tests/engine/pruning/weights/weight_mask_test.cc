@@ -11,8 +11,8 @@
 namespace espalier {
 namespace {
 
-constexpr Metric kMetrics[] = {Metric::kLScore, Metric::kWanda, Metric::kRia, Metric::kObdDamped,
-                               Metric::kMagnitude};
+constexpr Metric kMetrics[] = {Metric::kLScore,    Metric::kWanda,     Metric::kRia,
+                               Metric::kObdDamped, Metric::kMagnitude, Metric::kFluctuation};
 
 std::vector<float> SomeSquares(int columns) {
   std::vector<float> squares;

@@ -45,11 +45,14 @@ TEST(ColumnMoments, AreSumsOverTokens) {
     EXPECT_EQ(moments.tokens(), 37);
     const Eigen::MatrixXd expected = MomentsOf(x);
     const std::vector<float> squares = moments.Squares(), mean = moments.Mean();
+    const std::vector<float> around = moments.SquaresAroundMean();
     for (int j = 0; j < columns; ++j) {
       EXPECT_NEAR(squares[j] / (37 * expected(j, j)), 1, 1e-4);
-      double sum = 0;
+      double sum = 0, off = 0;
       for (int t = 0; t < 37; ++t) sum += x.at(t, j);
+      for (int t = 0; t < 37; ++t) off += std::pow(x.at(t, j) - sum / 37, 2);
       EXPECT_NEAR(mean[j], sum / 37, 1e-4 * std::sqrt(expected(j, j)));
+      EXPECT_NEAR(around[j], off, 1e-3 * 37 * expected(j, j));
     }
     for (int b = 0; b < moments.block_count(); ++b) {
       const std::vector<float> block = moments.Block(b);
