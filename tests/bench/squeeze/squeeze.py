@@ -89,7 +89,6 @@ class Bench:
         if pathlib.Path(options.ladder).with_suffix(".dqn").exists():
             self.policies[DQN] = "dqn"
         self.llama = None
-        self.simulator_errors = []
         self.traffic = FIGURES.with_name("squeeze.traffic")
         self.traffic.parent.mkdir(parents=True, exist_ok=True)
 
@@ -114,9 +113,7 @@ class Bench:
             reports[line] = {"goodput": report["good"] / seconds,
                              "refused": report["refused"], "calls": report["calls"],
                              "loss": report["told_loss"]}
-        if self.options.costs.exists() and reports[LADDER]["goodput"] > 0:
-            predicted = simulated(self.options, self.traffic, kv_bytes) / seconds
-            self.simulator_errors.append(abs(predicted / reports[LADDER]["goodput"] - 1))
+        reports[LADDER]["simulated"] = simulated(self.options, self.traffic, kv_bytes) / seconds
         if llama:
             reports[LLAMA] = self.llama_report(taken, kv_bytes, seconds)
         return reports
@@ -261,6 +258,8 @@ def main():
     parser.add_argument("--load-loss", type=float, help="nats a token; the server's default unless told")
     parser.add_argument("--loads", default="0.5,1,2,3", help="shares of the full model's capacity")
     parser.add_argument("--taken", default="0,0.35,0.7", help="shares of the KV memory taken away")
+    parser.add_argument("--costs", type=pathlib.Path, help="what `espalier simulate` goes by; "
+                        "unless told, `espalier bench --fit` times this machine first, three minutes")
     parser.add_argument("--no-llama", action="store_true", help="leave out llama-server")
     parser.add_argument("--markdown", action="store_true",
                         help="run nothing: print the last run's table as the README has it, and "
@@ -272,13 +271,16 @@ def main():
         sys.stdout.write(summary.markdown(cells))
         (HERE / "squeeze.svg").write_text(picture_of(figures, cells))
         return
-    options.costs = pathlib.Path(options.ladder).with_suffix(".costs")
     token_bytes, left_out = summary.ladder_of(pathlib.Path(options.ladder).read_text())
     rungs = {line: summary.rung_of(left_out, share) for line, share in FIXED.items()}
     need = int(token_bytes * STREAMS * (PROMPT + OUTPUT + PAGE_TOKENS))
     bench = Bench(options, token_bytes, rungs, need)
     if not options.no_llama:
         bench.with_llama()
+    if options.costs is None:
+        options.costs = FIGURES.with_name("squeeze.costs")
+        subprocess.run([f"{options.bin}/espalier", "bench", "--model", options.model, "--ladder",
+                        options.ladder, "--fit", options.costs], check=True)
     with server(options, "fixed:0", need) as address:
         load(options, address, "--requests", STREAMS, "--concurrency", STREAMS, "--seed", 90)
         closed = load(options, address, "--requests", 4 * STREAMS, "--concurrency", STREAMS,
@@ -303,10 +305,6 @@ def main():
                 for line, report in cells[share, times].items()), flush=True)
     figures = {"capacity_calls_per_s": capacity, "seconds": options.seconds}
     figures |= summary.flat(cells) | summary.ratios(cells, lambda times: seconds_of(options, times))
-    if bench.simulator_errors:
-        figures["simulator_error"] = max(bench.simulator_errors)
-        figures["simulator_error_median"] = sorted(bench.simulator_errors)[
-            len(bench.simulator_errors) // 2]
     recovered = recovery(options, capacity, need)
     if recovered is not None:
         figures["recovery_s"], figures["recovery_dwells_s"] = recovered

@@ -27,7 +27,7 @@ CELLS = {
     (0, 0.5): {FULL: report(2, 0), "fixed_20": report(2, 0.2), "fixed_40": report(2, 0.4),
                LADDER: report(2, 0), DQN: report(1.8, 0)},
     (0.7, 2): {FULL: report(0, 0), "fixed_20": report(1, 0.2), "fixed_40": report(4, 0.4),
-               LADDER: report(5, 0.3, 9), DQN: report(5, 0.2), LLAMA: report(0.5, 0)},
+               LADDER: report(5, 0.3, 9) | {"simulated": 5.5}, DQN: report(5, 0.2), LLAMA: report(0.5, 0)},
 }
 
 
@@ -46,6 +46,7 @@ class SummaryTest(unittest.TestCase):
         self.assertEqual(ratios["goodput_vs_llamaserver"], 10)
         self.assertEqual(ratios["cost_without_squeeze"], 0)
         self.assertEqual(ratios["dqn_goodput_vs_ladder"], 0.9)
+        self.assertAlmostEqual(ratios["simulator_error"], 0.1)
 
     def test_cells_are_read_back_from_figures(self):
         self.assertEqual(summary.cells_of(summary.flat(CELLS) | {"goodput_vs_dense": 2}), CELLS)

@@ -6,7 +6,8 @@ FULL, LADDER, DQN, LLAMA = "full", "ladder", "dqn", "llamaserver"
 FIXED = {"fixed_20": 0.2, "fixed_40": 0.4}  # line: share of all MLP channels left out
 NAMES = {FULL: "full model", "fixed_20": "fixed 20 %", "fixed_40": "fixed 40 %", LADDER: "`ladder`",
          DQN: "`dqn`", LLAMA: "llama-server"}
-MEASURES = ("goodput", "refused", "calls", "loss")
+# `simulated`: of the rule, the goodput that `espalier simulate` tells.
+MEASURES = ("goodput", "refused", "calls", "loss", "simulated")
 
 
 def ladder_of(text):
@@ -67,6 +68,11 @@ def ratios(cells, seconds):
                                      / sum(cells[cell][best[cell]]["loss"] for cell in cells))
     if (0, 0.5) in cells:
         figures["cost_without_squeeze"] = 1 - goodput(LADDER, (0, 0.5)) / goodput(FULL, (0, 0.5))
+    errors = sorted(abs(lines[LADDER]["simulated"] / goodput(LADDER, cell) - 1)
+                    for cell, lines in cells.items() if "simulated" in lines[LADDER])
+    if errors:
+        figures["simulator_error"] = errors[-1]
+        figures["simulator_error_median"] = errors[len(errors) // 2]
     # Below the capacity nobody queues, and all lines finish everything.
     llama = [goodput(LADDER, cell) / goodput(LLAMA, cell) for cell, lines in cells.items()
              if LLAMA in lines and cell[0] == worst and cell[1] >= 1]
