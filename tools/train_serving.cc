@@ -22,6 +22,8 @@ namespace espalier {
 namespace {
 
 constexpr double kSeconds = 60;  // of arrivals, in a simulation
+// Of what the full model can serve: far beyond it, too, or what is learned there is to let queue.
+constexpr double kLeastRate = 0.2, kMostRate = 3;
 constexpr int kHidden = 48;
 constexpr double kLastEpsilon = 0.02, kExploring = 0.7;
 // What is learned late is not always better: the best network of those tried now and then is kept.
@@ -59,7 +61,7 @@ class Traces {
     const int batch = server_.options.scheduler.max_sequences;
     const double call = traffic.prompt.median * cost.prefill +
                         traffic.output.median * (cost.decode + cost.fixed / batch);
-    traffic.rate = Uniform(&random_, 0.2, 1.6) / call;
+    traffic.rate = Uniform(&random_, kLeastRate, kMostRate) / call;
     Trace trace{.traffic = MakeTraffic(traffic), .options = server_.options};
     trace.options.geometry.pages =
         static_cast<int>(trace.options.geometry.pages * Uniform(&random_, 0.5, 1));
@@ -209,14 +211,13 @@ absl::Status TrainServing(const TrainServingOptions& options) {
   fmt::print("{}", table);
   figures["dqn_vs_ladder"] = Mean(judged[1].worth) / Mean(judged[0].worth);
 
-  const std::string of = fmt::format(
-      "rungs {} ttft-target {} tpot-target {} load-loss {} episodes {} loss-weight {} refusal-cost "
-      "{} "
-      "seed {}",
-      rungs, options.server.ttft_target, options.server.tpot_target, options.server.load_loss,
-      options.episodes, options.loss_weight, options.refusal_cost, options.seed);
   std::ofstream file(options.out, std::ios::binary);
-  file << network.Format(of);
+  file << network.Format(
+      {.load_loss = rule.load_loss,
+       .ttft_target_s = rule.ttft_target_s,
+       .tpot_target_s = rule.tpot_target_s,
+       .how = fmt::format("{} episodes, seed {}, loss-weight {}, refusal-cost {}", options.episodes,
+                          options.seed, options.loss_weight, options.refusal_cost)});
   file.close();
   if (!file) return absl::UnavailableError(fmt::format("{}: cannot be written", options.out));
   fmt::print("{}\n", options.out);
