@@ -50,6 +50,8 @@ class LadderPolicy final : public Policy {
   bool refuses() const override { return refuses_; }
 
   int level() const { return level_; }
+  // All signals are so low that the level falls.
+  bool calm() const { return calm_; }
 
  private:
   LadderPolicyOptions options_;
@@ -61,6 +63,7 @@ class LadderPolicy final : public Policy {
   double kv_low_since_s_ = 0;  // since memory does not ask for the level
   std::string_view reason_ = "none";
   bool refuses_ = false;
+  bool calm_ = true;
 };
 
 }  // namespace espalier

@@ -18,8 +18,6 @@ bool Sane(const PressureReport& report, double last_s) {
                              [](double number) { return std::isfinite(number) && number >= 0; });
 }
 
-constexpr double kCalm = 0.5;  // of a step's target, and of the KV there may be
-
 }  // namespace
 
 void Shield::Observe(const PressureReport& report, const Ladder& ladder) {
@@ -31,9 +29,7 @@ void Shield::Observe(const PressureReport& report, const Ladder& ladder) {
   level_ = std::min(level_, hardest);
   const int wanted = policy_->wanted();
   const bool followed = sane && wanted >= 0 && wanted <= hardest;
-  const bool calm = sane && report.waiting == 0 && report.oldest_wait_s == 0 &&
-                    report.step_s < kCalm * options_.tpot_target_s && report.kv_used < kCalm;
-  int level = calm ? 0 : followed ? wanted : rule_.level();
+  int level = sane && rule_.calm() ? 0 : followed ? wanted : rule_.level();
   // Behind a queue that the rule lets grow no further, a milder level is no choice.
   const bool bound = (report.kv_used > 1 || rule_.refuses()) && rule_.level() > level;
   if (bound) level = rule_.level();

@@ -39,7 +39,8 @@ class Told final : public Policy {
 class ShieldTest : public testing::Test {
  protected:
   // Not calm, where nothing is said of it.
-  void At(double time_s, int level, PressureReport report = {.running = 1, .waiting = 1}) {
+  void At(double time_s, int level,
+          PressureReport report = {.oldest_wait_s = 0.2, .running = 1, .waiting = 1}) {
     told_.level = level;
     report.time_s = time_s;
     shield_.Observe(report, ladder_);
@@ -51,14 +52,14 @@ class ShieldTest : public testing::Test {
 };
 
 TEST_F(ShieldTest, IsTheRulesBusinessWhereMemoryWasSeenLongAgo) {
-  At(1, 3, {.memory_age_s = 5, .running = 1, .waiting = 1});
+  At(1, 3, {.oldest_wait_s = 0.2, .memory_age_s = 5, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 3);
   At(2, 4, {.memory_age_s = 5.1, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 2) << "the rule's 0, a rung a dwell";
   EXPECT_EQ(told_.seen, 1);
   At(3, 4, {.memory_age_s = std::nan(""), .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 1);
-  At(4, 4, {.memory_age_s = 0.2, .running = 1, .waiting = 1});
+  At(4, 4, {.oldest_wait_s = 0.2, .memory_age_s = 0.2, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 4);
 }
 
@@ -119,7 +120,8 @@ TEST_F(ShieldTest, LoadMayCostOnlySoMuch) {
   EXPECT_EQ(shield.wanted(), 4) << "memory may cost more";
   EXPECT_TRUE(shield.refuses());
   for (int i = 0; i < 20; ++i) {
-    shield.Observe({.time_s = 3 + 0.3 * i, .kv_used = 0.8, .waiting = 1}, ladder_);
+    shield.Observe({.time_s = 3 + 0.3 * i, .kv_used = 0.8, .oldest_wait_s = 0.2, .waiting = 1},
+                   ladder_);
   }
   EXPECT_EQ(shield.wanted(), 2);
 }
@@ -147,15 +149,23 @@ TEST_F(ShieldTest, APolicyThatStaysMildCannotLetAQueueGrow) {
 }
 
 TEST_F(ShieldTest, InCalmTheFullModelIsServed) {
-  At(1, 3, {.kv_used = 0.4, .step_s = 0.04, .running = 5});
+  const PressureReport calm{
+      .kv_used = 0.85, .oldest_wait_s = 0.05, .step_s = 0.07, .running = 5, .waiting = 1};
+  At(1, 3, calm);
   EXPECT_EQ(shield_.wanted(), 0);
-  At(2, 3, {.kv_used = 0.6, .step_s = 0.04, .running = 5});
+  PressureReport report = calm;
+  report.kv_used = 0.95;
+  At(2, 3, report);
   EXPECT_EQ(shield_.wanted(), 3);
-  At(3, 3, {.kv_used = 0.4, .step_s = 0.04, .running = 5});  // and back by a rung a dwell
+  At(3, 3, calm);  // and back by a rung a dwell
   EXPECT_EQ(shield_.wanted(), 2);
-  At(4, 3, {.kv_used = 0.4, .step_s = 0.06, .running = 5});
+  report = calm;
+  report.step_s = 0.08;
+  At(4, 3, report);
   EXPECT_EQ(shield_.wanted(), 3);
-  At(5, 3, {.running = 5, .waiting = 1});
+  report = calm;
+  report.oldest_wait_s = 0.15;
+  At(5, 3, report);
   EXPECT_EQ(shield_.wanted(), 3);
 }
 
