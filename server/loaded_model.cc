@@ -76,9 +76,11 @@ absl::Status LoadedModel::MakePolicy(const Order& order) {
     const std::string path = given.empty() ? PolicyPathOf(order.ladder) : given;
     absl::StatusOr<PolicyFile> file = OpenPolicy(path, executor_->ladder().size());
     if (!file.ok()) return file.status();
-    if (const std::string unlike = ServedUnlike(file->trained, rule_); !unlike.empty()) {
-      Log(LogLevel::kWarning, "the policy was trained for other options",
-          {{"file", path}, {"trained_for", unlike}});
+    if (file->trained.load_loss != rule_.load_loss) {
+      Log(LogLevel::kWarning, "the policy was trained for another --load-loss",
+          {{"file", path},
+           {"trained_for", file->trained.load_loss},
+           {"served_with", rule_.load_loss}});
     }
     version = file->version;
     network_ = std::make_unique<QNetwork>(std::move(file->network));

@@ -63,8 +63,9 @@ absl::StatusOr<std::unique_ptr<Policy>> MakePolicy(const Options& options, const
         options.policy_file.empty() ? PolicyPathOf(options.server.ladder) : options.policy_file;
     absl::StatusOr<PolicyFile> file = OpenPolicy(path, ladder.size());
     if (!file.ok()) return file.status();
-    if (const std::string unlike = ServedUnlike(file->trained, rule); !unlike.empty()) {
-      fmt::print(stderr, "warning: {} was trained for {}\n", path, unlike);
+    if (file->trained.load_loss != rule.load_loss) {
+      fmt::print(stderr, "warning: {} was trained for --load-loss {}, not {}\n", path,
+                 file->trained.load_loss, rule.load_loss);
     }
     return std::make_unique<ShieldedDqn>(std::move(file->network),
                                          LevelOptionsOf(file->trained, rule), rule);

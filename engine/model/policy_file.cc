@@ -43,19 +43,6 @@ LevelPolicyOptions LevelOptionsOf(const TrainedFor& trained, const LadderPolicyO
           .load_loss = std::min(rule.load_loss, trained.load_loss)};
 }
 
-std::string ServedUnlike(const TrainedFor& trained, const LadderPolicyOptions& rule) {
-  std::string unlike;
-  const auto compare = [&](const char* option, double learned, double served) {
-    if (learned == served) return;
-    unlike +=
-        fmt::format("{}{} {}, served with {}", unlike.empty() ? "" : "; ", option, learned, served);
-  };
-  compare("--load-loss", trained.load_loss, rule.load_loss);
-  compare("--ttft-target", trained.ttft_target_s, rule.ttft_target_s);
-  compare("--tpot-target", trained.tpot_target_s, rule.tpot_target_s);
-  return unlike;
-}
-
 std::string PolicyPathOf(const std::string& ladder) {
   return std::filesystem::path(ladder).replace_extension(".dqn").string();
 }
