@@ -24,8 +24,9 @@ struct LadderPolicyOptions {
   // What waiting and slow steps alone may cost, told nats per token: they raise the level to
   // Ladder::HardestWithin at most. Memory may go to the last rung. policy/README.md tells why 0.2.
   double load_loss = 0.2;
-  // Of the oldest wait and of a step, as shares of their targets.
-  PressureBand wait = {.raise = 0.5, .lower = 0.1};
+  // Of the oldest wait and of a step, as shares of their targets. Who is behind the oldest waits
+  // for longer than it: at half of the target too many are lost already (policy/README.md).
+  PressureBand wait = {.raise = 0.25, .lower = 0.1};
   PressureBand step = {.raise = 1.0, .lower = 0.75};
   double raise_dwell_s = 0.2;   // between a change of the level and the next rise
   double lower_dwell_s = 0.25;  // for which all signals must have been low before it falls by one

@@ -140,7 +140,7 @@ TEST_F(ShieldTest, APolicyThatStaysMildCannotLetAQueueGrow) {
   EXPECT_EQ(shield.wanted(), 2) << "as hard as load may be";
   EXPECT_EQ(shield.reason(), "queue");
   EXPECT_TRUE(shield.refuses());
-  at(2, 0.4);  // the rule holds its level and takes newcomers
+  at(2, 0.2);  // the rule holds its level and takes newcomers
   EXPECT_FALSE(shield.refuses());
   EXPECT_EQ(shield.wanted(), 1);
   at(2.1, 0.6);
