@@ -41,6 +41,7 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
       report.kv_used <= options_.kv_lower && std::ranges::all_of(signals, [](const Signal& signal) {
         return signal.value <= signal.band.lower;
       });
+  calm_ = low;
   const int hardest = ladder.size() - 1;
   const bool memory = report.kv_used > 1;
   load_hardest_ = ladder.HardestWithin(options_.load_loss);

@@ -24,8 +24,9 @@ struct LadderPolicyOptions {
   // What waiting and slow steps alone may cost, told nats per token: they raise the level to
   // Ladder::HardestWithin at most. Memory may go to the last rung. policy/README.md tells why 0.2.
   double load_loss = 0.2;
-  // Of the oldest wait and of a step, as shares of their targets.
-  PressureBand wait = {.raise = 0.5, .lower = 0.1};
+  // Of the oldest wait and of a step, as shares of their targets. Who is behind the oldest waits
+  // for longer than it: at half of the target too many are lost already (policy/README.md).
+  PressureBand wait = {.raise = 0.25, .lower = 0.1};
   PressureBand step = {.raise = 1.0, .lower = 0.75};
   double raise_dwell_s = 0.2;   // between a change of the level and the next rise
   double lower_dwell_s = 0.25;  // for which all signals must have been low before it falls by one
@@ -50,6 +51,8 @@ class LadderPolicy final : public Policy {
   bool refuses() const override { return refuses_; }
 
   int level() const { return level_; }
+  // All signals are so low that the level falls.
+  bool calm() const { return calm_; }
 
  private:
   LadderPolicyOptions options_;
@@ -61,6 +64,7 @@ class LadderPolicy final : public Policy {
   double kv_low_since_s_ = 0;  // since memory does not ask for the level
   std::string_view reason_ = "none";
   bool refuses_ = false;
+  bool calm_ = true;
 };
 
 }  // namespace espalier

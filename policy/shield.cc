@@ -18,8 +18,6 @@ bool Sane(const PressureReport& report, double last_s) {
                              [](double number) { return std::isfinite(number) && number >= 0; });
 }
 
-constexpr double kCalm = 0.5;  // of a step's target, and of the KV there may be
-
 }  // namespace
 
 void Shield::Observe(const PressureReport& report, const Ladder& ladder) {
@@ -31,20 +29,20 @@ void Shield::Observe(const PressureReport& report, const Ladder& ladder) {
   level_ = std::min(level_, hardest);
   const int wanted = policy_->wanted();
   const bool followed = sane && wanted >= 0 && wanted <= hardest;
-  const bool calm = sane && report.waiting == 0 && report.oldest_wait_s == 0 &&
-                    report.step_s < kCalm * options_.tpot_target_s && report.kv_used < kCalm;
-  int level = calm ? 0 : followed ? wanted : rule_.level();
-  const bool memory = report.kv_used > 1 && rule_.level() > level;
-  if (memory) level = rule_.level();
+  int level = sane && rule_.calm() ? 0 : followed ? wanted : rule_.level();
+  // Behind a queue that the rule lets grow no further, a milder level is no choice.
+  const bool bound = (report.kv_used > 1 || rule_.refuses()) && rule_.level() > level;
+  if (bound) level = rule_.level();
   level = std::min(level, std::max(load_hardest_, rule_.level()));
   if (!std::isfinite(report.time_s)) return;
   if (level < level_) {
     const bool due = report.time_s - changed_s_ >= options_.lower_dwell_s;
     level = due ? level_ - 1 : level_;
   }
-  refuses_ = level >= (report.kv_used > 1 ? hardest : load_hardest_) &&
-             report.oldest_wait_s >= options_.wait.raise * options_.ttft_target_s;
-  if (level > level_) reason_ = followed && !memory ? policy_->reason() : rule_.reason();
+  refuses_ =
+      rule_.refuses() || (level >= (report.kv_used > 1 ? hardest : load_hardest_) &&
+                          report.oldest_wait_s >= options_.wait.raise * options_.ttft_target_s);
+  if (level > level_) reason_ = followed && !bound ? policy_->reason() : rule_.reason();
   if (level != level_) changed_s_ = report.time_s;
   level_ = level;
   time_s_ = std::max(time_s_, report.time_s);

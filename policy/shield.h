@@ -12,13 +12,14 @@ namespace espalier {
 // Serves at the level that `policy` wants, but
 // - at the rule's, where a report is not finite, is older than the last one, knows memory by what
 //   it was some seconds ago, or the policy wants a rung that is not there;
-// - no milder than the rule's while running sequences hold more KV than there may be, and no harder
-//   than load may cost unless the rule is, for memory;
-// - at the full model in calm: nobody waits, and steps and KV are at less than half of what they
-//   may be. What may come later is no reason to serve worse now;
+// - no milder than the rule's while running sequences hold more KV than there may be, or where the
+//   rule refuses newcomers; and no harder than load may cost unless the rule is, for memory;
+// - at the full model in calm, where the rule's level would fall: what may come later is no reason
+//   to serve worse now;
 // - a level falls by one rung a dwell, as the rule's does, however fast pressure goes;
-// - newcomers are refused as by the rule: at the highest level that what presses may raise it to,
-//   while the oldest waits for long.
+// - newcomers are refused wherever the rule would refuse them, which a policy that stays below the
+//   highest level cannot put off: it would only let them queue; and at the highest level that what
+//   presses may raise it to, while the oldest waits for long, though the rule be on its way there.
 class Shield final : public Policy {
  public:
   // `policy` must outlive the shield.

@@ -73,15 +73,18 @@ absl::Status LoadedModel::MakePolicy(const Order& order) {
     chosen_ = std::make_unique<LadderPolicy>(rule_);
   } else {
     const std::string& given = options_.policy_file;
-    absl::StatusOr<PolicyFile> file =
-        OpenPolicy(given.empty() ? PolicyPathOf(order.ladder) : given, executor_->ladder().size());
+    const std::string path = given.empty() ? PolicyPathOf(order.ladder) : given;
+    absl::StatusOr<PolicyFile> file = OpenPolicy(path, executor_->ladder().size());
     if (!file.ok()) return file.status();
+    if (file->trained.load_loss != rule_.load_loss) {
+      Log(LogLevel::kWarning, "the policy was trained for another --load-loss",
+          {{"file", path},
+           {"trained_for", file->trained.load_loss},
+           {"served_with", rule_.load_loss}});
+    }
     version = file->version;
     network_ = std::make_unique<QNetwork>(std::move(file->network));
-    learned_ = std::make_unique<DqnPolicy>(LevelPolicyOptions{.ttft_target_s = rule_.ttft_target_s,
-                                                              .tpot_target_s = rule_.tpot_target_s,
-                                                              .load_loss = rule_.load_loss},
-                                           network_.get());
+    learned_ = std::make_unique<DqnPolicy>(LevelOptionsOf(file->trained, rule_), network_.get());
     chosen_ = std::make_unique<Shield>(learned_.get(), rule_);
   }
   policy_ = chosen_.get();

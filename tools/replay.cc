@@ -104,10 +104,7 @@ absl::Status Run(const Options& options) {
         }
         network = *std::move(file);
         learned =
-            std::make_unique<DqnPolicy>(LevelPolicyOptions{.ttft_target_s = rule.ttft_target_s,
-                                                           .tpot_target_s = rule.tpot_target_s,
-                                                           .load_loss = rule.load_loss},
-                                        &network->network);
+            std::make_unique<DqnPolicy>(LevelOptionsOf(network->trained, rule), &network->network);
         policy = std::make_unique<Shield>(learned.get(), rule);
         continue;
       }

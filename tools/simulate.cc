@@ -59,11 +59,16 @@ class ShieldedDqn final : public Policy {
 absl::StatusOr<std::unique_ptr<Policy>> MakePolicy(const Options& options, const Ladder& ladder) {
   const LadderPolicyOptions rule = RuleOf(options.server);
   if (options.policy == "dqn") {
-    absl::StatusOr<PolicyFile> file = OpenPolicy(
-        options.policy_file.empty() ? PolicyPathOf(options.server.ladder) : options.policy_file,
-        ladder.size());
+    const std::string path =
+        options.policy_file.empty() ? PolicyPathOf(options.server.ladder) : options.policy_file;
+    absl::StatusOr<PolicyFile> file = OpenPolicy(path, ladder.size());
     if (!file.ok()) return file.status();
-    return std::make_unique<ShieldedDqn>(std::move(file->network), LevelOf(options.server), rule);
+    if (file->trained.load_loss != rule.load_loss) {
+      fmt::print(stderr, "warning: {} was trained for --load-loss {}, not {}\n", path,
+                 file->trained.load_loss, rule.load_loss);
+    }
+    return std::make_unique<ShieldedDqn>(std::move(file->network),
+                                         LevelOptionsOf(file->trained, rule), rule);
   }
   if (options.policy == "ladder") {
     return std::make_unique<LadderPolicy>(rule);

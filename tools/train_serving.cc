@@ -22,10 +22,14 @@ namespace espalier {
 namespace {
 
 constexpr double kSeconds = 60;  // of arrivals, in a simulation
+// Of what the full model can serve: far beyond it, too, or what is learned there is to let queue.
+constexpr double kLeastRate = 0.2, kMostRate = 3;
 constexpr int kHidden = 48;
 constexpr double kLastEpsilon = 0.02, kExploring = 0.7;
 // What is learned late is not always better: the best network of those tried now and then is kept.
 constexpr int kTriedEvery = 50;  // episodes, on as many traces as are held out
+// These are the same whatever the seed, so that networks of several can be compared.
+constexpr uint64_t kValidation = 0x76616c6964617465, kHeldOut = 0x68656c646f7574;
 
 double Uniform(std::mt19937_64* random, double least, double most) {
   return least + (most - least) * (static_cast<double>((*random)() >> 11) * 0x1p-53);
@@ -34,6 +38,7 @@ double Uniform(std::mt19937_64* random, double least, double most) {
 // Traffic of all kinds around what the full model can serve, and memory that comes and goes.
 struct Trace {
   Traffic traffic;
+  double rate = 0;  // calls a second, mean
   SimOptions options;
 };
 
@@ -59,8 +64,8 @@ class Traces {
     const int batch = server_.options.scheduler.max_sequences;
     const double call = traffic.prompt.median * cost.prefill +
                         traffic.output.median * (cost.decode + cost.fixed / batch);
-    traffic.rate = Uniform(&random_, 0.2, 1.6) / call;
-    Trace trace{.traffic = MakeTraffic(traffic), .options = server_.options};
+    traffic.rate = Uniform(&random_, kLeastRate, kMostRate) / call;
+    Trace trace{.traffic = MakeTraffic(traffic), .rate = traffic.rate, .options = server_.options};
     trace.options.geometry.pages =
         static_cast<int>(trace.options.geometry.pages * Uniform(&random_, 0.5, 1));
     return trace;
@@ -130,7 +135,7 @@ absl::Status TrainServing(const TrainServingOptions& options) {
                  .replay = 200'000,
                  .target_every = 1000,
                  .seed = options.seed});
-  Traces training(*server, options.seed), validating(*server, options.seed + 500'000);
+  Traces training(*server, options.seed), validating(*server, kValidation);
   std::vector<Trace> validation;
   for (int i = 0; i < options.traces; ++i) validation.push_back(validating.Next());
   std::unique_ptr<DqnPolicy> learned;
@@ -139,6 +144,10 @@ absl::Status TrainServing(const TrainServingOptions& options) {
     return std::make_unique<Shield>(learned.get(), rule);
   };
   QNetwork network = dqn.network();
+  const double rules = Mean(Judge(
+                                "", "", [&] { return std::make_unique<LadderPolicy>(rule); },
+                                validation, *server, options)
+                                .worth);
   double best = -1e9;
   int best_episode = 0;
   {
@@ -150,7 +159,10 @@ absl::Status TrainServing(const TrainServingOptions& options) {
       Shield shield(&trainer, rule);
       Simulate(
           trace.traffic, trace.options, server->ladder, server->costs, &shield,
-          [&](const SimOutcome& call) { trainer.Reward(Worth(call, trace.options, options)); });
+          // A share of a second's calls: where few come, each counts for more, as it is judged.
+          [&](const SimOutcome& call) {
+            trainer.Reward(Worth(call, trace.options, options) / trace.rate);
+          });
       trainer.End();
       if ((episode + 1) % kTriedEvery == 0 || episode + 1 == options.episodes) {
         const QNetwork tried = dqn.network();
@@ -167,7 +179,7 @@ absl::Status TrainServing(const TrainServingOptions& options) {
     }
   }
 
-  Traces held_out(*server, options.seed + 2'000'000);
+  Traces held_out(*server, kHeldOut);
   std::vector<Trace> traces;
   for (int i = 0; i < options.traces; ++i) traces.push_back(held_out.Next());
   std::vector<Judged> judged;
@@ -203,20 +215,20 @@ absl::Status TrainServing(const TrainServingOptions& options) {
   }
   table += fmt::format(
       "worth: of a call, 1 if within its targets, less {} a nat told, {} if "
-      "refused\nthe network of episode {}, the best on {} other traces; dqn less ladder, trace "
-      "by trace: {:+.4f} +- {:.4f}\n",
-      options.loss_weight, -options.refusal_cost, best_episode, options.traces, mean, error);
+      "refused\nthe network of episode {}, the best on {} other traces: {:+.4f} there; dqn less "
+      "ladder, trace by trace: {:+.4f} +- {:.4f}\n",
+      options.loss_weight, -options.refusal_cost, best_episode, options.traces, best - rules, mean,
+      error);
   fmt::print("{}", table);
   figures["dqn_vs_ladder"] = Mean(judged[1].worth) / Mean(judged[0].worth);
 
-  const std::string of = fmt::format(
-      "rungs {} ttft-target {} tpot-target {} load-loss {} episodes {} loss-weight {} refusal-cost "
-      "{} "
-      "seed {}",
-      rungs, options.server.ttft_target, options.server.tpot_target, options.server.load_loss,
-      options.episodes, options.loss_weight, options.refusal_cost, options.seed);
   std::ofstream file(options.out, std::ios::binary);
-  file << network.Format(of);
+  file << network.Format(
+      {.load_loss = rule.load_loss,
+       .ttft_target_s = rule.ttft_target_s,
+       .tpot_target_s = rule.tpot_target_s,
+       .how = fmt::format("{} episodes, seed {}, loss-weight {}, refusal-cost {}", options.episodes,
+                          options.seed, options.loss_weight, options.refusal_cost)});
   file.close();
   if (!file) return absl::UnavailableError(fmt::format("{}: cannot be written", options.out));
   fmt::print("{}\n", options.out);

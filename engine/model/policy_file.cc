@@ -2,13 +2,12 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <optional>
 #include <utility>
-
-#include "policy/level_policy.h"
 
 namespace espalier {
 
@@ -21,8 +20,9 @@ absl::StatusOr<PolicyFile> OpenPolicy(const std::string& path, int rungs) {
   if (!file.is_open() || bytes.empty()) {
     return absl::NotFoundError(fmt::format("{}: cannot be read", path));
   }
-  std::string of, error;
-  std::optional<QNetwork> network = QNetwork::Parse(bytes, &of, &error);
+  TrainedFor trained;
+  std::string error;
+  std::optional<QNetwork> network = QNetwork::Parse(bytes, &trained, &error);
   if (!network) return absl::InvalidArgumentError(fmt::format("{}: {}", path, error));
   const QShape& shape = network->shape();
   if (!DqnPolicy::Fits(shape, rungs)) {
@@ -32,8 +32,15 @@ absl::StatusOr<PolicyFile> OpenPolicy(const std::string& path, int rungs) {
         path, shape.inputs, shape.hidden, shape.actions, kLevelInputs, DqnPolicy::kMostHidden,
         rungs));
   }
-  return PolicyFile{
-      .network = *std::move(network), .of = std::move(of), .version = QNetwork::Version(bytes)};
+  return PolicyFile{.network = *std::move(network),
+                    .trained = std::move(trained),
+                    .version = QNetwork::Version(bytes)};
+}
+
+LevelPolicyOptions LevelOptionsOf(const TrainedFor& trained, const LadderPolicyOptions& rule) {
+  return {.ttft_target_s = rule.ttft_target_s,
+          .tpot_target_s = rule.tpot_target_s,
+          .load_loss = std::min(rule.load_loss, trained.load_loss)};
 }
 
 std::string PolicyPathOf(const std::string& ladder) {

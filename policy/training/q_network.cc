@@ -5,11 +5,13 @@
 #include <charconv>
 #include <cmath>
 #include <cstring>
+#include <iterator>
+#include <utility>
 
 namespace espalier {
 namespace {
 
-constexpr std::string_view kMagic = "espalier-q-network 1 ";
+constexpr std::string_view kName = "espalier-q-network ", kMagic = "espalier-q-network 2 ";
 constexpr int kMostUnits = 4096;  // of a layer: a file cannot ask for much memory
 
 static_assert(std::endian::native == std::endian::little, "parameters are written as they lie");
@@ -31,6 +33,38 @@ bool ReadShape(std::string_view text, QShape* shape) {
     text.remove_prefix(stop - text.data());
   }
   return text.empty();
+}
+
+constexpr double kMostLoadLoss = 100, kMostTarget = 10'000;
+constexpr size_t kMostHow = 1000;  // characters
+
+// Shortest, so that it reads back to the same bits.
+std::string Number(double value) {
+  char text[32];
+  return {text, std::to_chars(text, std::end(text), value).ptr};
+}
+
+std::string LineOf(const TrainedFor& trained) {
+  return "load-loss " + Number(trained.load_loss) + " ttft-target " +
+         Number(trained.ttft_target_s) + " tpot-target " + Number(trained.tpot_target_s);
+}
+
+bool ReadTrainedFor(std::string_view line, TrainedFor* trained) {
+  std::string_view rest = line;
+  const auto read = [&](std::string_view name, double* value) {
+    if (!rest.starts_with(name)) return false;
+    rest.remove_prefix(name.size());
+    const auto [stop, error] = std::from_chars(rest.data(), rest.data() + rest.size(), *value);
+    if (error != std::errc()) return false;
+    rest.remove_prefix(stop - rest.data());
+    return true;
+  };
+  return read("load-loss ", &trained->load_loss) &&
+         read(" ttft-target ", &trained->ttft_target_s) &&
+         read(" tpot-target ", &trained->tpot_target_s) && trained->load_loss >= 0 &&
+         trained->load_loss <= kMostLoadLoss && trained->ttft_target_s > 0 &&
+         trained->ttft_target_s <= kMostTarget && trained->tpot_target_s > 0 &&
+         trained->tpot_target_s <= kMostTarget && LineOf(*trained) == line;
 }
 
 }  // namespace
@@ -67,13 +101,13 @@ void QNetwork::Values(std::span<const float> state, std::span<float> hidden,
   }
 }
 
-std::string QNetwork::Format(std::string_view of) const {
+std::string QNetwork::Format(const TrainedFor& trained) const {
   std::string bytes(kMagic);
   for (const int count : {shape_.inputs, shape_.hidden, shape_.actions}) {
     bytes += std::to_string(count) + " ";
   }
   bytes.back() = '\n';
-  bytes.append(of) += '\n';
+  bytes += LineOf(trained) + "\n" + trained.how + "\n";
   bytes.append(reinterpret_cast<const char*>(parameters_.data()),
                parameters_.size() * sizeof(float));
   const uint64_t sum = Checksum(bytes);
@@ -89,24 +123,50 @@ std::string QNetwork::Version(std::string_view bytes) {
   return text;
 }
 
-std::optional<QNetwork> QNetwork::Parse(std::string_view bytes, std::string* of,
+std::optional<QNetwork> QNetwork::Parse(std::string_view bytes, TrainedFor* trained,
                                         std::string* error) {
   const auto fail = [&](std::string what) {
     *error = std::move(what);
     return std::nullopt;
   };
-  const size_t first = bytes.find('\n');
-  const size_t second = first == bytes.npos ? bytes.npos : bytes.find('\n', first + 1);
-  if (!bytes.starts_with(kMagic) || second == bytes.npos) {
-    return fail("no Q-network of version 1: its first line does not say so");
+  std::string_view rest = bytes;
+  const auto line = [&]() -> std::optional<std::string_view> {
+    const size_t end = rest.find('\n');
+    if (end == rest.npos) return std::nullopt;
+    const std::string_view text = rest.substr(0, end);
+    rest.remove_prefix(end + 1);
+    return text;
+  };
+  const std::optional<std::string_view> first = line();
+  if (first && first->starts_with(kName) && !first->starts_with(kMagic)) {
+    return fail(
+        "a Q-network of another version than 2; one of version 1 does not tell what it was "
+        "trained for: train it anew");
+  }
+  if (!first || !first->starts_with(kMagic)) {
+    return fail("no Q-network of version 2: its first line does not say so");
   }
   QShape shape;
-  if (!ReadShape(bytes.substr(kMagic.size(), first - kMagic.size()), &shape)) {
+  if (!ReadShape(first->substr(kMagic.size()), &shape)) {
     return fail("its first line tells no shape: INPUTS HIDDEN ACTIONS, each 1 to " +
                 std::to_string(kMostUnits));
   }
+  const std::optional<std::string_view> options = line();
+  TrainedFor read;
+  if (!options || !ReadTrainedFor(*options, &read)) {
+    return fail(
+        "its second line does not tell what it was trained for: load-loss NATS ttft-target "
+        "SECONDS tpot-target SECONDS, in plain numbers");
+  }
+  const std::optional<std::string_view> how = line();
+  const auto printable = [](char each) { return each >= ' ' && each <= '~'; };
+  if (!how || how->size() > kMostHow || !std::ranges::all_of(*how, printable)) {
+    return fail("its third line is none of at most " + std::to_string(kMostHow) +
+                " printable characters");
+  }
   QNetwork network(shape);
-  const size_t begin = second + 1, length = network.parameters_.size() * sizeof(float);
+  const size_t begin = bytes.size() - rest.size(),
+               length = network.parameters_.size() * sizeof(float);
   uint64_t sum = 0;
   if (bytes.size() != begin + length + sizeof(sum)) {
     return fail("it has " + std::to_string(bytes.size()) + " bytes, its shape takes " +
@@ -120,7 +180,8 @@ std::optional<QNetwork> QNetwork::Parse(std::string_view bytes, std::string* of,
   for (const float parameter : network.parameters_) {
     if (!std::isfinite(parameter)) return fail("it has a parameter that is not finite");
   }
-  *of = bytes.substr(first + 1, second - first - 1);
+  read.how = *how;
+  *trained = std::move(read);
   return network;
 }
 

@@ -19,6 +19,16 @@ struct QShape {
   bool operator==(const QShape&) const = default;
 };
 
+// What a serving policy's network was trained for.
+struct TrainedFor {
+  double load_loss = 0;      // nats per token, as LadderPolicyOptions; in [0, 100]
+  double ttft_target_s = 1;  // targets: above 0, at most 10,000
+  double tpot_target_s = 0.1;
+  std::string how;  // a line about it; printable ASCII, at most 1,000 characters
+
+  bool operator==(const TrainedFor&) const = default;
+};
+
 class QNetwork {
  public:
   // All weights zero.
@@ -42,13 +52,14 @@ class QNetwork {
   int output() const { return hidden_bias() + shape_.hidden; }
   int output_bias() const { return output() + shape_.actions * shape_.hidden; }
 
-  // A file's bytes: a line with name, version and shape, the parameters as little-endian floats,
-  // and a checksum (FNV-1a, 64 bits) of all before it. `of` is a line of the caller's about what
-  // the network is for; printable, no newline.
-  std::string Format(std::string_view of) const;
-  // None, with what is wrong in *error, if the bytes are no such file, are cut, or hold what is not
-  // finite.
-  static std::optional<QNetwork> Parse(std::string_view bytes, std::string* of, std::string* error);
+  // A file's bytes: a line with name, version and shape, one of what it was trained for ("load-loss
+  // 0.2 ttft-target 1 tpot-target 0.1"), one of how, the parameters as little-endian floats, and a
+  // checksum (FNV-1a, 64 bits) of all before it.
+  std::string Format(const TrainedFor& trained) const;
+  // None, with what is wrong in *error, if the bytes are no such file, are of another version, cut,
+  // or hold what is not finite or out of its range. Another spelling of a number is none.
+  static std::optional<QNetwork> Parse(std::string_view bytes, TrainedFor* trained,
+                                       std::string* error);
   // Which file it is: its checksum, hexadecimal.
   static std::string Version(std::string_view bytes);
 

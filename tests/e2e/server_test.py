@@ -351,8 +351,13 @@ class Pruning(unittest.TestCase):
                             "--traces", "2", "--figures", "", "--out", path], check=True,
                            capture_output=True)
         self.assertEqual(network.read_bytes(), (folder / "again.dqn").read_bytes())
-        options = ("--ladder", ladder, "--policy", "dqn", "--ttft-target", "0.02",
-                   "--max-sequences", "2", "--decision-log", decisions)
+        told = subprocess.run(
+            [espalier, "simulate", *simulated, "--policy", "dqn", "--load-loss", "0.3", "--rate",
+             "2", "--duration", "5"], check=True, capture_output=True, text=True).stderr
+        self.assertRegex(told, r"warning: .*dqn\.dqn was trained for --load-loss 0\.2, not 0\.3")
+        # Another load loss than it was trained for: a warning, and replay knows of it, too.
+        options = ("--ladder", ladder, "--policy", "dqn", "--ttft-target", "0.02", "--load-loss",
+                   "0.3", "--max-sequences", "2", "--decision-log", decisions)
         with Server(BINARY, MODEL, *options) as server:
             calls = [server.stub.Generate(text_request("x", 200), timeout=60) for _ in range(12)]
             for call in calls:
@@ -362,6 +367,8 @@ class Pruning(unittest.TestCase):
                     self.assertEqual(detail(refused, error_details_pb2.ErrorInfo).reason,
                                      "OVERLOADED")
             self.assertEqual(server.terminate(), 0)
+            self.assertRegex(server.log(), r"another --load-loss .*trained_for=0\.2 "
+                             r"served_with=0\.3")
         replay = [espalier, "replay", decisions, "--ladder", ladder]
         again = subprocess.run(replay, capture_output=True, text=True)
         self.assertEqual(again.returncode, 0, again.stderr)

@@ -199,7 +199,8 @@ def seeds():
 
     for i, text in enumerate(POLICIES):
         yield "policy", str(i), text.encode()
-    network = b"espalier-q-network 1 2 1 2\nsmall\n" + struct.pack("<7f", *range(7))
+    network = (b"espalier-q-network 2 2 1 2\nload-loss 0.2 ttft-target 1 tpot-target 0.1\nsmall\n"
+               + struct.pack("<7f", *range(7)))
     checksum = 0xcbf29ce484222325  # FNV-1a
     for byte in network:
         checksum = (checksum ^ byte) * 0x100000001b3 % 2**64

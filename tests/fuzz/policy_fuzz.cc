@@ -41,10 +41,13 @@ void Costs(std::string_view text) {
 }
 
 void Network(std::string_view bytes) {
-  std::string of, error;
-  const std::optional<QNetwork> network = QNetwork::Parse(bytes, &of, &error);
+  TrainedFor trained;
+  std::string error;
+  const std::optional<QNetwork> network = QNetwork::Parse(bytes, &trained, &error);
   if (!network) return Refused(error);
-  Require(network->Format(of) == bytes, "what is read is what was written");
+  Require(network->Format(trained) == bytes, "what is read is what was written");
+  Require(trained.load_loss >= 0 && trained.ttft_target_s > 0 && trained.tpot_target_s > 0,
+          "options are in their ranges");
   const std::vector<float> state(network->shape().inputs, 1);
   std::vector<float> hidden(network->shape().hidden), values(network->shape().actions);
   network->Values(state, hidden, values);

@@ -171,9 +171,9 @@ TEST(LadderPolicy, RefusesLastOfAll) {
   };
   EXPECT_FALSE(observe(1, 0.9)) << "rung 1 is left";
   EXPECT_TRUE(observe(2, 0.9));
-  EXPECT_FALSE(observe(3, 0.4));
+  EXPECT_FALSE(observe(3, 0.2));
   EXPECT_EQ(policy.level(), 2);
-  EXPECT_TRUE(observe(4, 0.6));
+  EXPECT_TRUE(observe(4, 0.3));
 }
 
 TEST(ShadowPolicy, ServesTheFullModelAndSaysWhatItWouldDo) {

@@ -1,5 +1,6 @@
 #include "policy/shield.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -38,7 +39,8 @@ class Told final : public Policy {
 class ShieldTest : public testing::Test {
  protected:
   // Not calm, where nothing is said of it.
-  void At(double time_s, int level, PressureReport report = {.running = 1, .waiting = 1}) {
+  void At(double time_s, int level,
+          PressureReport report = {.oldest_wait_s = 0.2, .running = 1, .waiting = 1}) {
     told_.level = level;
     report.time_s = time_s;
     shield_.Observe(report, ladder_);
@@ -50,14 +52,14 @@ class ShieldTest : public testing::Test {
 };
 
 TEST_F(ShieldTest, IsTheRulesBusinessWhereMemoryWasSeenLongAgo) {
-  At(1, 3, {.memory_age_s = 5, .running = 1, .waiting = 1});
+  At(1, 3, {.oldest_wait_s = 0.2, .memory_age_s = 5, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 3);
   At(2, 4, {.memory_age_s = 5.1, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 2) << "the rule's 0, a rung a dwell";
   EXPECT_EQ(told_.seen, 1);
   At(3, 4, {.memory_age_s = std::nan(""), .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 1);
-  At(4, 4, {.memory_age_s = 0.2, .running = 1, .waiting = 1});
+  At(4, 4, {.oldest_wait_s = 0.2, .memory_age_s = 0.2, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 4);
 }
 
@@ -118,21 +120,52 @@ TEST_F(ShieldTest, LoadMayCostOnlySoMuch) {
   EXPECT_EQ(shield.wanted(), 4) << "memory may cost more";
   EXPECT_TRUE(shield.refuses());
   for (int i = 0; i < 20; ++i) {
-    shield.Observe({.time_s = 3 + 0.3 * i, .kv_used = 0.8, .waiting = 1}, ladder_);
+    shield.Observe({.time_s = 3 + 0.3 * i, .kv_used = 0.8, .oldest_wait_s = 0.2, .waiting = 1},
+                   ladder_);
   }
   EXPECT_EQ(shield.wanted(), 2);
 }
 
+TEST_F(ShieldTest, APolicyThatStaysMildCannotLetAQueueGrow) {
+  Shield shield(&told_, {.load_loss = 0.2, .lower_dwell_s = 0.25});
+  told_.level = 1;
+  const auto at = [&](double time_s, double wait_s) {
+    shield.Observe({.time_s = time_s, .oldest_wait_s = wait_s, .waiting = 40}, ladder_);
+  };
+  at(1, 0.6);  // the rule rises, by a rung in 0.2 s
+  at(1.1, 0.7);
+  EXPECT_EQ(shield.wanted(), 1);
+  EXPECT_FALSE(shield.refuses());
+  at(1.3, 0.9);
+  EXPECT_EQ(shield.wanted(), 2) << "as hard as load may be";
+  EXPECT_EQ(shield.reason(), "queue");
+  EXPECT_TRUE(shield.refuses());
+  at(2, 0.2);  // the rule holds its level and takes newcomers
+  EXPECT_FALSE(shield.refuses());
+  EXPECT_EQ(shield.wanted(), 1);
+  at(2.1, 0.6);
+  EXPECT_TRUE(shield.refuses());
+  EXPECT_EQ(shield.wanted(), 2);
+}
+
 TEST_F(ShieldTest, InCalmTheFullModelIsServed) {
-  At(1, 3, {.kv_used = 0.4, .step_s = 0.04, .running = 5});
+  const PressureReport calm{
+      .kv_used = 0.85, .oldest_wait_s = 0.05, .step_s = 0.07, .running = 5, .waiting = 1};
+  At(1, 3, calm);
   EXPECT_EQ(shield_.wanted(), 0);
-  At(2, 3, {.kv_used = 0.6, .step_s = 0.04, .running = 5});
+  PressureReport report = calm;
+  report.kv_used = 0.95;
+  At(2, 3, report);
   EXPECT_EQ(shield_.wanted(), 3);
-  At(3, 3, {.kv_used = 0.4, .step_s = 0.04, .running = 5});  // and back by a rung a dwell
+  At(3, 3, calm);  // and back by a rung a dwell
   EXPECT_EQ(shield_.wanted(), 2);
-  At(4, 3, {.kv_used = 0.4, .step_s = 0.06, .running = 5});
+  report = calm;
+  report.step_s = 0.08;
+  At(4, 3, report);
   EXPECT_EQ(shield_.wanted(), 3);
-  At(5, 3, {.running = 5, .waiting = 1});
+  report = calm;
+  report.oldest_wait_s = 0.15;
+  At(5, 3, report);
   EXPECT_EQ(shield_.wanted(), 3);
 }
 
@@ -143,6 +176,44 @@ TEST_F(ShieldTest, RefusesOnTheLastRungWhileOthersWait) {
   EXPECT_FALSE(shield_.refuses());
   At(1.6, kRungs - 2, {.oldest_wait_s = 0.9});
   EXPECT_FALSE(shield_.refuses());
+}
+
+// Whatever is learned, and whatever load and memory do.
+TEST_F(ShieldTest, RefusesWhereverTheRuleDoesAtItsLevelOrHarder) {
+  std::mt19937_64 random(11);
+  const auto uniform = [&](double most) {
+    return most * (static_cast<double>(random() >> 11) * 0x1p-53);
+  };
+  int refused = 0;
+  for (int trial = 0; trial < 200; ++trial) {
+    const LadderPolicyOptions options{.load_loss = uniform(0.5)};
+    QNetwork network({.inputs = kLevelInputs, .hidden = 8, .actions = kRungs}, &random);
+    DqnPolicy dqn({.load_loss = options.load_loss}, &network);
+    Shield told(&told_, options), learned(&dqn, options);
+    LadderPolicy rule(options);
+    PressureReport report;
+    double wait_s = 0, drift = 0;
+    for (int i = 0; i < 500; ++i) {
+      if (i % 50 == 0) drift = uniform(2) - 1;
+      if (i % 20 == 0) told_.level = static_cast<int>(random() % (kRungs + 2)) - 1;
+      report.time_s += uniform(0.1);
+      wait_s = std::clamp(wait_s + 0.1 * drift, 0.0, 3.0);
+      const bool garbage = random() % 50 == 0;
+      report.oldest_wait_s = garbage ? std::nan("") : wait_s;
+      report.kv_used = random() % 50 == 0 ? std::nan("") : uniform(1.1);
+      report.memory_age_s = uniform(5.5);
+      report.waiting = wait_s > 0 ? 1 + static_cast<int>(random() % 64) : 0;
+      rule.Observe(report, ladder_);
+      refused += rule.refuses();
+      for (Shield* shield : {&told, &learned}) {
+        shield->Observe(report, ladder_);
+        if (!rule.refuses()) continue;
+        ASSERT_TRUE(shield->refuses()) << trial << " " << i;
+        ASSERT_GE(shield->wanted(), rule.level()) << trial << " " << i;
+      }
+    }
+  }
+  EXPECT_GT(refused, 1000) << "or nothing was tested";
 }
 
 TEST_F(ShieldTest, GarbageNeverLeavesTheLadderOrTheBounds) {
