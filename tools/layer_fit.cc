@@ -335,8 +335,8 @@ class LayerFit {
     const bool to_find = layer >= found_;
     HeadSums attended;
     if (to_find && NarrowsHeads(layer)) {
-      executor_->set_input_observer([&](int, LayerInput input, ConstMatrix rows) {
-        if (input == LayerInput::kO) attended.Add(Counted(rows));
+      executor_->set_input_observer([&](int, MatrixInput input, ConstMatrix rows) {
+        if (input == MatrixInput::kO) attended.Add(Counted(rows));
       });
     }
     if (Counts(layer).empty() || !to_find) {

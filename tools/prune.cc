@@ -123,7 +123,7 @@ absl::Status CheckMoments(const Options& options, const WeightPruningOptions& pl
                          "needs products of columns, --moments has sums of each alone; name a "
                          "--calibration");
   }
-  if (options.activations == "pruned" || options.activations == "sequential") {
+  if (options.activations != "auto" && options.activations != "dense") {
     return Contradiction("--activations",
                          "--moments are of the model that was served; name a --calibration");
   }

@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "engine/machine_memory.h"
+#include "engine/model/activations.h"
 #include "engine/model/decoder.h"
 #include "engine/model/model_executor.h"
 #include "engine/pruning/second_moments.h"
@@ -134,11 +135,14 @@ class WeightPruning {
   absl::Status Embed() {
     if (windows_.empty()) return absl::InvalidArgumentError("no text to calibrate with");
     const int64_t tokens = static_cast<int64_t>(windows_.size() * windows_.front().size());
-    const uint64_t bytes = sizeof(float) * tokens * config_.hidden;
+    uint64_t bytes = sizeof(float) * tokens * config_.hidden;
+    if (sequential()) {
+      bytes += Activations::BytesFor(config_, 1) * tokens + PageShape().page_bytes() * pages_;
+    }
     if (const uint64_t available = ReadMachineMemory().available; bytes > available) {
-      return absl::ResourceExhaustedError(
-          fmt::format("a residual stream of {} tokens takes {} MiB, {} are available: --tokens",
-                      tokens, bytes >> 20, available >> 20));
+      return absl::ResourceExhaustedError(fmt::format(
+          "activations of {} tokens take {} MiB, {} are available: --tokens{}", tokens, bytes >> 20,
+          available >> 20, sequential() ? ", or --activations pruned, which takes steps" : ""));
     }
     const absl::StatusOr<const StoredTensor*> table =
         file_.Find("token_embd.weight", config_.vocabulary, config_.hidden);
@@ -194,15 +198,19 @@ class WeightPruning {
   absl::StatusOr<std::unique_ptr<ModelExecutor>> Load(int layer, int step_rows,
                                                       std::span<const std::vector<float>> values) {
     const Timed timed(&report_.layers.back().load);
-    const KvType kv = DefaultKvType(options_.weights, config_.qkv_bias);
-    const KvPoolShape page = {
-        .type = kv, .pages = 1, .kv_heads = config_.kv_heads, .head_dim = config_.head_dim};
     const LayerFile one(file_, layer, values);
     return ModelExecutor::Load(one, backend_,
                                {.weights = options_.weights,
-                                .kv = kv,
-                                .kv_bytes = page.page_bytes() * pages_,
+                                .kv = PageShape().type,
+                                .kv_bytes = PageShape().page_bytes() * pages_,
                                 .max_batch_tokens = step_rows});
+  }
+
+  KvPoolShape PageShape() const {
+    return {.type = DefaultKvType(options_.weights, config_.qkv_bias),
+            .pages = 1,
+            .kv_heads = config_.kv_heads,
+            .head_dim = config_.head_dim};
   }
 
   // Adds rows of one window, of which the first is at `start`, to the sums.
@@ -220,16 +228,11 @@ class WeightPruning {
     const auto rows = static_cast<int>(report_.tokens);
     const auto length = static_cast<int>(windows_.front().size());
     absl::StatusOr<std::unique_ptr<ModelExecutor>> loaded = Load(layer, rows, {});
-    if (!loaded.ok()) {
-      return absl::Status(loaded.status().code(),
-                          fmt::format("{}: --tokens, or --activations pruned, which takes them in "
-                                      "smaller steps",
-                                      loaded.status().ToString()));
-    }
+    if (!loaded.ok()) return loaded.status();
     ModelExecutor& executor = **loaded;
     absl::Status status;
     double visits = 0;
-    executor.set_weight_visitor([&](int, MatrixInput input, ConstMatrix all) {
+    executor.set_before_weights([&](int, MatrixInput input, ConstMatrix all) {
       const Timed timed(&visits);
       {
         const Timed watching(&report_.layers.back().statistics);
@@ -275,9 +278,8 @@ class WeightPruning {
         const Timed timed(&watching);
         seen.Update(Watch(input, start, rows));
       };
-      (*executor)->set_input_observer([watch](int, LayerInput input, ConstMatrix rows) {
-        watch(input == LayerInput::kQkv ? kQkv : input == LayerInput::kO ? kO : kGateUp, rows);
-      });
+      (*executor)->set_input_observer(
+          [watch](int, MatrixInput input, ConstMatrix rows) { watch(input, rows); });
       (*executor)->set_channel_observer([watch](int, ConstMatrix rows) { watch(kDown, rows); });
     }
     const Clock::time_point begin = Clock::now();
@@ -312,6 +314,14 @@ class WeightPruning {
 
   absl::Status Read(int layer) {
     const WeightLoops& loops = BestWeightLoops();
+    const std::string prefix = fmt::format("blk.{}.", layer);
+    for (const StoredTensor& tensor : file_.tensors()) {
+      if (tensor.rows != 1 || !tensor.name.starts_with(prefix)) continue;  // norms and biases
+      std::vector<float> values(tensor.cols);
+      tensor.ReadRow(0, values.data());
+      const int64_t at = loops.first_not_finite(values.data(), tensor.cols);
+      if (at < tensor.cols) return NotFinite(tensor.name, 0, at, values[at]);
+    }
     for (size_t kind = 0; kind < kKinds; ++kind) {
       const Timed timed(&SiteOf(kind).read);
       const std::string name = NameOf(layer, kind);
@@ -335,11 +345,15 @@ class WeightPruning {
       });
       const auto bad = std::ranges::find_if(odd, [](int64_t at) { return at >= 0; });
       if (bad == odd.end()) continue;
-      return absl::InvalidArgumentError(
-          fmt::format("{}: tensor {}, row {}, column {}: expected a finite weight, got {}",
-                      file_.path(), name, *bad / tensor->cols, *bad % tensor->cols, values[*bad]));
+      return NotFinite(name, *bad / tensor->cols, *bad % tensor->cols, values[*bad]);
     }
     return absl::OkStatus();
+  }
+
+  absl::Status NotFinite(std::string_view name, int64_t row, int64_t column, float value) const {
+    return absl::InvalidArgumentError(
+        fmt::format("{}: tensor {}, row {}, column {}: expected a finite weight, got {}",
+                    file_.path(), name, row, column, value));
   }
 
   Site& SiteOf(size_t kind) { return report_.layers.back().sites[kind]; }
@@ -350,65 +364,75 @@ class WeightPruning {
 
   // The matrices that meet it.
   absl::Status Prune(MatrixInput of) {
+    const auto first = static_cast<size_t>(std::ranges::find(kInputOf, of) - kInputOf.begin());
     const auto input = static_cast<size_t>(of);
-    std::vector<float> factor;
+    // Of the method: what its matrices share.
+    std::vector<float> squares, factor;
     std::optional<BlockObs> blocks;
-    const WeightLoops& loops = BestWeightLoops();
-    for (size_t kind = 0; kind < kKinds; ++kind) {
-      if (kInputOf[kind] != of) continue;
-      const Matrix weights = ValuesOf(kind);
-      Site& told = SiteOf(kind);
-      std::optional<MeanCompensation> compensation;
-      if (options_.compensate_mean) {
-        const Timed timed(&told.update);
-        compensation.emplace(moments_[input], weights, backend_);
+    absl::Status status;
+    {
+      const Timed timed(&SiteOf(first).update);
+      if (looks_at_inputs_) {
+        const bool around = options_.metric == Metric::kFluctuation;
+        squares = around ? moments_[input].SquaresAroundMean() : moments_[input].Squares();
       }
-      const std::vector<float> squares =
-          !looks_at_inputs_                        ? std::vector<float>()
-          : options_.metric == Metric::kFluctuation ? moments_[input].SquaresAroundMean()
-                                                    : moments_[input].Squares();
-      if (options_.method == WeightMethod::kScores) {
-        const Timed timed(&told.select);
-        const ColumnWeights columns(options_.metric, squares, weights, backend_);
-        const Saliency saliency = MaskWeights(options_.mask, columns, weights, backend_);
-        told.saliency += saliency.all;
-        told.kept += saliency.kept;
-      } else {
-        const std::vector<float> before = values_[kind];
-        absl::Status status;
-        {
-          const Timed timed(&told.update);
-          if (options_.method == WeightMethod::kSparseGpt) {
-            if (factor.empty()) {
-              factor = hessians_[input].Mean();
-              status = ToInverseFactor(weights.cols, kSparseGptDamping, backend_, &factor);
-            }
-            if (status.ok()) {
-              status = SparseGpt(options_.mask.pattern, factor, weights, backend_);
-            }
-          } else {
-            if (!blocks.has_value()) {
-              absl::StatusOr<BlockObs> made =
-                  BlockObs::Create(moments_[input], options_.compensate_mean, backend_);
-              status = made.status();
-              if (status.ok()) blocks = *std::move(made);
-            }
-            if (status.ok()) blocks->Prune(options_.mask.pattern, weights, backend_);
-          }
-        }
-        if (!status.ok()) {
-          return absl::Status(status.code(), fmt::format("{}: tensor {}: {}", file_.path(),
-                                                         tensors_[kind]->name, status.ToString()));
-        }
-        Compare(before, weights, squares, &told);
+      if (options_.method == WeightMethod::kSparseGpt) {
+        factor = hessians_[input].Mean();
+        status = ToInverseFactor(ColumnsOf(config_, of), kSparseGptDamping, backend_, &factor);
+      } else if (options_.method == WeightMethod::kBlockObs) {
+        absl::StatusOr<BlockObs> made =
+            BlockObs::Create(moments_[input], options_.compensate_mean, backend_);
+        status = made.status();
+        if (status.ok()) blocks = *std::move(made);
       }
-      if (compensation.has_value()) {
-        const Timed timed(&told.update);
-        compensation->Apply(weights, backend_);
-      }
-      told.weights += static_cast<int64_t>(values_[kind].size());
-      told.zeros += loops.zeros(values_[kind].data(), static_cast<int64_t>(values_[kind].size()));
     }
+    for (size_t kind = first; kind < kKinds && kInputOf[kind] == of; ++kind) {
+      if (status.ok()) {
+        status = PruneMatrix(kind, squares, factor, blocks.has_value() ? &*blocks : nullptr);
+      }
+      if (status.ok()) continue;
+      return absl::Status(status.code(), fmt::format("{}: tensor {}: {}", file_.path(),
+                                                     tensors_[kind]->name, status.ToString()));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status PruneMatrix(size_t kind, std::span<const float> squares,
+                           std::span<const float> factor, const BlockObs* blocks) {
+    const WeightLoops& loops = BestWeightLoops();
+    const Matrix weights = ValuesOf(kind);
+    Site& told = SiteOf(kind);
+    std::optional<MeanCompensation> compensation;
+    if (options_.compensate_mean) {
+      const Timed timed(&told.update);
+      compensation.emplace(moments_[static_cast<size_t>(kInputOf[kind])], weights, backend_);
+    }
+    if (options_.method == WeightMethod::kScores) {
+      const Timed timed(&told.select);
+      const ColumnWeights columns(options_.metric, squares, weights, backend_);
+      const Saliency saliency = MaskWeights(options_.mask, columns, weights, backend_);
+      told.saliency += saliency.all;
+      told.kept += saliency.kept;
+    } else {
+      const std::vector<float> before = values_[kind];
+      {
+        const Timed timed(&told.update);
+        absl::Status status;
+        if (blocks != nullptr) {
+          blocks->Prune(options_.mask.pattern, weights, backend_);
+        } else {
+          status = SparseGpt(options_.mask.pattern, factor, weights, backend_);
+        }
+        if (!status.ok()) return status;
+      }
+      Compare(before, weights, squares, &told);
+    }
+    if (compensation.has_value()) {
+      const Timed timed(&told.update);
+      compensation->Apply(weights, backend_);
+    }
+    told.weights += static_cast<int64_t>(values_[kind].size());
+    told.zeros += loops.zeros(values_[kind].data(), static_cast<int64_t>(values_[kind].size()));
     return absl::OkStatus();
   }
 

@@ -1,6 +1,6 @@
 // `espalier prune`'s one way through a model: layer by layer, each loaded, watched over calibration
 // text, pruned, written and dropped, so that memory holds one layer and the calibration's
-// activations.
+// activations: the residual stream of all tokens, and what else a step of them needs.
 #pragma once
 
 #include <array>
@@ -32,9 +32,9 @@ enum class WeightMethod : uint8_t {
 
 // What a matrix is calibrated on: what the layers before it leave, and its own layer.
 enum class CalibratedOn : uint8_t {
-  kPrunedMatrices,  // as they are written, up to the matrix itself: all text goes through a layer
-                    // once, in one step
-  kPrunedLayers,    // layers as they are written, its own dense: a second pass through each
+  kPrunedMatrices,  // pruned, all before the matrix itself: all text goes through a layer once, in
+                    // one step, and no value is rounded yet to what the file stores
+  kPrunedLayers,    // layers pruned, its own dense: a second pass through each
   kDense,           // all dense
 };
 inline constexpr std::string_view kCalibratedOnNames[] = {"sequential", "pruned", "dense"};

@@ -145,7 +145,7 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
     backend_->RmsNorm(
         {.x = residual, .weight = weights.attention_norm, .eps = config_.rms_eps, .out = normed});
   }
-  if (weight_visitor_) weight_visitor_(layer, MatrixInput::kQkv, normed);
+  if (before_weights_) before_weights_(layer, MatrixInput::kQkv, normed);
   {
     PhaseTimer timer(&phases->attention_projections);
     projections_.clear();
@@ -163,7 +163,7 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
     projections_.push_back({.weight = &weights.v, .out = v, .bias = weights.v_bias});
     backend_->MatMul({.x = normed, .targets = projections_});
   }
-  if (input_observer_) input_observer_(layer, LayerInput::kQkv, normed);
+  if (input_observer_) input_observer_(layer, MatrixInput::kQkv, normed);
   {
     PhaseTimer timer(&phases->norm);
     for (const HeadRun& run : head_runs_) NormHeads(weights.q_norm, part(q, run));
@@ -194,8 +194,8 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
            .out = Matrix(attended.data, rows, run.heads * dim, attended.stride)});
     }
   }
-  if (input_observer_) input_observer_(layer, LayerInput::kO, attended);
-  if (weight_visitor_) weight_visitor_(layer, MatrixInput::kO, attended);
+  if (input_observer_) input_observer_(layer, MatrixInput::kO, attended);
+  if (before_weights_) before_weights_(layer, MatrixInput::kO, attended);
   PhaseTimer timer(&phases->attention_projections);
   for (const HeadRun& run : head_runs_) {
     if (run.heads == 0) continue;
@@ -270,9 +270,9 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
       backend_->RmsNorm(
           {.x = residual, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
     }
-    if (input_observer_) input_observer_(layer, LayerInput::kGateUp, normed);
-    if (weight_visitor_) {
-      VisitMlp(layer, normed, gate, up, residual);
+    if (input_observer_) input_observer_(layer, MatrixInput::kGateUp, normed);
+    if (before_weights_) {
+      MlpByParts(layer, normed, gate, up, residual);
       continue;
     }
     PhaseTimer timer(&phases->mlp);
@@ -306,15 +306,16 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
   }
 }
 
-void Decoder::VisitMlp(int layer, ConstMatrix x, const Matrix& gate, const Matrix& up,
-                       const Matrix& out) {
-  weight_visitor_(layer, MatrixInput::kGateUp, x);
+void Decoder::MlpByParts(int layer, ConstMatrix x, const Matrix& gate, const Matrix& up,
+                         const Matrix& out) {
+  Invariant(gate.cols == config_.channels, "a narrowed step is told no inputs in parts");
+  before_weights_(layer, MatrixInput::kGateUp, x);
   const Layer& weights = layers_[layer];
   const MatMulTarget widen[] = {{.weight = &weights.gate, .out = gate},
                                 {.weight = &weights.up, .out = up}};
   backend_->MatMul({.x = x, .targets = widen});
   backend_->SwiGlu({.gate = gate, .up = up, .out = gate});
-  weight_visitor_(layer, MatrixInput::kDown, gate);
+  before_weights_(layer, MatrixInput::kDown, gate);
   const MatMulTarget narrow[] = {{.weight = &weights.down, .out = out}};
   backend_->MatMul({.x = gate, .targets = narrow, .output = MatMulArgs::Output::kAdd});
 }

@@ -26,7 +26,7 @@
 #include "engine/model_config.h"
 #include "engine/pruning/channel_selector.h"
 #include "engine/pruning/probe.h"
-#include "engine/pruning/weights/input_moments.h"
+#include "engine/pruning/weights/matrix_input.h"
 #include "engine/scheduling/batch.h"
 #include "kernels/backend.h"
 #include "policy/blocks/block_memory.h"
@@ -62,9 +62,6 @@ struct WeightSources {
   std::shared_ptr<const ChannelSelector> channels;  // that panels were made by
   std::vector<const MappedFile*> files;             // where the two lie
 };
-
-// What rows are when they meet q, k and v; o; gate and up.
-enum class LayerInput : uint8_t { kQkv, kO, kGateUp };
 
 class Decoder {
  public:
@@ -149,16 +146,15 @@ class Decoder {
 
   // Called with what else meets weights of a layer, [rows, columns of the weight], of rows that
   // keep all. For calibration.
-  using InputObserver = std::function<void(int layer, LayerInput input, ConstMatrix rows)>;
+  using InputObserver = std::function<void(int layer, MatrixInput input, ConstMatrix rows)>;
   void set_input_observer(InputObserver observer) { input_observer_ = std::move(observer); }
 
-  // Called with each input of a layer before it meets weights, [rows, columns], of rows that keep
-  // all: once a step. What it then replaces is what the rows meet. For pruning weights.
-  using WeightVisitor = std::function<void(int layer, MatrixInput input, ConstMatrix rows)>;
-  void set_weight_visitor(WeightVisitor visitor) { weight_visitor_ = std::move(visitor); }
+  // Called with each input of a layer before it meets weights, [rows, columns]; what is replaced
+  // then is what the rows meet. Only of steps that narrow nothing. For pruning weights.
+  void set_before_weights(InputObserver before) { before_weights_ = std::move(before); }
   // A matrix of a layer, `part` as files name it ("attn_q"), gets these values, [outputs, inputs],
-  // kept as `plan` keeps floats. Not of weights that panels were made from, or sources kept for.
-  // On an error, of the backend, the old ones stay.
+  // kept as `plan` keeps floats. Only while there are neither panels nor sources. On an error, of
+  // the backend, the old ones stay.
   absl::Status ReplaceWeight(int layer, std::string_view part, ConstMatrix values, WeightPlan plan);
 
  private:
@@ -227,8 +223,9 @@ class Decoder {
   void AttentionBlock(int layer, const StepPlan& plan, KvPool* pool, Activations* activations,
                       PhaseTimes* phases);
   void MlpBlock(int layer, const StepPlan& plan, Activations* activations, PhaseTimes* phases);
-  // The block as its parts, so that `down` is not met before its input is known.
-  void VisitMlp(int layer, ConstMatrix x, const Matrix& gate, const Matrix& up, const Matrix& out);
+  // Gate, up and down one by one, each after its input was told.
+  void MlpByParts(int layer, ConstMatrix x, const Matrix& gate, const Matrix& up,
+                  const Matrix& out);
   // Whether the step keeps some of the layer's channels, but not all.
   bool Narrows(int layer, const PlanStep& step) const {
     const int kept = step.kept(layer, SiteKind::kChannels);
@@ -273,7 +270,7 @@ class Decoder {
   ChannelObserver channel_observer_;
   std::function<void(int, ConstMatrix)> key_observer_;
   InputObserver input_observer_;
-  WeightVisitor weight_visitor_;
+  InputObserver before_weights_;
   Probe* probe_ = nullptr;
   Look look_ = Look::kNone;  // of the step in hand
 };

@@ -323,6 +323,8 @@ absl::Status Decoder::MakeChannelPanels(int layer, const ChannelSelector& select
 
 absl::Status Decoder::ReplaceWeight(int layer, std::string_view part, ConstMatrix values,
                                     WeightPlan plan) {
+  Invariant(panel_bytes_ == 0 && sources_.model == nullptr,
+            "{} of layer {} has panels or a source, which would be of old values", part, layer);
   Layer& own = layers_[layer];
   using Named = std::pair<std::string_view, Weight*>;
   const Named named[] = {{"attn_q", &own.q},      {"attn_k", &own.k},      {"attn_v", &own.v},
@@ -341,6 +343,7 @@ absl::Status Decoder::ReplaceWeight(int layer, std::string_view part, ConstMatri
       weight->cols,
       {.read_values = [&](int n, float* dst) { std::copy_n(values.row(n), values.cols, dst); }});
   if (!made.ok()) return made.status();
+  weight_bytes_ += made->bytes - weight->bytes;
   *weight = *std::move(made);
   return absl::OkStatus();
 }

@@ -134,9 +134,8 @@ bool ModelExecutor::Impl::BeginGathering(const Batch& batch) {
   gather_in = gather_every;
   gathered_layer.fill(-1);
   // Captures of one pointer, which lie in the function: nothing is allocated.
-  model->set_input_observer([this](int layer, LayerInput input, ConstMatrix rows) {
-    Gather(layer, static_cast<MatrixInput>(input), rows);
-  });
+  model->set_input_observer(
+      [this](int layer, MatrixInput input, ConstMatrix rows) { Gather(layer, input, rows); });
   model->set_channel_observer(
       [this](int layer, ConstMatrix rows) { Gather(layer, MatrixInput::kDown, rows); });
   return true;
@@ -148,7 +147,6 @@ void ModelExecutor::Impl::EndGathering() {
 }
 
 void ModelExecutor::Impl::Gather(int layer, MatrixInput input, ConstMatrix rows) {
-  static_assert(static_cast<int>(LayerInput::kGateUp) == static_cast<int>(MatrixInput::kGateUp));
   int& last = gathered_layer[static_cast<size_t>(input)];
   if (std::exchange(last, layer) == layer) return;  // rows of harder rungs
   Invariant(rows.rows >= gathered_rows, "{} rows of rung 0 come first, {} are told of",
@@ -291,12 +289,13 @@ void ModelExecutor::set_key_observer(std::function<void(int, ConstMatrix)> obser
   impl_->model->set_key_observer(std::move(observer));
 }
 
-void ModelExecutor::set_input_observer(std::function<void(int, LayerInput, ConstMatrix)> observer) {
+void ModelExecutor::set_input_observer(
+    std::function<void(int, MatrixInput, ConstMatrix)> observer) {
   impl_->model->set_input_observer(std::move(observer));
 }
 
-void ModelExecutor::set_weight_visitor(std::function<void(int, MatrixInput, ConstMatrix)> visitor) {
-  impl_->model->set_weight_visitor(std::move(visitor));
+void ModelExecutor::set_before_weights(std::function<void(int, MatrixInput, ConstMatrix)> before) {
+  impl_->model->set_before_weights(std::move(before));
 }
 
 absl::Status ModelExecutor::ReplaceWeight(int layer, std::string_view part, ConstMatrix values) {

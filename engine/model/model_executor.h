@@ -33,7 +33,6 @@ struct ModelOptions {
   int max_logit_rows = 64;     // rows of logits computed at once; more are done in turns
 };
 
-enum class LayerInput : uint8_t;  // decoder.h
 struct WeightSources;
 
 class ModelExecutor final : public Executor {
@@ -70,10 +69,10 @@ class ModelExecutor final : public Executor {
   void set_key_observer(std::function<void(int layer, ConstMatrix keys)> observer);
 
   // As Decoder::set_input_observer. Rows lie as above.
-  void set_input_observer(std::function<void(int layer, LayerInput, ConstMatrix rows)> observer);
+  void set_input_observer(std::function<void(int layer, MatrixInput, ConstMatrix rows)> observer);
 
-  // As Decoder::set_weight_visitor and ReplaceWeight, by the options' plan.
-  void set_weight_visitor(std::function<void(int layer, MatrixInput, ConstMatrix rows)> visitor);
+  // As Decoder::set_before_weights and ReplaceWeight, by the options' plan.
+  void set_before_weights(std::function<void(int layer, MatrixInput, ConstMatrix rows)> before);
   absl::Status ReplaceWeight(int layer, std::string_view part, ConstMatrix values);
 
   // Adds what meets the matrices in one of `every` (>= 1) steps with kGatheredRows or more rows of

@@ -227,8 +227,8 @@ TEST_F(LayerFitTest, RanksHeadsByWhatMeetsO) {
   // By the definition: E[x^2] times the root of the sum of w^4, summed over a head's columns.
   const int columns = config.heads * config.head_dim;
   std::vector<std::vector<double>> energy(widths_.layers, std::vector<double>(columns));
-  executor_->set_input_observer([&](int layer, LayerInput input, ConstMatrix rows) {
-    if (input != LayerInput::kO) return;
+  executor_->set_input_observer([&](int layer, MatrixInput input, ConstMatrix rows) {
+    if (input != MatrixInput::kO) return;
     for (int r = 0; r < rows.rows; ++r) {
       for (int j = 0; j < columns; ++j) energy[layer][j] += double{rows.row(r)[j]} * rows.row(r)[j];
     }

@@ -174,6 +174,47 @@ TEST_F(WeightPruningTest, NamesTheWeightThatIsNoNumber) {
   }
 }
 
+TEST_F(WeightPruningTest, NamesTheNormThatIsNoNumber) {
+  GgufParts parts = TinyGguf();
+  SetValue(&parts, "blk.1.attn_norm.weight", 5, std::numeric_limits<float>::quiet_NaN());
+  const std::string model = folder_.Write("m.gguf", parts.Bytes());
+  const Outcome outcome = Prune(model, folder_.Path("out.gguf"));
+  EXPECT_EQ(outcome.code, 1);
+  EXPECT_THAT(outcome.err, HasSubstr("m.gguf: tensor blk.1.attn_norm.weight, row 0, column 5"));
+}
+
+// What options stand for where they are left out.
+TEST_F(WeightPruningTest, DefaultsAreWhatTheySay) {
+  // Compared by ==: EXPECT_EQ would print them.
+  const auto bytes = [&](const std::vector<std::string>& more) {
+    const std::string out = folder_.Path("out.gguf");
+    const Outcome outcome = Prune(kModel, out, more);
+    EXPECT_EQ(outcome.code, 0) << outcome.err;
+    std::ifstream file(out, std::ios::binary);
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  };
+  using Words = std::vector<std::string>;
+  const std::string swift = bytes({});
+  EXPECT_TRUE(bytes({"--metric", "fluctuation", "--compensate", "mean", "--select", "auto",
+                     "--activations", "sequential"}) == swift);
+  for (const Words& other : {Words{"--metric", "wanda"}, Words{"--compensate", "none"},
+                             Words{"--activations", "pruned"}, Words{"--activations", "dense"}}) {
+    EXPECT_FALSE(bytes(other) == swift) << other[1];
+  }
+  EXPECT_TRUE(bytes({"--compensate", "none"}) ==
+              bytes({"--compensate", "none", "--metric", "wanda"}));
+  EXPECT_TRUE(bytes({"--method", "wanda"}) ==
+              bytes({"--compensate", "none", "--metric", "wanda", "--activations", "pruned"}));
+  for (const Words& method :
+       {Words{"--quality"}, Words{"--method", "wanda"}, Words{"--method", "sparsegpt"}}) {
+    Words spelled = method, other = method;
+    spelled.insert(spelled.end(), {"--activations", "pruned"});
+    other.insert(other.end(), {"--activations", "sequential"});
+    EXPECT_TRUE(bytes(spelled) == bytes(method)) << method.back();
+    EXPECT_FALSE(bytes(other) == bytes(method)) << method.back();
+  }
+}
+
 // A column of weights that are zero, an input that is always zero, a row of zeros, a whole matrix.
 TEST_F(WeightPruningTest, ZerosMakeNoNaN) {
   GgufParts parts = TinyGguf();

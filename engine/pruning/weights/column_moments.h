@@ -31,8 +31,8 @@ class ColumnMoments {
   int64_t tokens() const { return tokens_; }
   bool blocks() const { return !products_.empty(); }
 
-  // Of the tokens, [columns]: sum_t x_tj^2 (not its mean, as the papers' formulas have it), the same
-  // of x_tj - E[x_j], and E[x_j].
+  // Of the tokens, [columns]: sum_t x_tj^2 (not its mean, as the papers' formulas have it), the
+  // same of x_tj - E[x_j], and E[x_j].
   std::vector<float> Squares() const;
   std::vector<float> SquaresAroundMean() const;
   std::vector<float> Mean() const;

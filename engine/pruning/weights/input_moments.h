@@ -2,20 +2,14 @@
 // `espalier prune` needs to know of its inputs.
 #pragma once
 
-#include <array>
 #include <cstdint>
-#include <string_view>
 #include <vector>
 
 #include "engine/model_config.h"
 #include "engine/pruning/weights/column_moments.h"
+#include "engine/pruning/weights/matrix_input.h"
 
 namespace espalier {
-
-// Where a layer's matrices meet their inputs: q, k and v share theirs, so do gate and up.
-enum class MatrixInput : uint8_t { kQkv, kO, kGateUp, kDown };
-inline constexpr std::array<std::string_view, 4> kMatrixInputNames = {"attn_qkv", "attn_output",
-                                                                      "ffn_gate_up", "ffn_down"};
 
 class InputMoments {
  public:

@@ -37,12 +37,16 @@ ROWS = {
     "magnitude": ("magnitude", ("--method", "magnitude")),
     "lscore": ("L-score as published", (*SCORES, "--metric", "lscore")),
     "lscore-ewma": ("L-score, EWMA 1/8", (*EWMA, "--metric", "lscore")),
+    "obd-damped": ("OBD, damped", (*SCORES, "--metric", "obd_damped")),
     "ria": ("RIA", ("--method", "ria")),
     "wanda": ("Wanda", ("--method", "wanda")),
     "wanda-2048": ("Wanda, our 2,048 tokens", ("--method", "wanda", *OURS)),
+    "wanda-2048-once": ("Wanda, the same, layers run once", ("--method", "wanda", *OURS, *ONCE)),
     "wanda-ewma": ("Wanda's metric, EWMA 1/8", EWMA),
     "wanda-ewma-02": ("Wanda's metric, EWMA 0.02", (*EWMA, "--alpha", "0.02")),
     "swift": ("SwiftPrune, our default", ("--method", "swift")),
+    "swift-pruned": ("our default, layers run twice", ("--method", "swift", "--activations", "pruned")),
+    "swift-wanda": ("our default by Wanda's metric", ("--method", "swift", "--metric", "wanda")),
     "quality": ("SwiftPrune --quality", ("--method", "swift", "--quality")),
     "sparsegpt": ("SparseGPT", ("--method", "sparsegpt")),
     "sparsegpt-2048": ("SparseGPT, our 2,048 tokens", ("--method", "sparsegpt", *OURS)),
@@ -148,12 +152,15 @@ def ratios(rows, dense):
 
     for pattern in PATTERNS:
         of = pattern.replace("0.5", "50").replace(":", "")
-        # The same calibration for both; Wanda's own; --quality has Wanda's own too.
-        ratio(f"ppl_default_vs_wanda_{of}", f"swift {pattern}", f"wanda-2048 {pattern}", ppl)
+        # The same calibration for both, Wanda's text through layers once or twice, whichever is
+        # better; Wanda's own calibration; --quality has Wanda's own too.
+        same = min((row for row in (f"wanda-2048 {pattern}", f"wanda-2048-once {pattern}")
+                    if row in rows), key=lambda row: rows[row]["ppl"], default=None)
+        ratio(f"ppl_default_vs_wanda_{of}", f"swift {pattern}", same, ppl)
         ratio(f"ppl_default_vs_wanda_8192_{of}", f"swift {pattern}", f"wanda {pattern}", ppl)
         ratio(f"ppl_quality_vs_wanda_{of}", f"quality {pattern}", f"wanda {pattern}", ppl)
         # The default is what compensates the mean.
-        ratio(f"ppl_compensated_vs_wanda_{of}", f"swift {pattern}", f"wanda-2048 {pattern}", ppl)
+        ratio(f"ppl_compensated_vs_wanda_{of}", f"swift {pattern}", same, ppl)
     ratio("sparsegpt_vs_swift_end_to_end", "sparsegpt 2:4", "swift 2:4", wall)
     ratio("sparsegpt_once_vs_swift_end_to_end", "sparsegpt-once 2:4", "swift 2:4", wall)
     ratio("quality_over_sparsegpt_time", "quality 2:4", "sparsegpt 2:4", lambda row: alone(row["seconds"]))

@@ -389,6 +389,54 @@ TEST(ReleasedWeights, LeaveResidentMemory) {
   EXPECT_EQ(executor->ledger({}).weights_released, 0u);
 }
 
+// Told in the order in which rows come to them; a layer that is told of has the same bits as one
+// that is not, and what is replaced meanwhile is what the rows meet.
+TEST_F(ModelExecutorTest, WeightsAreReplacedBeforeRowsMeetThem) {
+  for (const WeightPlan plan :
+       {WeightPlan::kF32, WeightPlan::kBf16, WeightPlan::kInt8, WeightPlan::kInt4}) {
+    SCOPED_TRACE(WeightPlanName(plan));
+    const auto executor = Load(TinyGguf(), {.weights = plan, .kv_bytes = 1 << 20}).value();
+    const ModelConfig& config = executor->config();
+    constexpr int kRows = 5;
+    Batch batch;
+    batch.tokens.assign(kRows, 0);
+    batch.prefill_rows = kRows;
+    const std::vector<std::vector<int32_t>> table = {{0}, {1}};
+    ASSERT_EQ(config.layers, 2);
+    batch.spans.push_back({.id = 1, .rows = kRows, .page_tables = table});
+    std::vector<float> before(kRows * config.hidden);
+    for (size_t i = 0; i < before.size(); ++i) before[i] = std::sin(static_cast<float>(7 * i + 1));
+    const auto run = [&] {
+      std::vector<float> rows = before;
+      EXPECT_TRUE(executor->ExecuteLayer(batch, 1, Matrix(rows.data(), kRows, config.hidden)).ok());
+      return rows;
+    };
+    const std::vector<float> plain = run();
+    std::vector<MatrixInput> told;
+    executor->set_before_weights([&](int layer, MatrixInput input, ConstMatrix rows) {
+      EXPECT_EQ(layer, 1);
+      EXPECT_EQ(rows.rows, kRows);
+      told.push_back(input);
+    });
+    EXPECT_EQ(run(), plain);
+    using enum MatrixInput;
+    EXPECT_THAT(told, ::testing::ElementsAre(kQkv, kO, kGateUp, kDown));
+
+    const uint64_t bytes = executor->ledger({}).weights;
+    const std::vector<float> zeros(config.hidden * std::max(config.hidden, config.channels));
+    executor->set_before_weights([&](int layer, MatrixInput input, ConstMatrix rows) {
+      const bool o = input == kO, down = input == kDown;
+      if (!o && !down) return;
+      EXPECT_TRUE(executor
+                      ->ReplaceWeight(layer, o ? "attn_output" : "ffn_down",
+                                      ConstMatrix(zeros.data(), config.hidden, rows.cols))
+                      .ok());
+    });
+    EXPECT_EQ(run(), before) << "neither block adds anything";
+    EXPECT_EQ(executor->ledger({}).weights, bytes);
+  }
+}
+
 TEST_F(ModelExecutorTest, TellsEachWeightOnceUntilAllAreLoaded) {
   std::vector<std::pair<int, int>> told;
   const auto executor = Load(TinyGguf(), {.kv_bytes = 1 << 20}, [&](int done, int total) {
