@@ -58,8 +58,9 @@ unsigned ShuffleXor(Site site, unsigned lanes, unsigned value, int distance);
 unsigned long long AtomicMin(unsigned long long* at, unsigned long long value);
 // The same array for all threads of a block that give one key.
 void* SharedArray(const void* key, size_t bytes);
-// That a kernel is given no memory but the device's.
+// That a kernel is given no memory but the device's, and no stream but the device's.
 void CheckArgument(const void* pointer);
+void CheckStream(const CUstream_st* stream);
 // Runs `thread(arguments)` as each thread.
 int RunGrid(unsigned blocks, unsigned threads, void (*thread)(const void*), const void* arguments);
 
@@ -94,9 +95,10 @@ inline unsigned long long atomicMin(unsigned long long* at, unsigned long long v
 namespace espalier {
 
 template <class... Parameters, class... Arguments>
-int Launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, CUstream_st*,
+int Launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads, CUstream_st* stream,
            Arguments... arguments) {
-  const auto check = [](auto argument) {
+  simt::CheckStream(stream);
+  [[maybe_unused]] const auto check = [](auto argument) {
     if constexpr (std::is_pointer_v<decltype(argument)>) simt::CheckArgument(argument);
   };
   (check(arguments), ...);

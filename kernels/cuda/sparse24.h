@@ -1,9 +1,9 @@
 // Packing and unpacking of 2:4 matrices on a device, in the form of kernels/sparse24.h and to the
 // same bits.
 //
-// Calls only enqueue, and return CUDA's error number: 0, or 1 (invalid value) for a shape that is
-// none or has 2^31 blocks. Pointers are to memory of the device, `values` at a multiple of 8 bytes
-// and `kept` of 4, as what is allocated there is.
+// Calls only enqueue, on `stream`, never the default one (null), and return CUDA's error number: 0,
+// or 1 (invalid value) for a shape that is none or has 2^31 blocks. Pointers are to memory of the
+// device, `values` at a multiple of 8 bytes and `kept` of 4, as what is allocated there is.
 #pragma once
 
 #include <cstdint>

@@ -147,7 +147,7 @@ TEST(CudaSparse24, IsGivenNoMemoryOfTheHost) {
   std::vector<uint16_t> values(4);
   std::vector<unsigned long long> refused = {cuda::kNoneRefused};
   cuda::PackSparse24(values.data(), 1, 4, device.Allocate<uint16_t>(2),
-                     device.Allocate<uint16_t>(1), device.Upload(refused), nullptr);
+                     device.Allocate<uint16_t>(1), device.Upload(refused), device.stream());
   ASSERT_EQ(device.faults().size(), 1);
   EXPECT_EQ(device.faults()[0].kind, simt::FaultKind::kHostPointer);
 }

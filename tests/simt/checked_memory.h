@@ -18,6 +18,8 @@ enum class FaultKind {
   kRace,
   kDivergence,   // threads that wait for ever: not all came to the same place
   kHostPointer,  // given to a kernel
+  kStream,       // of a launch: none, or not the device's
+  kPartialWarp,  // a vote or shuffle of some lanes only
 };
 
 struct Fault {

@@ -1,16 +1,18 @@
+// glibc's longjmp, fortified, takes a jump to another stack for a mistake.
+#undef _FORTIFY_SOURCE
+
 #include "tests/simt/emulator.h"
 
 #include <setjmp.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <array>
 #include <cstdlib>
 #include <map>
-#include <memory>
 #include <numeric>
 #include <span>
 #include <string>
-#include <utility>
 
 #include "fmt/format.h"
 #include "kernels/cuda/arch.cuh"
@@ -78,15 +80,33 @@ struct Fiber {
 thread_local Device* current_device = nullptr;
 thread_local Grid* current_grid = nullptr;
 
-// Kept from launch to launch: the machine hands out fresh pages more slowly than a kernel runs.
-std::byte* Stacks(unsigned threads) {
-  thread_local std::unique_ptr<std::byte[]> stacks;
-  thread_local unsigned count = 0;
-  if (count < threads) {
-    stacks = std::make_unique_for_overwrite<std::byte[]>(threads * kStackBytes);
-    count = threads;
+// Of a block's threads. As much as a stack, below each, is nobody's: a thread that needs more
+// crashes, where it would write to its neighbour's.
+class Stacks {
+ public:
+  Stacks() {
+    void* const at = mmap(nullptr, kBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (at == MAP_FAILED) Die(fmt::format("there are no {} bytes for stacks", kBytes));
+    begin_ = static_cast<std::byte*>(at);
+    for (unsigned thread = 0; thread < kMostThreads; ++thread) {
+      if (mprotect(Of(thread), kStackBytes, PROT_READ | PROT_WRITE) != 0) Die("mprotect fails");
+    }
   }
-  return stacks.get();
+  ~Stacks() { munmap(begin_, kBytes); }
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
+
+  std::byte* Of(unsigned thread) const { return begin_ + (2 * thread + 1) * kStackBytes; }
+
+ private:
+  static constexpr size_t kBytes = 2 * kMostThreads * kStackBytes;
+  std::byte* begin_;
+};
+
+// Kept from launch to launch: the machine hands out fresh pages more slowly than a kernel runs.
+const Stacks& ThreadStacks() {
+  thread_local const Stacks stacks;
+  return stacks;
 }
 
 }  // namespace
@@ -100,7 +120,7 @@ class Grid {
         blocks_(blocks),
         thread_(thread),
         arguments_(arguments),
-        stacks_(Stacks(threads)),
+        stacks_(ThreadStacks()),
         fibers_(threads),
         order_(threads) {}
 
@@ -131,8 +151,12 @@ class Grid {
 
   // `result` makes of the values of a warp's lanes, and a lane, what that lane gets.
   template <class Result>
-  uint32_t Exchange(Site site, unsigned lanes, uint32_t value, Result result) {
-    if (lanes != ~0U) Die(fmt::format("{}:{}: expected all lanes", site.file, site.line));
+  uint32_t Exchange(Site site, unsigned lanes, uint32_t value, const void* where, Result result) {
+    if (lanes != ~0U) {
+      AddFault(FaultKind::kPartialWarp, where,
+               fmt::format("{}:{}: expected all lanes, found {:#x}", site.file, site.line, lanes),
+               &device_->faults_);
+    }
     Fiber& own = fibers_[running_];
     own.site = site;
     own.state = State::kAtCollective;
@@ -190,11 +214,11 @@ class Grid {
     arrays_.clear();
     for (unsigned i = 0; i < fibers_.size(); ++i) {
       Fiber& fiber = fibers_[i];
-      fiber.stack = {.bottom = stacks_ + i * kStackBytes, .bytes = kStackBytes};
+      fiber.stack = {.bottom = stacks_.Of(i), .bytes = kStackBytes};
       fiber.state = State::kReady;
       fiber.started = false;
       getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = stacks_ + i * kStackBytes;
+      fiber.context.uc_stack.ss_sp = stacks_.Of(i);
       fiber.context.uc_stack.ss_size = kStackBytes;
       fiber.context.uc_link = nullptr;
       makecontext(&fiber.context, &Grid::RunThread, 0);
@@ -264,7 +288,7 @@ class Grid {
   const unsigned blocks_;
   void (*const thread_)(const void*);
   const void* const arguments_;
-  std::byte* const stacks_;
+  const Stacks& stacks_;
   std::vector<Fiber> fibers_;
   std::vector<unsigned> order_;
   jmp_buf host_;
@@ -306,17 +330,19 @@ Index BlockIndex() { return {current_grid->block()}; }
 void SyncThreads(Site site) { current_grid->SyncThreads(site); }
 
 unsigned Ballot(Site site, unsigned lanes, bool vote) {
-  return current_grid->Exchange(site, lanes, vote, [](const auto& votes, unsigned) {
+  const auto result = [](const auto& votes, unsigned) {
     uint32_t all = 0;
     for (unsigned lane = 0; lane < kLanes; ++lane) all |= votes[lane] << lane;
     return all;
-  });
+  };
+  return current_grid->Exchange(site, lanes, vote, __builtin_return_address(0), result);
 }
 
 unsigned ShuffleXor(Site site, unsigned lanes, unsigned value, int distance) {
-  return current_grid->Exchange(site, lanes, value, [=](const auto& values, unsigned lane) {
+  const auto result = [=](const auto& values, unsigned lane) {
     return values[(lane ^ distance) % kLanes];
-  });
+  };
+  return current_grid->Exchange(site, lanes, value, __builtin_return_address(0), result);
 }
 
 unsigned long long AtomicMin(unsigned long long* at, unsigned long long value) {
@@ -333,6 +359,15 @@ void CheckArgument(const void* pointer) {
   if (pointer == nullptr || current_device->memory_.Contains(pointer)) return;
   AddFault(FaultKind::kHostPointer, __builtin_return_address(0),
            fmt::format("a kernel is given {}, which is no memory of the device", pointer),
+           &current_device->faults_);
+}
+
+void CheckStream(const CUstream_st* stream) {
+  if (current_device == nullptr) Die("a kernel was launched without a device");
+  if (stream == current_device->stream()) return;
+  AddFault(FaultKind::kStream, __builtin_return_address(0),
+           stream == nullptr ? "a kernel is launched on the default stream"
+                             : "a kernel is launched on a stream that is not the device's",
            &current_device->faults_);
 }
 

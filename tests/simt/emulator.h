@@ -14,6 +14,8 @@
 
 #include "tests/simt/checked_memory.h"
 
+struct CUstream_st;
+
 namespace espalier::simt {
 
 // While it lives, kernels launched from this thread run on it, before the launch returns. One at a
@@ -26,6 +28,9 @@ class Device {
   ~Device();
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
+
+  // The one that kernels are to be launched on: null, CUDA's default stream, is a fault.
+  CUstream_st* stream() { return reinterpret_cast<CUstream_st*>(this); }
 
   // Uninitialised; 1 MiB in all, given back with the device.
   template <class T>
@@ -51,6 +56,7 @@ class Device {
  private:
   friend class Grid;
   friend void CheckArgument(const void* pointer);
+  friend void CheckStream(const CUstream_st* stream);
 
   std::byte* AllocateBytes(size_t bytes);
   void CheckWritten(const void* at, size_t bytes, const void* where);

@@ -10,7 +10,7 @@ namespace espalier::simt {
 
 struct Mutant {
   const char* name;
-  std::vector<FaultKind> found_by;  // one of them
+  std::vector<FaultKind> found_by;  // one of them; none where results tell, and nothing else
   decltype(&cuda::PackSparse24) pack;
   decltype(&cuda::UnpackSparse24) unpack;
 };

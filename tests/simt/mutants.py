@@ -6,7 +6,8 @@ python3 mutants.py kernels/cuda/sparse24.cu out.cc. Fails where a mistake no lon
 
 import sys
 
-# Name, the kinds of fault (FaultKind) one of which tells of it, what it replaces, by what.
+# Name, the kinds of fault (FaultKind) one of which tells of it (none: results are wrong, all else is
+# right), what it replaces, by what.
 MUTANTS = [
     ("NoBarrier", ["Race", "Uninitialised"], "  __syncthreads();\n", ""),
     ("BarrierForSome", ["Divergence"], "  __syncthreads();\n", "  if (refuse) __syncthreads();\n"),
@@ -34,6 +35,21 @@ MUTANTS = [
     ("MinimumNotAtomic", ["Race"],
      "atomicMin(refused, static_cast<unsigned long long>(index));",
      "if (static_cast<unsigned long long>(index) < *refused) *refused = index;"),
+    ("VotesWithoutTheLastLane", ["PartialWarp"], "__ballot_sync(kAllLanes, refuse)",
+     "__ballot_sync(kAllLanes >> 1, refuse)"),
+    ("LaunchesOnDefaultStream", ["Stream"], "kThreads, stream, values,",
+     "kThreads, (void(stream), nullptr), values,"),
+    ("UnpacksOneValueLate", ["Misaligned"], "(kept + at.index * 2);", "(kept + at.index * 2 + 1);"),
+    ("UnpacksByTheNextWord", ["OutOfBounds"], "places[at.word] >>", "places[at.word + 1] >>"),
+    ("UnpacksPastTheEnd", ["OutOfBounds", "Race"], "if (at.inside) {\n    const int own_places",
+     "{\n    const int own_places"),
+    ("UnpacksByANeighboursPlaces", [], ">> at.group % kGroupsOfWord * 4 & 15",
+     ">> (at.group ^ 1) % kGroupsOfWord * 4 & 15"),
+    ("TakesOnePlaceTwice", [], "refuse = low >= high", "refuse = low > high"),
+    ("SignMakesAValue", [], "0x7fff", "0xffff"),
+    ("OtherPlacesOfNone", [], "nonzero = 0b0011;", "nonzero = 0b0101;"),
+    ("OtherPlaceBesideTheLast", [], "nonzero = 0b1100;", "nonzero = 0b1010;"),
+    ("OtherPlaceBesideOne", [], "nonzero |= 0b1000;", "nonzero |= 0b0001;"),
 ]
 
 

@@ -1,4 +1,5 @@
-// That the checker finds the mistakes it is there for, whatever the order of threads.
+// That the checker finds the mistakes it is there for, whatever the order of threads, and results
+// show those it is not there for.
 #include "tests/simt/mutants.h"
 
 #include <algorithm>
@@ -35,6 +36,9 @@ struct Outcome {
 Outcome OutcomeOf(decltype(&cuda::PackSparse24) pack, decltype(&cuda::UnpackSparse24) unpack,
                   uint32_t seed) {
   std::vector<uint16_t> values = RandomSparse24(kOutputs, kDepth, 5);
+  // What is hardly drawn: a group of zeros, and zeros with a sign.
+  const std::vector<uint16_t> rare = {0, 0, 0, 0, 0x8000, 1, 0x8000, 2};
+  std::ranges::copy(rare, values.begin() + 10 * kSparseGroup);
   const PackedOnSimt packed = PackOnSimt(pack, values, kOutputs, kDepth, seed);
   Sparse24 sparse = CompressSparse24(values, kOutputs, kDepth).value();
   const UnpackedOnSimt unpacked = UnpackOnSimt(unpack, sparse, seed);
@@ -69,8 +73,14 @@ TEST(Mutants, WithoutAMistakeNothingIsFound) {
 class MutantTest : public testing::TestWithParam<Mutant> {};
 
 TEST_P(MutantTest, IsFoundInEveryOrder) {
+  const Outcome right = OutcomeOf(&cuda::PackSparse24, &cuda::UnpackSparse24, 0);
   for (uint32_t seed = 0; seed < kSeeds; ++seed) {
     const Outcome outcome = OutcomeOf(GetParam().pack, GetParam().unpack, seed);
+    if (GetParam().found_by.empty()) {
+      EXPECT_FALSE(outcome.SameResults(right)) << "seed " << seed;
+      EXPECT_THAT(outcome.faults, IsEmpty()) << outcome.faults[0].text;
+      continue;
+    }
     const auto expected = [](const Fault& fault) {
       return std::ranges::find(GetParam().found_by, fault.kind) != GetParam().found_by.end();
     };
@@ -87,8 +97,10 @@ INSTANTIATE_TEST_SUITE_P(All, MutantTest, testing::ValuesIn(kMutants),
 // others.
 TEST(Mutants, ResultsAloneMissSome) {
   const Outcome right = OutcomeOf(&cuda::PackSparse24, &cuda::UnpackSparse24, 0);
+  const auto checked = [](const Mutant& mutant) { return !mutant.found_by.empty(); };
   const auto missed = [&](uint32_t seeds) {
     return std::ranges::count_if(kMutants, [&](const Mutant& mutant) {
+      if (!checked(mutant)) return false;
       for (uint32_t seed = 0; seed < seeds; ++seed) {
         if (!OutcomeOf(mutant.pack, mutant.unpack, seed).SameResults(right)) return false;
       }
@@ -96,8 +108,8 @@ TEST(Mutants, ResultsAloneMissSome) {
     });
   };
   const auto in_order = missed(1), in_any = missed(kSeeds);
-  printf("results alone miss %td of %zu in the threads' own order, %td in %u orders\n", in_order,
-         kMutants.size(), in_any, kSeeds);
+  printf("results alone miss %td of %td in the threads' own order, %td in %u orders\n", in_order,
+         std::ranges::count_if(kMutants, checked), in_any, kSeeds);
   EXPECT_GT(in_any, 0);
 }
 

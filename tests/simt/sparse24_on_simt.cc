@@ -29,7 +29,7 @@ PackedOnSimt PackOnSimt(decltype(&cuda::PackSparse24) pack, const std::vector<ui
   uint16_t* const places = device.Allocate<uint16_t>(words);
   unsigned long long* const refused = device.Upload(NoneRefused());
   const int error =
-      pack(device.Upload(values), outputs, depth, kept, places, refused, /*stream=*/nullptr);
+      pack(device.Upload(values), outputs, depth, kept, places, refused, device.stream());
   return {.error = error,
           .sparse = {.outputs = outputs,
                      .depth = depth,
@@ -46,7 +46,7 @@ UnpackedOnSimt UnpackOnSimt(decltype(&cuda::UnpackSparse24) unpack, const Sparse
   uint16_t* const values = device.Allocate<uint16_t>(count);
   unsigned long long* const refused = device.Upload(NoneRefused());
   const int error = unpack(device.Upload(sparse.kept), device.Upload(sparse.places), sparse.outputs,
-                           sparse.depth, values, refused, /*stream=*/nullptr);
+                           sparse.depth, values, refused, device.stream());
   return {.error = error,
           .values = device.Download(values, count),
           .refused = device.Download(refused, 1)[0],
