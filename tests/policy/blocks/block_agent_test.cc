@@ -51,8 +51,8 @@ TEST(BlockAgent, SameSeedSameNetwork) {
   options.dqn.seed = 2;
   const auto other = TrainBlockAgent(kMemory, kAll, guides, options, Trap, kGoOn);
   ASSERT_TRUE(first && again && other);
-  EXPECT_EQ(first->Format(""), again->Format(""));
-  EXPECT_NE(first->Format(""), other->Format(""));
+  EXPECT_EQ(first->Format({}), again->Format({}));
+  EXPECT_NE(first->Format({}), other->Format({}));
 }
 
 TEST(BlockAgent, StopsWhenItIsTold) {
