@@ -1,12 +1,16 @@
 #include "server/loaded_model.h"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <set>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -189,6 +193,11 @@ absl::Status LoadedModel::OpenMoments(const ModelFile& file, const std::string& 
   if (!path.empty()) {
     absl::StatusOr<InputMoments> read = ReadMoments(path, file);
     if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
+    const std::string folder = std::filesystem::absolute(path).parent_path().string();
+    if (access(folder.c_str(), W_OK) != 0) {  // rather than when all has been gathered
+      return absl::NotFoundError(
+          fmt::format("--moments-file: {}: {}", folder, std::generic_category().message(errno)));
+    }
     if (read.ok()) *moments_ = *std::move(read);
   }
   Log(LogLevel::kInfo, "moments are gathered",

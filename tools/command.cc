@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -161,7 +162,7 @@ int RunCommand(int argc, const char* const* argv) {
       "ESPALIER_CLI_CONFIG; the command line wins over the environment, and the environment over "
       "the\n"
       "file.\n"
-      "Exit codes: 0; 1 failed; 2 unknown option or bad value; 130 or 143 interrupted.");
+      "Exit codes: 0; 1 failed; 2 unknown option or bad value; 129, 130 or 143 interrupted.");
 
   Action action;
   AddChat(root, &action);
@@ -196,7 +197,12 @@ int RunCommand(int argc, const char* const* argv) {
     return 2;
   }
 
-  const absl::Status status = action();
+  absl::Status status;
+  try {
+    status = action();
+  } catch (const std::bad_alloc&) {  // what guards hold is cleaned up
+    status = absl::ResourceExhaustedError("out of memory");
+  }
   if (const int signal = Interrupt::raised(); signal != 0) return 128 + signal;
   if (status.ok()) return 0;
   const std::string message(status.message());

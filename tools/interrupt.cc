@@ -39,12 +39,15 @@ Interrupt::Interrupt(std::function<void()> cancel) {
   action.sa_flags = SA_RESTART;
   sigaction(SIGINT, &action, &previous_[0]);
   sigaction(SIGTERM, &action, &previous_[1]);
+  sigaction(SIGHUP, nullptr, &previous_[2]);
+  if (previous_[2].sa_handler != SIG_IGN) sigaction(SIGHUP, &action, nullptr);  // nohup
 }
 
 Interrupt::~Interrupt() {
   if (!waiter_.joinable()) return;
   sigaction(SIGINT, &previous_[0], nullptr);
   sigaction(SIGTERM, &previous_[1], nullptr);
+  sigaction(SIGHUP, &previous_[2], nullptr);
   const char byte = 'q';
   [[maybe_unused]] const ssize_t written = write(wake[1], &byte, 1);
   waiter_.join();

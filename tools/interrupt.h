@@ -1,4 +1,4 @@
-// Ctrl-C or SIGTERM as a cancellation: the call in flight is cancelled and ends in order.
+// Ctrl-C, SIGTERM or SIGHUP as a cancellation: the call in flight is cancelled and ends in order.
 #pragma once
 
 #include <csignal>
@@ -7,8 +7,8 @@
 
 namespace espalier {
 
-// While it lives, the first SIGINT or SIGTERM calls `cancel` (once, on a thread of its own) and a
-// second one ends the process as it does by default. One at a time.
+// While it lives, the first SIGINT, SIGTERM or SIGHUP, if that is not ignored, calls `cancel` (once,
+// on a thread of its own) and a second one ends the process as it does by default. One at a time.
 class Interrupt {
  public:
   explicit Interrupt(std::function<void()> cancel);
@@ -20,7 +20,7 @@ class Interrupt {
   static int raised();
 
  private:
-  struct sigaction previous_[2]{};  // of SIGINT, SIGTERM
+  struct sigaction previous_[3]{};  // of SIGINT, SIGTERM, SIGHUP
   std::thread waiter_;
 };
 

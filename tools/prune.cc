@@ -75,8 +75,9 @@ absl::StatusOr<WeightPruningOptions> Plan(const Options& options) {
   plan.skip_first = options.skip_first;
   const bool swift = options.method == "swift";
   plan.compensate_mean = options.compensate == "auto" ? swift : options.compensate == "mean";
-  if (options.skip_first && options.window == 1) {
-    return Contradiction("--skip-first", "leaves nothing of windows of one token");
+  if (options.window == 1) {
+    return Contradiction("--window", "of one token shows nothing but position 0, which is unlike "
+                                     "all others");
   }
   if (options.metric != "auto" && !swift) {
     return Contradiction("--metric", "of --method swift alone; others are metrics themselves");
@@ -151,8 +152,18 @@ absl::Status CheckPaths(const Options& options) {
       return Contradiction("--out", fmt::format("would be written over {} {}", name, path));
     }
   }
-  if (!options.json.empty() && same(options.json, options.out)) {
+  if (options.json.empty()) return absl::OkStatus();
+  if (same(options.json, options.out)) {
     return Contradiction("--json", fmt::format("would be written over --out {}", options.out));
+  }
+  const std::string folder = std::filesystem::absolute(options.json).parent_path().string();
+  for (const auto& [name, path] :
+       {std::pair("--model", options.model.model), std::pair("--out", options.out)}) {
+    // Where any name may be that of its config.
+    if (same(folder, path)) return Contradiction("--json", fmt::format("lies in {} {}", name, path));
+  }
+  if (std::error_code error; !std::filesystem::is_directory(folder, error)) {
+    return absl::NotFoundError(fmt::format("--json: {}: no such folder", folder));
   }
   return absl::OkStatus();
 }
@@ -330,6 +341,10 @@ absl::Status Run(const Options& options) {
       return absl::InvalidArgumentError(
           fmt::format("{}: espalier.tokens: expected some, got 0", options.moments));
     }
+    if (read->tokens() < TokensOf(options)) {
+      fmt::print(stderr, "warning: {}: sums of {} tokens; {} of text are the default\n",
+                 options.moments, read->tokens(), TokensOf(options));
+    }
     moments = *std::move(read);
     plan->moments = &*moments;
   }
@@ -342,6 +357,11 @@ absl::Status Run(const Options& options) {
     absl::StatusOr<std::vector<std::vector<int32_t>>> read = ReadWindows(options, **file);
     if (!read.ok()) return read.status();
     windows = *std::move(read);
+    const int64_t got = static_cast<int64_t>(windows.size()) * WindowOf(options);
+    if (got < TokensOf(options) - WindowOf(options)) {
+      fmt::print(stderr, "warning: --calibration has {} tokens in whole windows of {}, not {}\n",
+                 got, WindowOf(options), TokensOf(options));
+    }
   }
   Isa isa = SupportedIsas().back();
   if (options.model.isa != "auto") {
@@ -444,7 +464,8 @@ void AddPrune(CLI::App& root, Action* action) {
   metrics.insert(metrics.end(), std::begin(kMetricNames), std::end(kMetricNames));
   choice(
       "--metric", options->metric,
-      "What swift scores by; lscore as published; fluctuation: Wanda's around the inputs' means; "
+      "What swift scores by; lscore as published; fluctuation: Wanda's around the inputs' means, for "
+         "--compensate mean; "
       "auto, what measured best: fluctuation, or wanda with --compensate none",
       metrics);
   std::vector<std::string> selections = {"auto"};

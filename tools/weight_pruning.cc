@@ -152,6 +152,8 @@ class WeightPruning {
     for (const std::vector<int32_t>& window : windows_) {
       for (const int32_t token : window) {
         (*table)->ReadRow(token, to);
+        const int64_t at = BestWeightLoops().first_not_finite(to, config_.hidden);
+        if (at < config_.hidden) return NotFinite((*table)->name, token, at, to[at]);
         to += config_.hidden;
       }
     }

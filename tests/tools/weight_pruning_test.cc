@@ -264,16 +264,82 @@ TEST_F(WeightPruningTest, SaysWhatContradicts) {
   EXPECT_THAT(error({"--pattern", "4:4"}), HasSubstr("--pattern"));
   EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", folder_.Path("m.gguf")}).err,
               HasSubstr("--calibration"));
-  EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", folder_.Path("m.gguf"), "--calibration",
-                       kText, "--window", "1", "--skip-first"})
-                  .err,
-              HasSubstr("--skip-first: leaves nothing"));
+  EXPECT_THAT(error({"--window", "1"}), HasSubstr("--window: of one token"));
+  EXPECT_THAT(error({"--json", folder_.Path("none") + "/report"}), HasSubstr("--json: "));
   EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", kModel, "--method", "magnitude"}).err,
               HasSubstr("another than the model's own"));
   EXPECT_THAT(RunWith({"prune", "--model", kModel, "--out", folder_.Path("folder"), "--method",
                        "magnitude"})
                   .err,
               HasSubstr("a .gguf, as the model is"));
+}
+
+// What stands where a run writes aside is written over only if an interrupted run left it.
+TEST_F(WeightPruningTest, WritesOverNobodysFile) {
+  const std::string out = folder_.Path("m.gguf"), aside = out + ".new";
+  const auto refusal = [&](const std::string& model, const std::string& text) {
+    const Outcome outcome =
+        RunWith({"prune", "--model", model, "--out", out, "--calibration", text, "--window", "32",
+                 "--tokens", "256"});
+    EXPECT_EQ(outcome.code, 1);
+    EXPECT_THAT(outcome.err, HasSubstr("m.gguf.new: is nothing that an interrupted run left"));
+    EXPECT_FALSE(std::filesystem::exists(out));
+  };
+  const auto bytes = [](const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    return std::string(std::istreambuf_iterator<char>(file), {});
+  };
+  std::filesystem::copy_file(kModel, aside);
+  refusal(aside, kText);
+  EXPECT_TRUE(bytes(aside) == bytes(kModel));
+  std::filesystem::remove(aside);
+  std::filesystem::copy_file(kText, aside);
+  refusal(kModel, aside);
+  EXPECT_TRUE(bytes(aside) == bytes(kText));
+  std::filesystem::remove(aside);
+  const std::string source = folder_.Path("source.gguf");
+  std::filesystem::copy_file(kModel, source);
+  std::filesystem::create_symlink(source, aside);
+  refusal(source, kText);
+  EXPECT_TRUE(bytes(source) == bytes(kModel));
+  std::filesystem::remove(aside);
+  // As a killed run leaves it: tensors, no header.
+  folder_.Write("m.gguf.new", std::string(5000, '\0') + "tensors");
+  EXPECT_EQ(Prune(kModel, out).code, 0);
+  EXPECT_FALSE(std::filesystem::exists(aside));
+}
+
+// A folder is as it was until all of it is new.
+TEST_F(WeightPruningTest, FailsWithoutTouchingAFolder) {
+  const std::string out = folder_.Path("folder");
+  const std::string empty = folder_.Write("empty.txt", "");
+  const auto fail = [&] {
+    return RunWith({"prune", "--model", kFolder, "--out", out, "--calibration", empty}).code;
+  };
+  EXPECT_EQ(fail(), 1);
+  EXPECT_FALSE(std::filesystem::exists(out));
+  ASSERT_EQ(Prune(kFolder, out).code, 0);
+  std::ofstream(out + "/config.json") << "mine";
+  EXPECT_EQ(fail(), 1);
+  std::ifstream config(out + "/config.json");
+  EXPECT_EQ(std::string(std::istreambuf_iterator<char>(config), {}), "mine");
+  for (const std::string json : {out + "/config.json", kFolder + "/report.json"}) {
+    const Outcome outcome = Prune(kFolder, out, {"--json", json});
+    EXPECT_EQ(outcome.code, 1);
+    EXPECT_THAT(outcome.err, HasSubstr("--json: lies in --"));
+  }
+}
+
+TEST_F(WeightPruningTest, NamesTheEmbeddingThatIsNoNumber) {
+  GgufParts parts = TinyGguf();
+  std::vector<uint8_t> none(parts.tensor("token_embd.weight").data.size(), 0xff);
+  std::memcpy(parts.tensor("token_embd.weight").data.data(), none.data(), none.size());
+  const std::string model = folder_.Write("m.gguf", parts.Bytes());
+  for (const char* method : {"swift", "wanda", "ria"}) {
+    const Outcome outcome = Prune(model, folder_.Path("out.gguf"), {"--method", method});
+    EXPECT_EQ(outcome.code, 1);
+    EXPECT_THAT(outcome.err, HasSubstr("tensor token_embd.weight, row "));
+  }
 }
 
 }  // namespace

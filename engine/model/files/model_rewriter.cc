@@ -53,30 +53,73 @@ struct Header {
   size_t checksum_at = 0;
 };
 
+// Config and tokenizer, which are small, but no weights.
+absl::Status CopyBesides(const fs::path& from, const fs::path& to) {
+  std::error_code error;
+  for (fs::directory_iterator it(from, error), end; !error && it != end; it.increment(error)) {
+    const std::string name = it->path().filename().string();
+    const std::string kind = it->path().extension().string();
+    if (!it->is_regular_file(error) || name.starts_with('.') || name.ends_with(".index.json")) {
+      continue;
+    }
+    if (kind != ".json" && kind != ".jinja" && kind != ".txt" && kind != ".model") continue;
+    fs::copy_file(it->path(), to / name, fs::copy_options::overwrite_existing, error);
+  }
+  if (!error) return absl::OkStatus();
+  return absl::UnavailableError(fmt::format("{}: {}", to.string(), error.message()));
+}
+
+// Whether an open file is what a killed process left of one that it wrote: without its header.
+bool IsUnfinished(int file, uint64_t size) {
+  char first[16] = {};
+  const size_t count = std::min<uint64_t>(size, sizeof(first));
+  return pread(file, first, count, 0) == static_cast<ssize_t>(count) &&
+         std::ranges::all_of(first, [](char each) { return each == 0; });
+}
+
 // A file of a header and tensors at known places.
 class FileRewriter final : public ModelRewriter {
  public:
-  FileRewriter(std::string path, BlockType type) : path_(std::move(path)), type_(type) {}
+  // `besides`: the folder that the file's own gets config and tokenizer of; empty: it is in none.
+  FileRewriter(std::string path, BlockType type, fs::path besides)
+      : path_(std::move(path)), type_(type), besides_(std::move(besides)) {}
 
   ~FileRewriter() override {
-    if (file_ < 0) return;
-    close(file_);
-    std::remove(aside().c_str());
+    if (file_ >= 0) {
+      close(file_);
+      std::remove(aside().c_str());
+    }
+    std::error_code none;
+    if (!made_.empty() && !finished_) fs::remove(made_, none);  // as long as it is empty
   }
 
   absl::Status Begin(Header header, std::map<std::string, Place> places) {
     header_ = std::move(header);
     places_ = std::move(places);
-    file_ = open(aside().c_str(), O_WRONLY | O_CREAT | O_CLOEXEC, 0666);
-    if (file_ < 0) return SystemError("open");
+    if (!besides_.empty()) {
+      std::error_code error;
+      if (fs::create_directories(folder(), error)) made_ = folder();
+      if (error) {
+        return absl::UnavailableError(fmt::format("{}: {}", folder().string(), error.message()));
+      }
+    }
+    const int file =
+        open(aside().c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
+    if (file < 0 && (errno == ELOOP || errno == ENXIO)) return Foreign();
+    if (file < 0) return SystemError("open");
     // Of two that write the same model one does; what a killed one left is written over.
     struct stat opened, there;
-    if (flock(file_, LOCK_EX | LOCK_NB) != 0 || fstat(file_, &opened) != 0 ||
+    if (flock(file, LOCK_EX | LOCK_NB) != 0 || fstat(file, &opened) != 0 ||
         stat(aside().c_str(), &there) != 0 || opened.st_ino != there.st_ino) {
-      close(std::exchange(file_, -1));
+      close(file);
       return absl::FailedPreconditionError(
           fmt::format("{}: is being written by another process", path_));
     }
+    if (!S_ISREG(opened.st_mode) || !IsUnfinished(file, opened.st_size)) {
+      close(file);
+      return Foreign();
+    }
+    file_ = file;  // ours, to be removed
     if (ftruncate(file_, 0) != 0) return SystemError("truncate");
     for (auto& [name, place] : places_) {
       if (place.replaced) continue;
@@ -136,15 +179,25 @@ class FileRewriter final : public ModelRewriter {
     // The lock ends with the last descriptor, when the name is no longer that of what is written.
     const int file = dup(file_);
     const bool closed = file >= 0 && close(file) == 0;
+    if (closed && !besides_.empty()) {
+      if (absl::Status status = CopyBesides(besides_, folder()); !status.ok()) return status;
+    }
     if (!closed || std::rename(aside().c_str(), path_.c_str()) != 0) {
       return SystemError(closed ? "rename" : "close");
     }
     close(std::exchange(file_, -1));
+    finished_ = true;
     return absl::OkStatus();
   }
 
  private:
   std::string aside() const { return path_ + ".new"; }
+  fs::path folder() const { return fs::absolute(path_).parent_path(); }
+
+  absl::Status Foreign() const {
+    return absl::FailedPreconditionError(fmt::format(
+        "{}: is nothing that an interrupted run left; it would be written over: move it", aside()));
+  }
 
   absl::Status SystemError(std::string_view call) const {
     return absl::UnavailableError(
@@ -166,6 +219,8 @@ class FileRewriter final : public ModelRewriter {
 
   std::string path_;
   BlockType type_;
+  fs::path besides_, made_;
+  bool finished_ = false;
   int file_ = -1;
   Header header_;
   std::map<std::string, Place> places_;
@@ -279,23 +334,6 @@ Header SafetensorsHeader(BlockType type, std::vector<Place>* places) {
   return Header{std::move(header), checksum_at};
 }
 
-// Config and tokenizer, which are small, but no weights.
-absl::Status CopyBesides(const fs::path& from, const fs::path& to) {
-  std::error_code error;
-  fs::create_directories(to, error);
-  for (fs::directory_iterator it(from, error), end; !error && it != end; it.increment(error)) {
-    const std::string name = it->path().filename().string();
-    const std::string kind = it->path().extension().string();
-    if (!it->is_regular_file(error) || name.starts_with('.') || name.ends_with(".index.json")) {
-      continue;
-    }
-    if (kind != ".json" && kind != ".jinja" && kind != ".txt" && kind != ".model") continue;
-    fs::copy_file(it->path(), to / name, fs::copy_options::overwrite_existing, error);
-  }
-  if (!error) return absl::OkStatus();
-  return absl::UnavailableError(fmt::format("{}: {}", to.string(), error.message()));
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ModelRewriter>> ModelRewriter::Create(
@@ -319,13 +357,8 @@ absl::StatusOr<std::unique_ptr<ModelRewriter>> ModelRewriter::Create(
                      error)) {
     return Mismatch(out, "place", "another than the model's own", "the same");
   }
-  if (folder) {
-    if (fs::exists(weights.parent_path() / "model.safetensors.index.json", error)) {
-      return Mismatch(out, "place", "no model in shards", "model.safetensors.index.json");
-    }
-    if (absl::Status status = CopyBesides(file.path(), weights.parent_path()); !status.ok()) {
-      return status;
-    }
+  if (folder && fs::exists(weights.parent_path() / "model.safetensors.index.json", error)) {
+    return Mismatch(out, "place", "no model in shards", "model.safetensors.index.json");
   }
   std::vector<Place> places = PlacesOf(file, type, replaced);
   absl::StatusOr<Header> header;
@@ -337,7 +370,8 @@ absl::StatusOr<std::unique_ptr<ModelRewriter>> ModelRewriter::Create(
   if (!header.ok()) return header.status();
   std::map<std::string, Place> named;
   for (const Place& place : places) named.emplace(place.tensor->name, place);
-  auto rewriter = std::make_unique<FileRewriter>(weights.string(), type);
+  auto rewriter = std::make_unique<FileRewriter>(weights.string(), type,
+                                                 folder ? fs::path(file.path()) : fs::path());
   if (absl::Status status = rewriter->Begin(*std::move(header), std::move(named)); !status.ok())
     return status;
   return rewriter;

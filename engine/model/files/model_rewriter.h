@@ -24,10 +24,13 @@ class ModelRewriter {
   //
   // The weights are written beside `out`, as PATH.new, which Finish renames and the destructor
   // removes: at `out` there is either nothing new or all of it, and what a killed process leaves
-  // beside it opens as no model, for the header goes in last. It has a checksum (checksum.h), so
-  // that damage is seen when it is opened. `file` must outlive the rewriter.
-  // InvalidArgument if `out` is of the other format, or is the model itself; Unavailable, with the
-  // path and the system's words, if it cannot be written.
+  // beside it opens as no model, for the header goes in last. Such a rest is written over, another
+  // file of that name is not. A folder gets config and tokenizer with its weights, too. The file
+  // has a checksum (checksum.h), so that damage is seen when it is opened. `file` must outlive the
+  // rewriter.
+  // InvalidArgument if `out` is of the other format, or is the model itself; FailedPrecondition if
+  // PATH.new is somebody's; Unavailable, with the path and the system's words, if it cannot be
+  // written.
   static absl::StatusOr<std::unique_ptr<ModelRewriter>> Create(
       const ModelFile& file, const std::string& out, BlockType type,
       const std::function<bool(const StoredTensor&)>& replaced);
