@@ -21,12 +21,13 @@ import time
 
 import summary
 import squeeze_picture
-from summary import DQN, FIXED, FULL, LADDER, LLAMA
+from summary import DQN, FIXED, FULL, LADDER, LLAMA, REFUSING
 
 HERE = pathlib.Path(__file__).resolve().parent
 FIGURES = pathlib.Path("build/figures/bench-squeeze.json")
 PROMPT, OUTPUT, STREAMS = 128, 128, 32
 PAGE_TOKENS = 16
+CALM_SECONDS = 60  # some 170 calls at half the load
 
 
 def load_loss(options):
@@ -106,8 +107,14 @@ class Bench:
         seconds = seconds_of(self.options, times)
         kv_bytes = int(self.need * (1 - taken))
         reports = {}
-        for line, policy in self.policies.items():
-            with server(self.options, policy, kv_bytes) as address:
+        lines = dict(self.policies)
+        if times > 1:  # below the capacity nobody is refused
+            lines[REFUSING] = "ladder"
+        for line, policy in lines.items():
+            own = argparse.Namespace(**vars(self.options))
+            if line == REFUSING:
+                own.load_loss = 0
+            with server(own, policy, kv_bytes) as address:
                 report = load(self.options, address, "--rate", capacity * times, "--duration",
                               seconds, "--seed", 7, "--traffic-out", self.traffic, "--give-up")
             reports[line] = {"goodput": report["good"] / seconds,
@@ -139,6 +146,18 @@ def simulated(options, traffic, kv_bytes):
          str(options.ttft), "--tpot-target", str(options.tpot), "--json"],
         check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)["good"]
+
+
+def cost_without_squeeze(options, capacity, kv_bytes):
+    """Of the full model's good calls at half the load with all memory, the share that the rule
+    loses; and the rule's median TPOT over the full model's."""
+    reports = {}
+    for policy in ("fixed:0", "ladder"):
+        with server(options, policy, kv_bytes) as address:
+            reports[policy] = load(options, address, "--rate", 0.5 * capacity, "--duration",
+                                   CALM_SECONDS, "--seed", 11)
+    full, rule = reports["fixed:0"], reports["ladder"]
+    return 1 - rule["good"] / full["good"], rule["tpot_p50_s"] / full["tpot_p50_s"]
 
 
 def recovery(options, rate, kv_bytes):
@@ -305,6 +324,8 @@ def main():
                 for line, report in cells[share, times].items()), flush=True)
     figures = {"capacity_calls_per_s": capacity, "seconds": options.seconds}
     figures |= summary.flat(cells) | summary.ratios(cells, lambda times: seconds_of(options, times))
+    figures["cost_without_squeeze"], figures["tpot_without_squeeze"] = cost_without_squeeze(
+        options, capacity, need)
     recovered = recovery(options, capacity, need)
     if recovered is not None:
         figures["recovery_s"], figures["recovery_dwells_s"] = recovered
@@ -319,7 +340,8 @@ def main():
     for task, figure in (("serve", "dqn_vs_ladder"), ("rap", "rap_dqn_vs_greedy")):
         trained = pathlib.Path(f"build/figures/train-{task}.json")
         if trained.exists():  # by `espalier train`, whenever that was
-            figures[figure] = json.loads(trained.read_text())[figure]
+            told = json.loads(trained.read_text())
+            figures[figure], figures[f"{figure}_commit"] = told[figure], told["commit"]
         else:
             print(f"{figure} is left out: `espalier train --task {task}` has not run here")
     # With the machine and the commit.

@@ -9,7 +9,8 @@ import summary  # noqa: E402
 
 # Each is legible on white and on GitHub's dark grey.
 COLOURS = {summary.LADDER: "#2da44e", summary.DQN: "#9a6dd7", "fixed_20": "#5b9bd5",
-           "fixed_40": "#d4943a", summary.FULL: "#cf6679", summary.LLAMA: "#8b949e"}
+           "fixed_40": "#d4943a", summary.FULL: "#cf6679", summary.REFUSING: "#a05252",
+           summary.LLAMA: "#8b949e"}
 WIDTH, HEIGHT, TOP, BASE, MARGIN = 330, 320, 72, 258, 40  # WIDTH: of a panel
 
 
@@ -62,4 +63,4 @@ def draw(cells, where):
     parts.append(picture.text(MARGIN, BASE + 36, "calls a second that came in time, over the load "
                               "as a multiple of what the full model can serve", 11, "start"))
     parts.append(picture.text(MARGIN, HEIGHT - 6, where, 10, "start"))
-    return picture.svg(width, HEIGHT, "Goodput over load of six ways to serve", parts)
+    return picture.svg(width, HEIGHT, "Goodput over load of seven ways to serve", parts)

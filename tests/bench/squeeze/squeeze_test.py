@@ -6,7 +6,7 @@ import xml.etree.ElementTree
 import llama_line
 import squeeze_picture
 import summary
-from summary import DQN, FULL, LADDER, LLAMA
+from summary import DQN, FULL, LADDER, LLAMA, REFUSING
 
 LADDER_TEXT = """espalier-ladder 1
 # a comment
@@ -26,7 +26,7 @@ def report(good, loss, refused=0):
 CELLS = {
     (0, 0.5): {FULL: report(2, 0), "fixed_20": report(2, 0.2), "fixed_40": report(2, 0.4),
                LADDER: report(2, 0), DQN: report(1.8, 0)},
-    (0.7, 2): {FULL: report(0, 0), "fixed_20": report(1, 0.2), "fixed_40": report(4, 0.4),
+    (0.7, 2): {FULL: report(0, 0), REFUSING: report(2.5, 0), "fixed_20": report(1, 0.2), "fixed_40": report(4, 0.4),
                LADDER: report(5, 0.3, 9) | {"simulated": 5.5}, DQN: report(5, 0.2), LLAMA: report(0.5, 0)},
 }
 
@@ -44,7 +44,7 @@ class SummaryTest(unittest.TestCase):
         self.assertEqual(ratios["goodput_vs_best_fixed"], 1)
         self.assertEqual(ratios["loss_vs_best_fixed"], 0.3 / (0.2 + 0.4))
         self.assertEqual(ratios["goodput_vs_llamaserver"], 10)
-        self.assertEqual(ratios["cost_without_squeeze"], 0)
+        self.assertEqual(ratios["goodput_vs_refusing"], 2)
         self.assertEqual(ratios["dqn_goodput_vs_ladder"], 0.9)
         self.assertAlmostEqual(ratios["simulator_error"], 0.1)
 
@@ -54,13 +54,13 @@ class SummaryTest(unittest.TestCase):
     def test_table(self):
         table = summary.markdown(CELLS).splitlines()
         self.assertEqual(len({line.count("|") for line in table}), 1)
-        self.assertIn("| 70 % | 2x | 0.00 | 1.00 (0.200) |", table[3])
+        self.assertIn("| 70 % | 2x | 0.00 | 2.50 | 1.00 (0.200) |", table[3])
         self.assertIn("**5.00** (0.300), 9 of 60 refused", table[3])
 
     def test_picture_is_xml_with_every_line(self):
         root = xml.etree.ElementTree.fromstring(squeeze_picture.draw(CELLS, "a <machine>"))
         lines = [each for each in root if each.tag.endswith("polyline")]
-        self.assertEqual(len(lines), 5 + 6)
+        self.assertEqual(len(lines), 5 + 7)
 
 
 class LlamaTest(unittest.TestCase):

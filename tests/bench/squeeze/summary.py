@@ -2,9 +2,11 @@
 
 import re
 
-FULL, LADDER, DQN, LLAMA = "full", "ladder", "dqn", "llamaserver"
+# REFUSING: the rule at the full model, which prunes only where memory makes it: what refusing in
+# time is worth by itself.
+FULL, REFUSING, LADDER, DQN, LLAMA = "full", "refusing", "ladder", "dqn", "llamaserver"
 FIXED = {"fixed_20": 0.2, "fixed_40": 0.4}  # line: share of all MLP channels left out
-NAMES = {FULL: "full model", "fixed_20": "fixed 20 %", "fixed_40": "fixed 40 %", LADDER: "`ladder`",
+NAMES = {FULL: "full model", REFUSING: "full, refusing", "fixed_20": "fixed 20 %", "fixed_40": "fixed 40 %", LADDER: "`ladder`",
          DQN: "`dqn`", LLAMA: "llama-server"}
 # `simulated`: of the rule, the goodput that `espalier simulate` tells.
 MEASURES = ("goodput", "refused", "calls", "loss", "simulated")
@@ -61,13 +63,14 @@ def ratios(cells, seconds):
     worst = max(taken for taken, _ in cells)
     if (worst, 2) in cells:
         figures["goodput_vs_dense"] = goodput(LADDER, (worst, 2)) / goodput(FULL, (worst, 2))
+        if REFUSING in cells[worst, 2]:
+            figures["goodput_vs_refusing"] = (goodput(LADDER, (worst, 2))
+                                              / goodput(REFUSING, (worst, 2)))
     best = {cell: max(FIXED, key=lambda line, cell=cell: goodput(line, cell)) for cell in cells}
     figures["goodput_vs_best_fixed"] = min(goodput(LADDER, cell) / goodput(best[cell], cell)
                                            for cell in cells)
     figures["loss_vs_best_fixed"] = (sum(lines[LADDER]["loss"] for lines in cells.values())
                                      / sum(cells[cell][best[cell]]["loss"] for cell in cells))
-    if (0, 0.5) in cells:
-        figures["cost_without_squeeze"] = 1 - goodput(LADDER, (0, 0.5)) / goodput(FULL, (0, 0.5))
     errors = sorted(abs(lines[LADDER]["simulated"] / goodput(LADDER, cell) - 1)
                     for cell, lines in cells.items() if "simulated" in lines[LADDER])
     if errors:
