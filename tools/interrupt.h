@@ -7,8 +7,9 @@
 
 namespace espalier {
 
-// While it lives, the first SIGINT, SIGTERM or SIGHUP, if that is not ignored, calls `cancel` (once,
-// on a thread of its own) and a second one ends the process as it does by default. One at a time.
+// While it lives, the first SIGINT, SIGTERM or SIGHUP, if that is not ignored, calls `cancel`
+// (once, on a thread of its own) and a second one ends the process as it does by default. One at a
+// time.
 class Interrupt {
  public:
   explicit Interrupt(std::function<void()> cancel);

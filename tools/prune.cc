@@ -76,8 +76,9 @@ absl::StatusOr<WeightPruningOptions> Plan(const Options& options) {
   const bool swift = options.method == "swift";
   plan.compensate_mean = options.compensate == "auto" ? swift : options.compensate == "mean";
   if (options.window == 1) {
-    return Contradiction("--window", "of one token shows nothing but position 0, which is unlike "
-                                     "all others");
+    return Contradiction("--window",
+                         "of one token shows nothing but position 0, which is unlike "
+                         "all others");
   }
   if (options.metric != "auto" && !swift) {
     return Contradiction("--metric", "of --method swift alone; others are metrics themselves");
@@ -160,7 +161,8 @@ absl::Status CheckPaths(const Options& options) {
   for (const auto& [name, path] :
        {std::pair("--model", options.model.model), std::pair("--out", options.out)}) {
     // Where any name may be that of its config.
-    if (same(folder, path)) return Contradiction("--json", fmt::format("lies in {} {}", name, path));
+    if (same(folder, path))
+      return Contradiction("--json", fmt::format("lies in {} {}", name, path));
   }
   if (std::error_code error; !std::filesystem::is_directory(folder, error)) {
     return absl::NotFoundError(fmt::format("--json: {}: no such folder", folder));
@@ -462,12 +464,12 @@ void AddPrune(CLI::App& root, Action* action) {
          {"auto", "f16", "bf16", "f32"});
   std::vector<std::string> metrics = {"auto"};
   metrics.insert(metrics.end(), std::begin(kMetricNames), std::end(kMetricNames));
-  choice(
-      "--metric", options->metric,
-      "What swift scores by; lscore as published; fluctuation: Wanda's around the inputs' means, for "
+  choice("--metric", options->metric,
+         "What swift scores by; lscore as published; fluctuation: Wanda's around the inputs' "
+         "means, for "
          "--compensate mean; "
-      "auto, what measured best: fluctuation, or wanda with --compensate none",
-      metrics);
+         "auto, what measured best: fluctuation, or wanda with --compensate none",
+         metrics);
   std::vector<std::string> selections = {"auto"};
   selections.insert(selections.end(), std::begin(kSelectionNames), std::end(kSelectionNames));
   choice("--select", options->select,
