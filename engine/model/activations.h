@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <utility>
 
 #include "engine/model_config.h"
@@ -19,6 +20,7 @@ class AlignedFloats {
   AlignedFloats() = default;
   explicit AlignedFloats(size_t count)
       : data_(static_cast<float*>(std::aligned_alloc(64, (count * sizeof(float) + 63) / 64 * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();  // as a vector does
   }
 
   float* data() const { return data_.get(); }
