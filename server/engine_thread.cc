@@ -160,6 +160,8 @@ void EngineThread::Run() {
     // Asked before Take: once closed, what Take brings is the last of it.
     const bool closed = inbox_.closed();
     if (idle) {
+      // Those the policy refused for have gone, and it looks again only at the next step.
+      inbox_.SetRefuses(false);
       next_load_.stats = Stats();
       Publish(SteadyNow());
       if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, {});

@@ -26,7 +26,6 @@ class Simulation {
         options_(options),
         ladder_(ladder),
         executor_(&costs),
-        policy_(policy),
         observer_(observer),
         engine_(options.scheduler, options.geometry, ladder, &executor_, policy),
         first_token_(traffic.calls.size(), kNever) {
@@ -38,6 +37,7 @@ class Simulation {
     while (next_call_ < traffic_.calls.size() || !engine_.idle()) {
       TakeWhatIsDue();
       if (engine_.idle()) {
+        refuses_ = false;  // as the server's engine thread
         if (next_call_ < traffic_.calls.size()) {
           now_ = std::max(now_, traffic_.calls[next_call_].arrival);
         }
@@ -71,7 +71,7 @@ class Simulation {
     request.priority = call.priority;
     request.arrival = call.arrival;
     // As the server's inbox: a policy that refuses does so while somebody waits.
-    const bool full = policy_->refuses() && waiting_ > 0;
+    const bool full = refuses_ && waiting_ > 0;
     if (full || !engine_.Submit(std::move(request)).ok()) {
       report_.calls[index].refused = true;
       if (observer_) observer_(report_.calls[index]);
@@ -87,6 +87,7 @@ class Simulation {
     now_ += worked ? Seconds(executor_.seconds() + options_.step_overhead_s) : kRetry;
     ++report_.steps;
     waiting_ = step.stats.waiting;
+    refuses_ = step.stats.refuses;
     for (const SequenceOutput& output : step.outputs) Take(output);
     report_.preemptions = step.stats.preemptions;
     report_.rung_moves = step.stats.rung_moves;
@@ -116,13 +117,13 @@ class Simulation {
   const SimOptions& options_;
   const Ladder& ladder_;
   SimExecutor executor_;
-  Policy* const policy_;
   const SimObserver& observer_;
   Engine engine_;
   std::vector<Instant> first_token_;  // [calls]
   Instant now_{0};
   size_t next_call_ = 0, next_shock_ = 0;
   int waiting_ = 0;
+  bool refuses_ = false;
   SimReport report_;
 };
 
