@@ -54,12 +54,12 @@ class ShieldTest : public testing::Test {
 TEST_F(ShieldTest, IsTheRulesBusinessWhereMemoryWasSeenLongAgo) {
   At(1, 3, {.oldest_wait_s = 0.2, .memory_age_s = 5, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 3);
-  At(2, 4, {.memory_age_s = 5.1, .running = 1, .waiting = 1});
+  At(1.3, 4, {.memory_age_s = 5.1, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 2) << "the rule's 0, a rung a dwell";
   EXPECT_EQ(told_.seen, 1);
-  At(3, 4, {.memory_age_s = std::nan(""), .running = 1, .waiting = 1});
+  At(1.6, 4, {.memory_age_s = std::nan(""), .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 1);
-  At(4, 4, {.oldest_wait_s = 0.2, .memory_age_s = 0.2, .running = 1, .waiting = 1});
+  At(2, 4, {.oldest_wait_s = 0.2, .memory_age_s = 0.2, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 4);
 }
 
@@ -71,21 +71,33 @@ TEST_F(ShieldTest, FollowsUpAtOnceAndDownByARungADwell) {
   EXPECT_EQ(shield_.wanted(), 4);
   At(1.25, 0);
   EXPECT_EQ(shield_.wanted(), 3);
-  At(9, 0);
+  for (const double time : {1.35, 1.45, 1.55}) At(time, 0);
   EXPECT_EQ(shield_.wanted(), 2);
-  At(9.3, 0);
-  At(9.6, 0);
+  At(1.85, 0);
+  At(2.15, 0);
   EXPECT_EQ(shield_.wanted(), 0);
   EXPECT_EQ(shield_.reason(), "none");
+}
+
+TEST_F(ShieldTest, DwellsWithoutAReportAllCount) {
+  At(1, 4);
+  At(1.6, 0, {.waiting = 1});
+  EXPECT_EQ(shield_.wanted(), 2);
+  At(1.7, 4);
+  At(60, 0, {.waiting = 1});
+  EXPECT_EQ(shield_.wanted(), 0) << "the first request after a pause";
+  At(61, 4);
+  At(1e300, 2);
+  EXPECT_EQ(shield_.wanted(), 2) << "and no lower than is wanted";
 }
 
 TEST_F(ShieldTest, GoesByTheRuleWhereTheReportSaysNothing) {
   At(1, 3);
   const int seen = told_.seen;
-  At(2, 3, {.kv_used = std::numeric_limits<double>::quiet_NaN()});
+  At(1.3, 3, {.kv_used = std::numeric_limits<double>::quiet_NaN()});
   EXPECT_EQ(told_.seen, seen);
   EXPECT_EQ(shield_.wanted(), 2);  // towards the rule's, which is 0
-  At(1.5, 4);                      // older than the last
+  At(1.2, 4);                      // older than the last
   EXPECT_EQ(told_.seen, seen);
   EXPECT_EQ(shield_.wanted(), 2);
   At(std::numeric_limits<double>::infinity(), 4);
@@ -157,8 +169,15 @@ TEST_F(ShieldTest, InCalmTheFullModelIsServed) {
   report.kv_used = 0.95;
   At(2, 3, report);
   EXPECT_EQ(shield_.wanted(), 3);
-  At(3, 3, calm);  // and back by a rung a dwell
+  At(2.2, 3, report);
+  At(2.4, 3, calm);
+  EXPECT_EQ(shield_.wanted(), 3) << "low, but not for a dwell: no calm yet";
+  At(2.46, 3, calm);  // and back by a rung a dwell
   EXPECT_EQ(shield_.wanted(), 2);
+  At(2.6, 3, calm);
+  EXPECT_EQ(shield_.wanted(), 2);
+  At(2.75, 3, calm);
+  EXPECT_EQ(shield_.wanted(), 1);
   report = calm;
   report.step_s = 0.08;
   At(4, 3, report);
