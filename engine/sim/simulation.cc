@@ -9,9 +9,6 @@
 namespace espalier {
 namespace {
 
-// As long as a server waits where a step had nothing to do: everybody waits for memory.
-constexpr Instant kRetry = std::chrono::milliseconds(2);
-
 Instant Seconds(double seconds) {
   return std::chrono::duration_cast<Instant>(std::chrono::duration<double>(seconds));
 }
@@ -84,7 +81,7 @@ class Simulation {
     // Only a lost device fails, and there is none.
     const StepReport& step = **engine_.Step(now_);
     const bool worked = step.decode_rows + step.prefill_rows > 0;
-    now_ += worked ? Seconds(executor_.seconds() + options_.step_overhead_s) : kRetry;
+    now_ += worked ? Seconds(executor_.seconds() + options_.step_overhead_s) : kStepRetry;
     ++report_.steps;
     waiting_ = step.stats.waiting;
     refuses_ = step.stats.refuses;
