@@ -3,6 +3,7 @@
 // time.
 #pragma once
 
+#include <chrono>
 #include <utility>
 #include <vector>
 
@@ -27,6 +28,9 @@ struct StepReport {
 
   bool did_work() const { return decode_rows + prefill_rows > 0 || !outputs.empty(); }
 };
+
+// Until the next step where one did no work although somebody waits: soon, without spinning.
+inline constexpr Instant kStepRetry = std::chrono::milliseconds(1);
 
 // Weights in memory, as of now; counts are since start.
 struct WeightsReport {

@@ -41,13 +41,13 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
       report.kv_used <= options_.kv_lower && std::ranges::all_of(signals, [](const Signal& signal) {
         return signal.value <= signal.band.lower;
       });
-  calm_ = low;
   const int hardest = ladder.size() - 1;
   const bool memory = report.kv_used > 1;
   load_hardest_ = ladder.HardestWithin(options_.load_loss);
   level_ = std::min(level_, hardest);
   if (!std::isfinite(report.time_s)) return;
   if (!low) low_since_s_ = report.time_s;
+  calm_ = low && report.time_s - low_since_s_ >= options_.lower_dwell_s;
   if (!(report.kv_used <= (FreesKv(ladder, level_) ? options_.kv_lower : 1))) {
     kv_low_since_s_ = report.time_s;
   }

@@ -51,7 +51,7 @@ class LadderPolicy final : public Policy {
   bool refuses() const override { return refuses_; }
 
   int level() const { return level_; }
-  // All signals are so low that the level falls.
+  // All signals have been low for as long as the level needs to fall by a rung.
   bool calm() const { return calm_; }
 
  private:

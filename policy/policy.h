@@ -21,7 +21,7 @@ struct PressureReport {
   double kv_promised = 0;    // KV pages the waiting will need / pages there may be
   double queue_length = 0;   // waiting requests / queue bound
   double oldest_wait_s = 0;  // age of the oldest waiting request
-  double step_s = 0;         // of a step, mean of the last ones: a token's time for who decodes
+  double step_s = 0;         // mean of the last steps, from 0 after a pause: a decode row's time
   // Since the machine's memory was last seen, which limits the pages there may be; grows while its
   // sources are missing. 0 where none are asked.
   double memory_age_s = 0;

@@ -37,7 +37,9 @@ void Shield::Observe(const PressureReport& report, const Ladder& ladder) {
   if (!std::isfinite(report.time_s)) return;
   if (level < level_) {
     const bool due = report.time_s - changed_s_ >= options_.lower_dwell_s;
-    level = due ? level_ - 1 : level_;
+    const double silent = (report.time_s - time_s_) / options_.lower_dwell_s;
+    const int dwells = static_cast<int>(std::clamp<double>(silent, 1, level_ - level));
+    level = due ? level_ - dwells : level_;
   }
   refuses_ =
       rule_.refuses() || (level >= (report.kv_used > 1 ? hardest : load_hardest_) &&

@@ -16,7 +16,8 @@ namespace espalier {
 //   rule refuses newcomers; and no harder than load may cost unless the rule is, for memory;
 // - at the full model in calm, where the rule's level would fall: what may come later is no reason
 //   to serve worse now;
-// - a level falls by one rung a dwell, as the rule's does, however fast pressure goes;
+// - a level falls by one rung a dwell, as the rule's does, however fast pressure goes; of a time
+//   without reports, an idle one, all dwells count;
 // - newcomers are refused wherever the rule would refuse them, which a policy that stays below the
 //   highest level cannot put off: it would only let them queue; and at the highest level that what
 //   presses may raise it to, while the oldest waits for long, though the rule be on its way there.

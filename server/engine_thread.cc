@@ -10,9 +10,6 @@
 namespace espalier {
 namespace {
 
-// Nothing to run although something waits: look again soon, without spinning.
-constexpr Instant kRetry = std::chrono::milliseconds(1);
-
 // What a call holds of gRPC's memory, about: 3.2 MiB more with 256 that wait (overload_test).
 constexpr uint64_t kCallBytes = 12 << 10;
 
@@ -160,6 +157,8 @@ void EngineThread::Run() {
     // Asked before Take: once closed, what Take brings is the last of it.
     const bool closed = inbox_.closed();
     if (idle) {
+      // Those the policy refused for have gone, and it looks again only at the next step.
+      inbox_.SetRefuses(false);
       next_load_.stats = Stats();
       Publish(SteadyNow());
       if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, {});
@@ -222,7 +221,7 @@ void EngineThread::Run() {
     if ((*report)->decode_rows + (*report)->prefill_rows > 0) {
       last_progress_.store(now.count(), std::memory_order_relaxed);
     }
-    wait = (*report)->did_work() ? Instant::zero() : now + kRetry;
+    wait = (*report)->did_work() ? Instant::zero() : now + kStepRetry;
     Publish(now);
     if (hooks_.on_step) {
       hooks_.on_step(**report, next_load_,

@@ -121,10 +121,10 @@ RpcError QueueFull(const LoadSnapshot& load) {
 }
 
 RpcError Overloaded(const LoadSnapshot& load) {
-  return StatusBuilder(
-             grpc::StatusCode::RESOURCE_EXHAUSTED,
-             fmt::format("overloaded: {} requests wait too long already, on the last rung",
-                         load.waiting()))
+  return StatusBuilder(grpc::StatusCode::RESOURCE_EXHAUSTED,
+                       fmt::format("overloaded: {} requests wait too long already, at rung {}, the "
+                                   "hardest there may be",
+                                   load.waiting(), load.stats.wanted_rung))
       .RetryAfter(RetryDelay(load))
       .Reason("OVERLOADED", {{"waiting", fmt::format("{}", load.waiting())},
                              {"rung", fmt::format("{}", load.stats.wanted_rung)}})

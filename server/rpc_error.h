@@ -47,8 +47,8 @@ RpcError NotReloaded(std::string_view field, const absl::Status& cause);
 // ABORTED with RetryInfo and ErrorInfo (RELOADING): one is under way, or requests of before the
 // last still run.
 RpcError Reloading();
-// RESOURCE_EXHAUSTED with RetryInfo and ErrorInfo (OVERLOADED): the policy can prune no harder, and
-// requests wait too long already.
+// RESOURCE_EXHAUSTED with RetryInfo and ErrorInfo (OVERLOADED): the policy may prune no harder for
+// what presses (LadderPolicyOptions::load_loss), and requests wait too long already.
 RpcError Overloaded(const LoadSnapshot& load);
 // RESOURCE_EXHAUSTED with ErrorInfo (READER_STALLED) and no RetryInfo: the caller is to blame.
 RpcError ReaderStalled(int buffer_tokens);

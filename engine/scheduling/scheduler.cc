@@ -118,7 +118,10 @@ absl::Status Scheduler::Submit(Request request) {
                     request.prompt.size(), max_tokens, pages, most, geometry_.pages));
   }
 
-  if (idle()) last_step_ = kNever;
+  if (idle()) {
+    last_step_ = kNever;
+    step_s_ = 0;  // and not the first one, which prefills: that alone is no reason to prune
+  }
   auto sequence = std::make_unique<Sequence>();
   sequence->allowed = allowed;
   sequence->arrival_order = arrivals_++;
@@ -148,7 +151,7 @@ const Batch& Scheduler::Schedule(Instant now, std::vector<SequenceOutput>* expir
   if (last_step_ != kNever) {
     constexpr double kNew = 0.1;
     const double step = std::chrono::duration<double>(now - last_step_).count();
-    step_s_ = step_s_ == 0 ? step : (1 - kNew) * step_s_ + kNew * step;
+    step_s_ = (1 - kNew) * step_s_ + kNew * step;
   }
   last_step_ = now;
   policy_->Observe(Pressure(now), ladder_);

@@ -283,7 +283,7 @@ class Scheduler {
   uint64_t arrivals_ = 0;
   Instant next_deadline_ = kNever;  // no live sequence has an earlier one
   Instant last_step_ = kNever;      // Schedule's; kNever: nothing was there to do since
-  double step_s_ = 0;               // mean of the last ones
+  double step_s_ = 0;               // mean of the last ones, from 0 after a pause
   Instant memory_seen_ = kNever;
   uint64_t preemptions_ = 0;
   uint64_t recomputed_tokens_ = 0;

@@ -9,9 +9,6 @@
 namespace espalier {
 namespace {
 
-// As long as a server waits where a step had nothing to do: everybody waits for memory.
-constexpr Instant kRetry = std::chrono::milliseconds(2);
-
 Instant Seconds(double seconds) {
   return std::chrono::duration_cast<Instant>(std::chrono::duration<double>(seconds));
 }
@@ -26,7 +23,6 @@ class Simulation {
         options_(options),
         ladder_(ladder),
         executor_(&costs),
-        policy_(policy),
         observer_(observer),
         engine_(options.scheduler, options.geometry, ladder, &executor_, policy),
         first_token_(traffic.calls.size(), kNever) {
@@ -38,6 +34,7 @@ class Simulation {
     while (next_call_ < traffic_.calls.size() || !engine_.idle()) {
       TakeWhatIsDue();
       if (engine_.idle()) {
+        refuses_ = false;  // as the server's engine thread
         if (next_call_ < traffic_.calls.size()) {
           now_ = std::max(now_, traffic_.calls[next_call_].arrival);
         }
@@ -71,7 +68,7 @@ class Simulation {
     request.priority = call.priority;
     request.arrival = call.arrival;
     // As the server's inbox: a policy that refuses does so while somebody waits.
-    const bool full = policy_->refuses() && waiting_ > 0;
+    const bool full = refuses_ && waiting_ > 0;
     if (full || !engine_.Submit(std::move(request)).ok()) {
       report_.calls[index].refused = true;
       if (observer_) observer_(report_.calls[index]);
@@ -84,9 +81,10 @@ class Simulation {
     // Only a lost device fails, and there is none.
     const StepReport& step = **engine_.Step(now_);
     const bool worked = step.decode_rows + step.prefill_rows > 0;
-    now_ += worked ? Seconds(executor_.seconds() + options_.step_overhead_s) : kRetry;
+    now_ += worked ? Seconds(executor_.seconds() + options_.step_overhead_s) : kStepRetry;
     ++report_.steps;
     waiting_ = step.stats.waiting;
+    refuses_ = step.stats.refuses;
     for (const SequenceOutput& output : step.outputs) Take(output);
     report_.preemptions = step.stats.preemptions;
     report_.rung_moves = step.stats.rung_moves;
@@ -116,13 +114,13 @@ class Simulation {
   const SimOptions& options_;
   const Ladder& ladder_;
   SimExecutor executor_;
-  Policy* const policy_;
   const SimObserver& observer_;
   Engine engine_;
   std::vector<Instant> first_token_;  // [calls]
   Instant now_{0};
   size_t next_call_ = 0, next_shock_ = 0;
   int waiting_ = 0;
+  bool refuses_ = false;
   SimReport report_;
 };
 

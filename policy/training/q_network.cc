@@ -4,6 +4,8 @@
 #include <bit>
 #include <charconv>
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <utility>
@@ -49,6 +51,18 @@ std::string LineOf(const TrainedFor& trained) {
          Number(trained.ttft_target_s) + " tpot-target " + Number(trained.tpot_target_s);
 }
 
+// Of all but `how`.
+bool InRange(const TrainedFor& trained) {
+  return trained.load_loss >= 0 && trained.load_loss <= kMostLoadLoss &&
+         trained.ttft_target_s > 0 && trained.ttft_target_s <= kMostTarget &&
+         trained.tpot_target_s > 0 && trained.tpot_target_s <= kMostTarget;
+}
+
+bool IsHow(std::string_view line) {
+  const auto printable = [](char each) { return each >= ' ' && each <= '~'; };
+  return line.size() <= kMostHow && std::ranges::all_of(line, printable);
+}
+
 bool ReadTrainedFor(std::string_view line, TrainedFor* trained) {
   std::string_view rest = line;
   const auto read = [&](std::string_view name, double* value) {
@@ -61,10 +75,8 @@ bool ReadTrainedFor(std::string_view line, TrainedFor* trained) {
   };
   return read("load-loss ", &trained->load_loss) &&
          read(" ttft-target ", &trained->ttft_target_s) &&
-         read(" tpot-target ", &trained->tpot_target_s) && trained->load_loss >= 0 &&
-         trained->load_loss <= kMostLoadLoss && trained->ttft_target_s > 0 &&
-         trained->ttft_target_s <= kMostTarget && trained->tpot_target_s > 0 &&
-         trained->tpot_target_s <= kMostTarget && LineOf(*trained) == line;
+         read(" tpot-target ", &trained->tpot_target_s) && InRange(*trained) &&
+         LineOf(*trained) == line;
 }
 
 }  // namespace
@@ -102,6 +114,11 @@ void QNetwork::Values(std::span<const float> state, std::span<float> hidden,
 }
 
 std::string QNetwork::Format(const TrainedFor& trained) const {
+  if (!InRange(trained) || !IsHow(trained.how)) {
+    std::fprintf(stderr, "a Q-network's file cannot tell that it was trained for \"%s\", \"%s\"\n",
+                 LineOf(trained).c_str(), trained.how.c_str());
+    std::abort();
+  }
   std::string bytes(kMagic);
   for (const int count : {shape_.inputs, shape_.hidden, shape_.actions}) {
     bytes += std::to_string(count) + " ";
@@ -159,8 +176,7 @@ std::optional<QNetwork> QNetwork::Parse(std::string_view bytes, TrainedFor* trai
         "SECONDS tpot-target SECONDS, in plain numbers");
   }
   const std::optional<std::string_view> how = line();
-  const auto printable = [](char each) { return each >= ' ' && each <= '~'; };
-  if (!how || how->size() > kMostHow || !std::ranges::all_of(*how, printable)) {
+  if (!how || !IsHow(*how)) {
     return fail("its third line is none of at most " + std::to_string(kMostHow) +
                 " printable characters");
   }

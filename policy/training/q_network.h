@@ -54,7 +54,8 @@ class QNetwork {
 
   // A file's bytes: a line with name, version and shape, one of what it was trained for ("load-loss
   // 0.2 ttft-target 1 tpot-target 0.1"), one of how, the parameters as little-endian floats, and a
-  // checksum (FNV-1a, 64 bits) of all before it.
+  // checksum (FNV-1a, 64 bits) of all before it. Crashes if `trained` is out of range, which Parse
+  // would refuse.
   std::string Format(const TrainedFor& trained) const;
   // None, with what is wrong in *error, if the bytes are no such file, are of another version, cut,
   // or hold what is not finite or out of its range. Another spelling of a number is none.

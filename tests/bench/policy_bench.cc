@@ -42,8 +42,8 @@ Cost Measure(Policy* policy, const Ladder& ladder) {
   taken.reserve(kDecisions);
   int64_t chosen = 0;
   for (int i = 0; i < kDecisions; ++i) {
-    // 0.25 s apart: a learned policy looks each time.
-    const PressureReport report{.time_s = 0.25 * i,
+    // As far apart as a learned policy decides, so that it does each time.
+    const PressureReport report{.time_s = LevelPolicyOptions{}.every_s * i,
                                 .kv_used = 1.1 * uniform(),
                                 .kv_promised = uniform(),
                                 .queue_length = uniform(),

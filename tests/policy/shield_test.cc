@@ -54,12 +54,12 @@ class ShieldTest : public testing::Test {
 TEST_F(ShieldTest, IsTheRulesBusinessWhereMemoryWasSeenLongAgo) {
   At(1, 3, {.oldest_wait_s = 0.2, .memory_age_s = 5, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 3);
-  At(2, 4, {.memory_age_s = 5.1, .running = 1, .waiting = 1});
+  At(1.3, 4, {.memory_age_s = 5.1, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 2) << "the rule's 0, a rung a dwell";
   EXPECT_EQ(told_.seen, 1);
-  At(3, 4, {.memory_age_s = std::nan(""), .running = 1, .waiting = 1});
+  At(1.6, 4, {.memory_age_s = std::nan(""), .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 1);
-  At(4, 4, {.oldest_wait_s = 0.2, .memory_age_s = 0.2, .running = 1, .waiting = 1});
+  At(2, 4, {.oldest_wait_s = 0.2, .memory_age_s = 0.2, .running = 1, .waiting = 1});
   EXPECT_EQ(shield_.wanted(), 4);
 }
 
@@ -71,21 +71,33 @@ TEST_F(ShieldTest, FollowsUpAtOnceAndDownByARungADwell) {
   EXPECT_EQ(shield_.wanted(), 4);
   At(1.25, 0);
   EXPECT_EQ(shield_.wanted(), 3);
-  At(9, 0);
+  for (const double time : {1.35, 1.45, 1.55}) At(time, 0);
   EXPECT_EQ(shield_.wanted(), 2);
-  At(9.3, 0);
-  At(9.6, 0);
+  At(1.85, 0);
+  At(2.15, 0);
   EXPECT_EQ(shield_.wanted(), 0);
   EXPECT_EQ(shield_.reason(), "none");
+}
+
+TEST_F(ShieldTest, DwellsWithoutAReportAllCount) {
+  At(1, 4);
+  At(1.6, 0, {.waiting = 1});
+  EXPECT_EQ(shield_.wanted(), 2);
+  At(1.7, 4);
+  At(60, 0, {.waiting = 1});
+  EXPECT_EQ(shield_.wanted(), 0) << "the first request after a pause";
+  At(61, 4);
+  At(1e300, 2);
+  EXPECT_EQ(shield_.wanted(), 2) << "and no lower than is wanted";
 }
 
 TEST_F(ShieldTest, GoesByTheRuleWhereTheReportSaysNothing) {
   At(1, 3);
   const int seen = told_.seen;
-  At(2, 3, {.kv_used = std::numeric_limits<double>::quiet_NaN()});
+  At(1.3, 3, {.kv_used = std::numeric_limits<double>::quiet_NaN()});
   EXPECT_EQ(told_.seen, seen);
   EXPECT_EQ(shield_.wanted(), 2);  // towards the rule's, which is 0
-  At(1.5, 4);                      // older than the last
+  At(1.2, 4);                      // older than the last
   EXPECT_EQ(told_.seen, seen);
   EXPECT_EQ(shield_.wanted(), 2);
   At(std::numeric_limits<double>::infinity(), 4);
@@ -157,8 +169,15 @@ TEST_F(ShieldTest, InCalmTheFullModelIsServed) {
   report.kv_used = 0.95;
   At(2, 3, report);
   EXPECT_EQ(shield_.wanted(), 3);
-  At(3, 3, calm);  // and back by a rung a dwell
+  At(2.2, 3, report);
+  At(2.4, 3, calm);
+  EXPECT_EQ(shield_.wanted(), 3) << "low, but not for a dwell: no calm yet";
+  At(2.46, 3, calm);  // and back by a rung a dwell
   EXPECT_EQ(shield_.wanted(), 2);
+  At(2.6, 3, calm);
+  EXPECT_EQ(shield_.wanted(), 2);
+  At(2.75, 3, calm);
+  EXPECT_EQ(shield_.wanted(), 1);
   report = calm;
   report.step_s = 0.08;
   At(4, 3, report);
@@ -216,40 +235,86 @@ TEST_F(ShieldTest, RefusesWhereverTheRuleDoesAtItsLevelOrHarder) {
   EXPECT_GT(refused, 1000) << "or nothing was tested";
 }
 
-TEST_F(ShieldTest, GarbageNeverLeavesTheLadderOrTheBounds) {
-  std::mt19937_64 random(7);
-  const double values[] = {0,
-                           0.5,
-                           1,
-                           2,
-                           -1,
-                           1e300,
-                           -1e300,
-                           std::numeric_limits<double>::quiet_NaN(),
+// What no report should say.
+double Odd(std::mt19937_64* random) {
+  const double values[] = {-1, 1e300, -1e300, std::numeric_limits<double>::quiet_NaN(),
                            std::numeric_limits<double>::infinity()};
-  const auto any = [&] { return values[random() % std::size(values)]; };
-  QNetwork network({.inputs = kLevelInputs, .hidden = 8, .actions = kRungs}, &random);
-  DqnPolicy dqn({}, &network);
-  Shield learned(&dqn, {});
-  for (int i = 0; i < 100'000; ++i) {
-    const PressureReport report{.time_s = random() % 3 == 0 ? any() : i * 0.01,
-                                .kv_used = any(),
-                                .kv_promised = any(),
-                                .queue_length = any(),
-                                .oldest_wait_s = any(),
-                                .step_s = any(),
-                                .memory_age_s = any(),
-                                .running = static_cast<int>(random()),
-                                .waiting = static_cast<int>(random())};
-    told_.level = static_cast<int>(random() % 12) - 3;
-    for (Shield* shield : {&shield_, &learned}) {
-      shield->Observe(report, ladder_);
-      ASSERT_GE(shield->wanted(), 0);
-      ASSERT_LT(shield->wanted(), kRungs);
-      const RequestTraits traits{.allowed = 1 | (random() & 31),
-                                 .priority = static_cast<int>(random())};
-      const int rung = shield->ChooseRung(traits);
-      ASSERT_TRUE(traits.allowed >> rung & 1) << rung;
+  return values[(*random)() % std::size(values)];
+}
+
+// Under load, with one signal spoiled in a quarter of them.
+PressureReport Spoiled(double time_s, std::mt19937_64* random) {
+  const auto uniform = [&](double most) {
+    return most * (static_cast<double>((*random)() >> 11) * 0x1p-53);
+  };
+  PressureReport report{.time_s = time_s,
+                        .kv_used = uniform(1.05),
+                        .kv_promised = uniform(2),
+                        .queue_length = uniform(1),
+                        .oldest_wait_s = uniform(0.5),
+                        .step_s = uniform(0.12),
+                        .memory_age_s = uniform(4),
+                        .running = static_cast<int>((*random)() % 64),
+                        .waiting = static_cast<int>((*random)() % 256)};
+  double* const signals[] = {&report.kv_used,       &report.kv_promised, &report.queue_length,
+                             &report.oldest_wait_s, &report.step_s,      &report.memory_age_s};
+  const size_t which = (*random)() % (4 * (std::size(signals) + 2));
+  if (which < std::size(signals)) {
+    *signals[which] = Odd(random);
+  } else if (which == std::size(signals)) {
+    report.running = -1 - report.running;
+  } else if (which == std::size(signals) + 1) {
+    report.waiting = std::numeric_limits<int>::min();
+  }
+  return report;
+}
+
+void ExpectWithinLadderAndBounds(const Shield& shield, std::mt19937_64* random) {
+  ASSERT_GE(shield.wanted(), 0);
+  ASSERT_LT(shield.wanted(), kRungs);
+  const RequestTraits traits{.allowed = 1 | ((*random)() & 31),
+                             .priority = static_cast<int>((*random)())};
+  const int rung = shield.ChooseRung(traits);
+  ASSERT_TRUE(traits.allowed >> rung & 1) << rung;
+}
+
+TEST_F(ShieldTest, GarbageNeverLeavesTheLadderOrTheBounds) {
+  constexpr int kTrials = 100, kReports = 1000;
+  std::mt19937_64 random(7);
+  int told = 0, followed = 0, learned = 0, learned_followed = 0;
+  for (int trial = 0; trial < kTrials; ++trial) {
+    QNetwork network({.inputs = kLevelInputs, .hidden = 8, .actions = kRungs}, &random);
+    DqnPolicy dqn({}, &network);
+    Shield by_told(&told_, {.load_loss = 9}), by_dqn(&dqn, {});
+    for (int i = 0; i < kReports; ++i) {
+      const PressureReport report = Spoiled(i * 0.01, &random);
+      if (i % 20 == 0) told_.level = static_cast<int>(random() % 12) - 3;
+      by_told.Observe(report, ladder_);
+      ASSERT_NO_FATAL_FAILURE(ExpectWithinLadderAndBounds(by_told, &random)) << trial << " " << i;
+      told += told_.level > 0 && told_.level < kRungs;
+      followed += by_told.reason() == "told" && by_told.wanted() == told_.level;
+      by_dqn.Observe(report, ladder_);
+      ASSERT_NO_FATAL_FAILURE(ExpectWithinLadderAndBounds(by_dqn, &random)) << trial << " " << i;
+      learned += dqn.wanted() > 0;
+      learned_followed += by_dqn.reason() == "learned" && by_dqn.wanted() == dqn.wanted();
+    }
+  }
+  EXPECT_GT(followed, told / 4) << "or little but the rule was tested";
+  EXPECT_GT(learned_followed, learned / 4);
+  EXPECT_GT(learned, kTrials * kReports / 4);
+}
+
+// Times, too, which come from our own clock: one far ahead leaves the level where it is.
+TEST_F(ShieldTest, NorDoTimesOutOfOrder) {
+  std::mt19937_64 random(8);
+  for (int trial = 0; trial < 1000; ++trial) {
+    QNetwork network({.inputs = kLevelInputs, .hidden = 8, .actions = kRungs}, &random);
+    DqnPolicy dqn({}, &network);
+    Shield shield(&dqn, {});
+    for (int i = 0; i < 100; ++i) {
+      const double time_s = random() % 50 == 0 ? Odd(&random) : i * 0.1;
+      shield.Observe(Spoiled(time_s, &random), ladder_);
+      ASSERT_NO_FATAL_FAILURE(ExpectWithinLadderAndBounds(shield, &random)) << trial << " " << i;
     }
   }
 }

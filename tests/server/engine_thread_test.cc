@@ -68,12 +68,19 @@ class Reader final : public StreamReader {
   std::optional<StreamEnd> end_;
 };
 
+class Refuses final : public Policy {
+ public:
+  int ChooseRung(const RequestTraits& /*traits*/) const override { return 0; }
+  std::string_view name() const override { return "refuses"; }
+  bool refuses() const override { return true; }
+};
+
 class EngineThreadTest : public testing::Test {
  protected:
   void Start(int max_waiting = 256, SchedulerOptions options = {.max_waiting = 1 << 20},
              KvGeometry geometry = {.layers = 2, .pages = 4096, .context = 4096},
-             QualityCheck* quality = nullptr) {
-    paced_ = std::make_unique<PacedEngine>(options, geometry);
+             QualityCheck* quality = nullptr, Policy* policy = nullptr) {
+    paced_ = std::make_unique<PacedEngine>(options, geometry, policy);
     thread_ = std::make_unique<EngineThread>(
         &paced_->engine, &ready_, max_waiting,
         EngineHooks{
@@ -121,6 +128,7 @@ class EngineThreadTest : public testing::Test {
     return false;
   }
 
+  Refuses refuses_;
   std::unique_ptr<PacedEngine> paced_;
   ReadyQueue ready_{2};
   std::atomic<int> reports_ = 0;
@@ -205,6 +213,28 @@ TEST_F(EngineThreadTest, QueueIsBoundedWhileTheEngineIsBusy) {
   paced_->executor.Go();
   for (const auto& reader : in) EXPECT_TRUE(reader->WaitForEnd().has_value());
   EXPECT_TRUE(thread_->inbox().Reserve().ok());
+}
+
+TEST_F(EngineThreadTest, IdleItRefusesNobodyForThoseBefore) {
+  Start(256, {.max_sequences = 1, .max_waiting = 1 << 20},
+        {.layers = 2, .pages = 4096, .context = 4096}, nullptr, &refuses_);
+  ASSERT_TRUE(Offer(Prompt(1, 1))->WaitForEnd().has_value());
+  bool both = false;
+  for (int i = 0; i < 5000 && !both; ++i) {  // it may not have found out yet that it is idle
+    const absl::StatusOr<Reservation> first = thread_->inbox().Reserve();
+    both = first.ok() && thread_->inbox().Reserve().ok();
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  EXPECT_TRUE(both);
+
+  paced_->executor.set_step_time(milliseconds(1));
+  const auto running = Offer(Prompt(2, 4000));
+  ASSERT_TRUE(running->WaitForTokens(1));
+  paced_->executor.Hold();
+  paced_->executor.WaitForHeldStep();
+  EXPECT_NE(Offer(Prompt(3, 1)), nullptr) << "nobody waits";
+  EXPECT_EQ(thread_->inbox().Reserve().status().code(), absl::StatusCode::kResourceExhausted);
+  paced_->executor.Go();
 }
 
 TEST_F(EngineThreadTest, ReaderThatStallsIsEndedAndItsPagesComeBack) {

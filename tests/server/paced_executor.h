@@ -106,9 +106,11 @@ struct PacedEngine {
     return ladder;
   }
 
+  // Rung 0 is served, unless `other` chooses.
   explicit PacedEngine(SchedulerOptions options = {.max_waiting = 1 << 20},
-                       KvGeometry geometry = {.layers = 2, .pages = 4096, .context = 4096})
-      : engine(options, geometry, Rungs(), &executor, &policy) {}
+                       KvGeometry geometry = {.layers = 2, .pages = 4096, .context = 4096},
+                       Policy* other = nullptr)
+      : engine(options, geometry, Rungs(), &executor, other == nullptr ? &policy : other) {}
 
   PacedExecutor executor;
   FixedPolicy policy{0};

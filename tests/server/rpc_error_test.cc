@@ -22,5 +22,14 @@ TEST(RpcErrorTest, ALongCauseIsCutBetweenLetters) {
   }
 }
 
+// Load may not go to the last rung, so that is not what is told.
+TEST(RpcErrorTest, OverloadedTellsTheRungThatIsServed) {
+  LoadSnapshot load;
+  load.stats.waiting = 5;
+  load.stats.wanted_rung = 3;
+  EXPECT_EQ(Overloaded(load).status.error_message(),
+            "overloaded: 5 requests wait too long already, at rung 3, the hardest there may be");
+}
+
 }  // namespace
 }  // namespace espalier

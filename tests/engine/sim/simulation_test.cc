@@ -105,6 +105,26 @@ TEST(Simulation, WithoutPressureItIsTheFullModel) {
   EXPECT_EQ(report.loss_per_token(), 0);
 }
 
+TEST(Simulation, WhoComesToAnIdleServerIsNotRefusedForThoseBefore) {
+  class Refuses final : public Policy {
+   public:
+    int ChooseRung(const RequestTraits& /*traits*/) const override { return 0; }
+    std::string_view name() const override { return "refuses"; }
+    bool refuses() const override { return true; }
+  };
+  Traffic traffic;
+  // The last two come while another is in its first step: one of them may wait.
+  for (const int at_ms : {0, 100'000, 100'000, 200'000, 200'001, 200'002}) {
+    traffic.calls.push_back(
+        {.arrival = std::chrono::milliseconds(at_ms), .prompt = 8, .output = 2});
+  }
+  Refuses policy;
+  const SimReport report = Simulate(traffic, Options(), Three(), kCosts, &policy);
+  std::vector<bool> refused;
+  for (const SimOutcome& call : report.calls) refused.push_back(call.refused);
+  EXPECT_EQ(refused, (std::vector<bool>{false, false, false, false, false, true}));
+}
+
 TEST(Simulation, RapsScenariosAreServedInLessMemory) {
   for (const BlockTask& scenario : RapScenarios()) {
     SimOptions options = Options();

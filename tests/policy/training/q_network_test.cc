@@ -57,6 +57,16 @@ TEST_F(QNetworkFile, ReadsWhatItWrote) {
       "a ladder of 4 rungs\n"));
 }
 
+TEST_F(QNetworkFile, WritesNothingThatItWouldNotRead) {
+  for (const std::string& how : {std::string("two\nlines"), std::string("a\tb"),
+                                 std::string("\xC3\xA9"), std::string(1001, 'a')}) {
+    EXPECT_DEATH(network_.Format({.how = how}), "cannot tell that it was trained for");
+  }
+  EXPECT_DEATH(network_.Format({.load_loss = std::numeric_limits<double>::infinity()}),
+               "load-loss inf");
+  EXPECT_DEATH(network_.Format({.ttft_target_s = 0}), "ttft-target 0");
+}
+
 TEST_F(QNetworkFile, RefusesAnyChangedByte) {
   for (size_t i = 0; i < bytes_.size(); ++i) {
     std::string changed = bytes_;

@@ -1,0 +1,90 @@
+// `espalier replay` on logs that no server wrote.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <string>
+
+#include "tests/support/run_command.h"
+
+namespace espalier {
+namespace {
+
+using testing::HasSubstr;
+
+class ReplayTest : public testing::Test {
+ protected:
+  ReplayTest() {
+    std::ofstream(ladder_) << "espalier-ladder 1\nmodel layers=1 heads=2 channels=64\n"
+                              "rung 0 loss=0\nrung 1 loss=0.1 channels=32*1\n";
+  }
+
+  Outcome Replay(const std::string& head, const std::string& line) const {
+    std::ofstream(log_) << head << "\n" << line << "\n";
+    return RunWith({"replay", log_, "--ladder", ladder_});
+  }
+
+  // `text` with the value of `field` replaced, which is there.
+  static std::string With(std::string text, const std::string& field, const std::string& value) {
+    const size_t name = text.find('"' + field + "\":");
+    EXPECT_NE(name, std::string::npos) << field;
+    const size_t begin = name + field.size() + 3;
+    size_t end = text.find(text[begin] == '[' ? ']' : ',', begin);
+    if (end == std::string::npos) end = text.find('}', begin);
+    if (text[begin] == '[') ++end;
+    return text.replace(begin, end - begin, value);
+  }
+
+  const std::string ladder_ = testing::TempDir() + "replay_test.ladder",
+                    log_ = testing::TempDir() + "replay_test.log";
+  const std::string head_ =
+      R"({"policy":"ladder","network":"","version":2,"ttft_target_s":1,"tpot_target_s":0.1,)"
+      R"("kv_lower":0.9,"load_loss":0.2,"wait":[0.25,0.1],"step":[1,0.75],)"
+      R"("raise_dwell_s":0.2,"lower_dwell_s":0.25})";
+  const std::string line_ =
+      R"({"time_s":7,"kv_used":0.5,"kv_promised":0.1,"queue_length":0.1,"oldest_wait_s":0.6,)"
+      R"("step_s":0.02,"memory_age_s":0.1,"running":3,"waiting":2,"rung":1,"reason":"queue"})";
+};
+
+TEST_F(ReplayTest, DecidesAgain) {
+  const Outcome outcome = Replay(head_, line_);
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, HasSubstr("1 decisions, 1 changes of the level, 0 not as logged"));
+  EXPECT_THAT(Replay(head_, With(line_, "oldest_wait_s", "0")).err,
+              HasSubstr("line 2: rung 0 by none, logged 1 by queue"));
+}
+
+TEST_F(ReplayTest, NamesTheLineAndTheFieldThatIsOutOfRange) {
+  for (const char* field : {"version", "ttft_target_s", "tpot_target_s", "kv_lower", "load_loss",
+                            "wait", "step", "raise_dwell_s", "lower_dwell_s"}) {
+    for (const char* value : {"-1", "1e300", "null", "\"x\"", "[[[]]]", "[1e300,0]"}) {
+      const Outcome outcome = Replay(With(head_, field, value), line_);
+      EXPECT_EQ(outcome.code, 1);
+      EXPECT_THAT(outcome.err, HasSubstr(std::string("line 1: ") + field + ": expected ")) << value;
+    }
+  }
+  for (const char* field : {"ttft_target_s", "tpot_target_s", "lower_dwell_s"}) {
+    EXPECT_THAT(Replay(With(head_, field, "0"), line_).err,
+                HasSubstr(std::string(field) + ": expected a number from 1e-06 to "));
+  }
+  for (const char* field : {"time_s", "kv_used", "kv_promised", "queue_length", "oldest_wait_s",
+                            "step_s", "memory_age_s", "running", "waiting", "rung"}) {
+    for (const char* value : {"-1", "1e300", "18446744073709551615", "null", "[1]"}) {
+      EXPECT_THAT(Replay(head_, With(line_, field, value)).err,
+                  HasSubstr(std::string("line 2: ") + field + ": expected "))
+          << value;
+    }
+  }
+  EXPECT_THAT(Replay(head_, With(line_, "running", "1.5")).err,
+              HasSubstr("line 2: running: expected a whole number from 0 to 2147483647, got 1.5"));
+  EXPECT_THAT(Replay(head_, R"({"dropped":1e300})").err, HasSubstr("line 2: dropped: expected "));
+  EXPECT_THAT(Replay(head_, "7").err, HasSubstr("line 2: time_s: expected "));
+  EXPECT_THAT(Replay("[]", line_).err, HasSubstr("line 1: policy: expected a text, got null"));
+  EXPECT_THAT(
+      Replay(head_, With(line_, "kv_used", std::string(100'000, '[') + std::string(100'000, ']')))
+          .err,
+      HasSubstr("line 2: kv_used: expected a number from 0 to 1e+12, got array"));
+}
+
+}  // namespace
+}  // namespace espalier
