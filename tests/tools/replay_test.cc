@@ -83,7 +83,7 @@ TEST_F(ReplayTest, NamesTheLineAndTheFieldThatIsOutOfRange) {
   EXPECT_THAT(
       Replay(head_, With(line_, "kv_used", std::string(100'000, '[') + std::string(100'000, ']')))
           .err,
-      HasSubstr("line 2: kv_used: expected a number from 0 to 1e+12, got array"));
+      HasSubstr("line 2: kv_used: expected a number from 0 to 1000000000000, got array"));
 }
 
 }  // namespace
