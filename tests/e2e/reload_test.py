@@ -91,7 +91,13 @@ class Reload(unittest.TestCase):
             self.code(server, grpc.StatusCode.ABORTED)
             weights = server.load().memory.weights
             after = [pool.submit(answer, server, p) for p in self.prompts]
-            self.assertEqual([f.result() for f in before], self.old)
+            # Each by one of the two throughout; a call that had not come in yet by the new ones.
+            answers = [f.result() for f in before]
+            for got, *either in zip(answers, self.old, self.new):
+                self.assertIn(got, either)
+            old = sum(got == old for got, old in zip(answers, self.old))
+            self.assertGreaterEqual(old, reloaded.requests_before)
+            self.assertGreaterEqual(old, 12)
             self.assertEqual([f.result() for f in after], self.new)
             self.wait_for_log(server, "weights before released")
             self.assertIsNotNone(server.wait_for_load(
