@@ -47,6 +47,9 @@ class EnginePair {
   // Where weights have to leave, those of the one before do first: nobody new comes to them.
   void Share(Instant now);
 
+  // For a newcomer to the one before, which may have fewer than it needs.
+  void MakeRoomOnLeft(const Request& request, Instant now);
+
   // Of both, and of those retired.
   SchedulerStats stats() const;
   double oldest_wait_s(Instant now) const;
@@ -59,6 +62,7 @@ class EnginePair {
   // As last limited, so that nothing is done where nothing changes.
   int currents_pages_ = 0, lefts_pages_ = 0;
   int64_t awaited_ = 0;
+  int64_t late_ = 0;        // of MakeRoomOnLeft's
   SchedulerStats retired_;  // totals since start
   WeightsReport retired_weights_;
 };

@@ -269,6 +269,8 @@ void EngineThread::Submit(Submission submission) {
     held_.push_back(std::move(submission));
     return;
   }
+  // Read before the switch, it comes in after it, when who is left may have given its pages away.
+  if (!current) engines_.MakeRoomOnLeft(submission.request, SteadyNow());
   Engine* const engine = current ? engines_.current() : engines_.left();
   QualityCheck* const quality = serving_.quality;
   if (quality != nullptr) {

@@ -20,7 +20,7 @@ BINARY, MODEL = arguments()
 ESPALIER = pathlib.Path(BINARY).parent / "espalier"
 DATA = pathlib.Path(MODEL).parent
 OTHER = DATA / "tiny-llama-quantized.gguf"  # of the same shape, with another embedding
-TOKENS = 120
+TOKENS = 360
 
 
 def espalier(*words):

@@ -85,6 +85,17 @@ TEST_F(EnginePairTest, EachHasWhatItsRequestsMayHold) {
   EXPECT_EQ(new_.engine.scheduler().pages_total(), 10);
 }
 
+// Read before the switch, it comes in when the engine before is idle and has given its pages away.
+TEST_F(EnginePairTest, LateNewcomersFindRoomOnTheEngineBefore) {
+  pair_.Replace(&new_.engine, ++now_);
+  Request late{.id = 1, .prompt = std::vector<int32_t>(150, 7), .stop = {.max_tokens = 10}};
+  EXPECT_FALSE(old_.engine.Submit(late).ok());
+  pair_.MakeRoomOnLeft(late, ++now_);
+  ASSERT_TRUE(old_.engine.Submit(late).ok());
+  for (int i = 0; i < 20 && !old_.engine.idle(); ++i) ASSERT_TRUE(pair_.Step(++now_).ok());
+  EXPECT_TRUE(old_.engine.idle());
+}
+
 TEST_F(EnginePairTest, PagesThatWeightsMadeRoomForAreNobodyElses) {
   StartOne();
   pair_.LimitPages(10, now_);
