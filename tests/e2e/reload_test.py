@@ -150,7 +150,7 @@ class Reload(unittest.TestCase):
         garbage.write_bytes(pathlib.Path(MODEL).read_bytes()[:5000])
         ladder = folder / "served.ladder"
         made = espalier("calibrate", "--model", MODEL, "--text", pathlib.Path(__file__),
-                        "--tokens", "1000", "--rungs", "0.3", "--dense-layers", "0",
+                        "--tokens", "1000", "--rungs", "0.3,0.6,0.9", "--dense-layers", "0",
                         "--out", ladder)
         self.assertEqual(made.returncode, 0, made.stderr)
         with Server(BINARY, MODEL, "--admin", "--ladder", ladder) as server:
@@ -197,7 +197,7 @@ class Reload(unittest.TestCase):
         folder = pathlib.Path(self.folder.name)
         ladder, shorter = folder / "two-rungs.ladder", folder / "one-rung.ladder"
         made = espalier("calibrate", "--model", MODEL, "--text", pathlib.Path(__file__),
-                        "--tokens", "1000", "--rungs", "0.3", "--dense-layers", "0",
+                        "--tokens", "1000", "--rungs", "0.3,0.6,0.9", "--dense-layers", "0",
                         "--compensate", "none", "--out", ladder)
         self.assertEqual(made.returncode, 0, made.stderr)
         shorter.write_text("".join(line for line in ladder.read_text().splitlines(keepends=True)
