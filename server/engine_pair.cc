@@ -91,18 +91,16 @@ void EnginePair::LimitPages(int pages, Instant now) {
 }
 
 void EnginePair::MakeRoomOnLeft(const Request& request, Instant now) {
-  late_ = left_->scheduler().PagesAtMost(request.prompt.size(), request.stop.max_tokens);
-  Share(now);
-  late_ = 0;
+  Share(now, left_->scheduler().PagesAtMost(request.prompt.size(), request.stop.max_tokens));
 }
 
-void EnginePair::Share(Instant now) {
+void EnginePair::Share(Instant now, int64_t late) {
   const int all = std::max(0, pages_);
   const int missing = all - pages_;
   const Scheduler& left = left_->scheduler();
   const int64_t awaited = current_->scheduler().PagesAtMost() + awaited_;
   const int64_t share = std::max(all - awaited, int64_t{all} / 2);
-  const int lefts = static_cast<int>(std::min(left.PagesAtMost() + late_, share)) -
+  const int lefts = static_cast<int>(std::min(left.PagesAtMost() + late, share)) -
                     (missing > 0 ? std::min(missing, left_->weight_pages()) : 0);
   const auto limit = [now](Engine* engine, int pages, int* given) {
     if (*given != pages) engine->LimitPages(pages, now);

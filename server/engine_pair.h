@@ -43,9 +43,10 @@ class EnginePair {
 
   // As Engine::LimitPages, of both together.
   void LimitPages(int pages, Instant now);
-  // Two engines: gives each what all its requests may come to hold, or half if that is too much.
-  // Where weights have to leave, those of the one before do first: nobody new comes to them.
-  void Share(Instant now);
+  // Two engines: gives each what all its requests may come to hold, the one before so many pages
+  // more as are `late`, or half if that is too much. Where weights have to leave, those of the one
+  // before do first: nobody new comes to them.
+  void Share(Instant now, int64_t late = 0);
 
   // For a newcomer to the one before, which may have fewer than it needs.
   void MakeRoomOnLeft(const Request& request, Instant now);
@@ -62,7 +63,6 @@ class EnginePair {
   // As last limited, so that nothing is done where nothing changes.
   int currents_pages_ = 0, lefts_pages_ = 0;
   int64_t awaited_ = 0;
-  int64_t late_ = 0;        // of MakeRoomOnLeft's
   SchedulerStats retired_;  // totals since start
   WeightsReport retired_weights_;
 };

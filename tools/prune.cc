@@ -161,8 +161,9 @@ absl::Status CheckPaths(const Options& options) {
   for (const auto& [name, path] :
        {std::pair("--model", options.model.model), std::pair("--out", options.out)}) {
     // Where any name may be that of its config.
-    if (same(folder, path))
+    if (same(folder, path)) {
       return Contradiction("--json", fmt::format("lies in {} {}", name, path));
+    }
   }
   if (std::error_code error; !std::filesystem::is_directory(folder, error)) {
     return absl::NotFoundError(fmt::format("--json: {}: no such folder", folder));
@@ -466,9 +467,8 @@ void AddPrune(CLI::App& root, Action* action) {
   metrics.insert(metrics.end(), std::begin(kMetricNames), std::end(kMetricNames));
   choice("--metric", options->metric,
          "What swift scores by; lscore as published; fluctuation: Wanda's around the inputs' "
-         "means, for "
-         "--compensate mean; "
-         "auto, what measured best: fluctuation, or wanda with --compensate none",
+         "means, for --compensate mean; auto, what measured best: fluctuation, or wanda with "
+         "--compensate none",
          metrics);
   std::vector<std::string> selections = {"auto"};
   selections.insert(selections.end(), std::begin(kSelectionNames), std::end(kSelectionNames));

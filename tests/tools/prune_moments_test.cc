@@ -3,6 +3,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -28,6 +29,23 @@ std::string BytesOf(const std::string& path) {
   return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
+// A step of each window, as a server would run them one after the other.
+void RunEach(std::span<const std::vector<int32_t>> windows, ModelExecutor* executor) {
+  const auto length = static_cast<int>(windows.front().size());
+  const int layers = executor->config().layers;
+  const int pages = (length + kPageTokens - 1) / kPageTokens;
+  std::vector<std::vector<int32_t>> table(layers);
+  for (int32_t page = 0; page < layers * pages; ++page) table[page % layers].push_back(page);
+  for (const std::vector<int32_t>& window : windows) {
+    Batch batch;
+    batch.tokens = window;
+    batch.spans.push_back({.id = 1, .rows = length, .page_tables = table});
+    batch.prefill_rows = length;
+    StepResult result;
+    EXPECT_TRUE(executor->Execute(batch, &result).ok());
+  }
+}
+
 class PruneMomentsTest : public ::testing::Test {
  protected:
   PruneMomentsTest() {
@@ -41,24 +59,12 @@ class PruneMomentsTest : public ::testing::Test {
 
   // As a server would, from steps of a window each.
   InputMoments Gather() {
-    const int layers = file_->config().layers;
     const auto executor = ModelExecutor::Load(*file_, backend_.get(),
                                               {.weights = WeightPlan::kF32, .kv_bytes = 8 << 20})
                               .value();
-    std::vector<std::vector<int32_t>> table(layers);
-    for (int32_t page = 0; page < layers * kLength / kPageTokens; ++page) {
-      table[page % layers].push_back(page);
-    }
     InputMoments moments(file_->config());
     executor->set_input_moments(&moments, 1);
-    for (const std::vector<int32_t>& window : windows_) {
-      Batch batch;
-      batch.tokens = window;
-      batch.spans.push_back({.id = 1, .rows = kLength, .page_tables = table});
-      batch.prefill_rows = kLength;
-      StepResult result;
-      EXPECT_TRUE(executor->Execute(batch, &result).ok());
-    }
+    RunEach(windows_, executor.get());
     return moments;
   }
 
@@ -203,19 +209,7 @@ TEST_P(MatrixByMatrix, IsPrunedByWhatThePrunedModelMeets) {
   executor->set_input_observer(meet);
   executor->set_channel_observer(
       [&](int layer, ConstMatrix rows) { meet(layer, MatrixInput::kDown, rows); });
-  std::vector<std::vector<int32_t>> table(config.layers);
-  const int pages = (length + kPageTokens - 1) / kPageTokens;
-  for (int32_t page = 0; page < config.layers * pages; ++page) {
-    table[page % config.layers].push_back(page);
-  }
-  for (const std::vector<int32_t>& window : windows) {
-    Batch batch;
-    batch.tokens = window;
-    batch.spans.push_back({.id = 1, .rows = length, .page_tables = table});
-    batch.prefill_rows = length;
-    StepResult result;
-    ASSERT_TRUE(executor->Execute(batch, &result).ok());
-  }
+  RunEach(windows, executor.get());
   // No EXPECT_EQ, which would print them.
   EXPECT_TRUE(BytesOf(prune("moments.gguf", &met, CalibratedOn::kDense)) == BytesOf(by_text));
   // Which neither of the others is.

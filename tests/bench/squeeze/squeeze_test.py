@@ -26,8 +26,9 @@ def report(good, loss, refused=0):
 CELLS = {
     (0, 0.5): {FULL: report(2, 0), "fixed_20": report(2, 0.2), "fixed_40": report(2, 0.4),
                LADDER: report(2, 0), DQN: report(1.8, 0)},
-    (0.7, 2): {FULL: report(0, 0), REFUSING: report(2.5, 0), "fixed_20": report(1, 0.2), "fixed_40": report(4, 0.4),
-               LADDER: report(5, 0.3, 9) | {"simulated": 5.5}, DQN: report(5, 0.2), LLAMA: report(0.5, 0)},
+    (0.7, 2): {FULL: report(0, 0), REFUSING: report(2.5, 0), "fixed_20": report(1, 0.2),
+               "fixed_40": report(4, 0.4), LADDER: report(5, 0.3, 9) | {"simulated": 5.5},
+               DQN: report(5, 0.2), LLAMA: report(0.5, 0)},
 }
 
 
