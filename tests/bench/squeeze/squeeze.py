@@ -90,6 +90,7 @@ class Bench:
         if pathlib.Path(options.ladder).with_suffix(".dqn").exists():
             self.policies[DQN] = "dqn"
         self.llama = None
+        self.overhead_ms = 0
         self.traffic = FIGURES.with_name("squeeze.traffic")
         self.traffic.parent.mkdir(parents=True, exist_ok=True)
 
@@ -120,7 +121,8 @@ class Bench:
             reports[line] = {"goodput": report["good"] / seconds,
                              "refused": report["refused"], "calls": report["calls"],
                              "loss": report["told_loss"]}
-        reports[LADDER]["simulated"] = simulated(self.options, self.traffic, kv_bytes) / seconds
+        told = simulated(self.options, "ladder", self.traffic, kv_bytes, self.overhead_ms)
+        reports[LADDER]["simulated"] = told["good"] / seconds
         if llama:
             reports[LLAMA] = self.llama_report(taken, kv_bytes, seconds)
         return reports
@@ -137,27 +139,47 @@ class Bench:
                 "calls": best["calls"], "loss": 0}
 
 
-def simulated(options, traffic, kv_bytes):
-    """Good calls that the simulator says of the rule on the same calls."""
+def simulated(options, policy, traffic, kv_bytes, overhead_ms):
+    """What the simulator makes of calls."""
     done = subprocess.run(
         [f"{options.bin}/espalier", "simulate", "--ladder", options.ladder, "--costs",
-         options.costs, "--policy", "ladder", "--traffic", traffic, "--kv-memory",
+         options.costs, "--policy", policy, "--traffic", traffic, "--kv-memory",
          str(kv_bytes / 2**20), "--max-sequences", str(STREAMS), *load_loss(options), "--ttft-target",
-         str(options.ttft), "--tpot-target", str(options.tpot), "--json"],
+         str(options.ttft), "--tpot-target", str(options.tpot), "--step-overhead",
+         str(overhead_ms), "--json"],
         check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)["good"]
+    return json.loads(done.stdout)
+
+
+def step_overhead_ms(options, closed, kv_bytes):
+    """What serving adds to a step: streams, the network, the load's own work. With so much the
+    simulator takes as long for the full model's closed loop as that took; 0 if longer without."""
+    with tempfile.TemporaryDirectory() as folder:
+        traffic = pathlib.Path(folder, "closed.traffic")
+        traffic.write_text(f"call 0 {PROMPT} {OUTPUT}\n" * closed["finished"])
+        least, most = 0.0, 1000.0
+        while most - least > 0.01:
+            tried = (least + most) / 2
+            report = simulated(options, "off", traffic, kv_bytes, tried)
+            if report["seconds"] < closed["seconds"]:
+                least = tried
+            else:
+                most = tried
+    return least
 
 
 def cost_without_squeeze(options, capacity, kv_bytes):
     """Of the full model's good calls at half the load with all memory, the share that the rule
-    loses; and the rule's median TPOT over the full model's."""
-    reports = {}
-    for policy in ("fixed:0", "ladder"):
+    loses; and the rule's median TPOT over the full model's. In turns, and then back again: a
+    machine that slows down does so for both."""
+    good, tpot = {"fixed:0": 0, "ladder": 0}, {"fixed:0": 0, "ladder": 0}
+    for turn, policy in enumerate(("fixed:0", "ladder", "ladder", "fixed:0")):
         with server(options, policy, kv_bytes) as address:
-            reports[policy] = load(options, address, "--rate", 0.5 * capacity, "--duration",
-                                   CALM_SECONDS, "--seed", 11)
-    full, rule = reports["fixed:0"], reports["ladder"]
-    return 1 - rule["good"] / full["good"], rule["tpot_p50_s"] / full["tpot_p50_s"]
+            report = load(options, address, "--rate", 0.5 * capacity, "--duration",
+                          CALM_SECONDS / 2, "--seed", 11 + turn // 2)
+        good[policy] += report["good"]
+        tpot[policy] += report["tpot_p50_s"]
+    return 1 - good["ladder"] / good["fixed:0"], tpot["ladder"] / tpot["fixed:0"]
 
 
 def recovery(options, rate, kv_bytes):
@@ -168,7 +190,8 @@ def recovery(options, rate, kv_bytes):
             load(options, address, "--rate", 3 * rate, "--duration", 5, "--seed", 8)
             load(options, address, "--rate", 0.3 * rate, "--duration", 8, "--seed", 9)
             time.sleep(0.5)
-        rule, *decisions = map(json.loads, log.read_text().splitlines())
+        rule, *lines = map(json.loads, log.read_text().splitlines())
+    decisions = [line for line in lines if "time_s" in line]
     pressed = [each for each in decisions
                if each["oldest_wait_s"] >= rule["wait"][0] * rule["ttft_target_s"]
                or each["step_s"] >= rule["step"][0] * rule["tpot_target_s"]
@@ -305,8 +328,10 @@ def main():
         closed = load(options, address, "--requests", 4 * STREAMS, "--concurrency", STREAMS,
                       "--seed", 91)
     capacity = closed["finished"] / closed["seconds"]
+    bench.overhead_ms = step_overhead_ms(options, closed, need)
     print(f"capacity of the full model: {capacity:.2f} calls/s of {PROMPT} + {OUTPUT} tokens, "
-          f"{closed['tokens_per_s']:.0f} tokens/s, {need / 1e6:.0f} MB of KV\n"
+          f"{closed['tokens_per_s']:.0f} tokens/s, {need / 1e6:.0f} MB of KV; serving adds "
+          f"{bench.overhead_ms:.2f} ms to a step\n"
           + ", ".join(f"{line}: rung {rung}, {left_out[rung]:.1%} of the channels"
                       for line, rung in rungs.items())
           + "\ngood calls/s, refused or failed, told loss", flush=True)
@@ -322,7 +347,8 @@ def main():
             print(f"{share:5.0%} {times:4.1f}x " + "".join(
                 f" {line} {report['goodput']:.2f} {report['refused']} {report['loss']:.3f}"
                 for line, report in cells[share, times].items()), flush=True)
-    figures = {"capacity_calls_per_s": capacity, "seconds": options.seconds}
+    figures = {"capacity_calls_per_s": capacity, "seconds": options.seconds,
+               "step_overhead_ms": bench.overhead_ms}
     figures |= summary.flat(cells) | summary.ratios(cells, lambda times: seconds_of(options, times))
     figures["cost_without_squeeze"], figures["tpot_without_squeeze"] = cost_without_squeeze(
         options, capacity, need)
