@@ -4,6 +4,7 @@
 #pragma once
 
 #include <chrono>
+#include <span>
 #include <utility>
 #include <vector>
 
@@ -60,8 +61,10 @@ class Engine {
   // where `pages` is below 0.
   void LimitPages(int pages, Instant now);
 
-  // The machine's memory was looked at; policies are told how long ago.
-  void SawMemory(Instant at) { scheduler_.set_memory_seen(at); }
+  // As Scheduler's.
+  void SawMemory(const MemoryView& memory) { scheduler_.SawMemory(memory); }
+  void CountArrivals(int requests) { scheduler_.CountArrivals(requests); }
+  void SetLosses(std::span<const double> losses) { scheduler_.SetLosses(losses); }
 
   // Lets weights leave, or come back for some milliseconds, as it is due. Part of Step; who has no
   // step to do is told when to ask again: `now` if at once, kNever if something has to happen

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <span>
 #include <string_view>
 
 #include "policy/policy.h"
@@ -26,7 +27,9 @@ class CappedPolicy final : public Policy {
   std::string_view reason() const override {
     return policy_->wanted() > hardest_ ? "quality" : policy_->reason();
   }
-  bool refuses() const override { return policy_->refuses(); }
+  int hardest_open() const override { return std::min(hardest_, policy_->hardest_open()); }
+  std::span<const float> scores() const override { return policy_->scores(); }
+  double refuses_behind_s() const override { return policy_->refuses_behind_s(); }
 
  private:
   Policy* const policy_;

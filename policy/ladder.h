@@ -49,6 +49,11 @@ class Ladder {
   // bits count as keeping less), or one too many.
   bool Append(Rung rung);
 
+  // What a rung loses, by what was measured since; rung 0 loses nothing.
+  void SetQualityLoss(int rung, double nats) {
+    if (rung > 0) rungs_[rung].price.quality_loss_nats = nats;
+  }
+
   // The last rung up to which none is priced at more than `loss` nats per token; 0 if rung 1 is.
   int HardestWithin(double loss) const;
 

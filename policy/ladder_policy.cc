@@ -88,8 +88,4 @@ void LadderPolicy::Observe(const PressureReport& report, const Ladder& ladder) {
   changed_s_ = report.time_s;
 }
 
-int LadderPolicy::ChooseRung(const RequestTraits& traits) const {
-  return RungAtLevel(traits, level_, most_);
-}
-
 }  // namespace espalier

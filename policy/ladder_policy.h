@@ -30,27 +30,37 @@ struct LadderPolicyOptions {
   PressureBand step = {.raise = 1.0, .lower = 0.75};
   double raise_dwell_s = 0.2;   // between a change of the level and the next rise
   double lower_dwell_s = 0.25;  // for which all signals must have been low before it falls by one
+
+  double refuses_behind_s() const { return wait.raise * ttft_target_s; }
 };
 
 // Rises by one rung a dwell, as far as load may cost; at once, to the next rung of less KV and
 // beyond that, where running sequences hold more pages than there may be. What memory asked for
 // beyond goes by a rung a dwell once memory asks for it no more, however long requests wait.
 // Requests of a higher priority than 0 are served so many rungs milder than the level, those of a
-// lower one so many harder, within the same limits. Where the level is as high as what presses may
-// raise it and the oldest wait is long, newcomers are refused: behind it they would come too late.
-// Of a report that says nothing (NaN) the level stays as it is.
+// lower one so many harder, within the same limits. Where the level is as high as what
+// presses may raise it and the oldest wait is long, newcomers are refused who would be served after
+// somebody that has waited so: they would come too late. Of a report that says nothing (NaN) the
+// level stays as it is.
 class LadderPolicy final : public Policy {
  public:
   explicit LadderPolicy(const LadderPolicyOptions& options) : options_(options) {}
 
   void Observe(const PressureReport& report, const Ladder& ladder) override;
-  int ChooseRung(const RequestTraits& traits) const override;
+  int ChooseRung(const RequestTraits& traits) const override {
+    return RungAtLevel(traits, level_, most_);
+  }
   std::string_view name() const override { return "ladder"; }
   // "memory", "queue" or "latency", for which the level rose last; "none" at level 0.
   std::string_view reason() const override { return level_ == 0 ? "none" : reason_; }
-  bool refuses() const override { return refuses_; }
+  double refuses_behind_s() const override {
+    return refuses_ ? options_.refuses_behind_s() : kNobody;
+  }
+
+  int hardest_open() const override { return most_; }
 
   int level() const { return level_; }
+  bool refuses() const { return refuses_; }
   // All signals have been low for as long as the level needs to fall by a rung.
   bool calm() const { return calm_; }
 

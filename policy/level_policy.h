@@ -14,9 +14,9 @@ namespace espalier {
 // What is decided by, each about 0 to 1 in calm and at most 4:
 //   KV used and promised, as shares of what there may be; the queue, as a share of its bound; the
 //   oldest wait and a step, over their targets; log2(1 + running) / 8 and log2(1 + waiting) / 8;
-//   by how much the last grew since the last decision; the level, as a share of the ladder; 1 in
-//   the first decision.
-inline constexpr int kLevelInputs = 10;
+//   by how much the last grew since the last decision; a first token's time, over its target;
+//   log2(1 + arrivals a second) / 8; the level, as a share of the ladder; 1 in the first decision.
+inline constexpr int kLevelInputs = 12;
 using LevelState = std::array<float, kLevelInputs>;
 
 struct LevelPolicyOptions {
@@ -27,13 +27,14 @@ struct LevelPolicyOptions {
   double load_loss = 0.2;
 };
 
+// To be served by in a Shield, which knows who is an exception to the level.
 class LevelPolicy : public Policy {
  public:
   explicit LevelPolicy(const LevelPolicyOptions& options) : options_(options) {}
 
   void Observe(const PressureReport& report, const Ladder& ladder) override;
   int ChooseRung(const RequestTraits& traits) const override {
-    return RungAtLevel(traits, level_, hardest_);
+    return HardestIn(traits.allowed, level_);
   }
   std::string_view reason() const override { return level_ == 0 ? "none" : "learned"; }
 
@@ -45,7 +46,6 @@ class LevelPolicy : public Policy {
  private:
   LevelPolicyOptions options_;
   int level_ = 0;
-  int hardest_ = 0;
   double decided_s_ = 0;
   bool first_ = true;
   float waiting_ = 0;  // the input, as of the last decision
@@ -65,12 +65,15 @@ class DqnPolicy final : public LevelPolicy {
   }
 
   std::string_view name() const override { return "dqn"; }
+  std::span<const float> scores() const override { return std::span(values_).first(open_); }
 
  protected:
   int Decide(const LevelState& state, int rungs) override;
 
  private:
   const QNetwork* const network_;
+  std::array<float, kMostRungs> values_ = {};
+  int open_ = 0;  // rungs, in the last decision
 };
 
 }  // namespace espalier

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <span>
 #include <string_view>
 
 #include "policy/ladder.h"
@@ -25,8 +26,12 @@ struct PressureReport {
   // Since the machine's memory was last seen, which limits the pages there may be; grows while its
   // sources are missing. 0 where none are asked.
   double memory_age_s = 0;
-  int running = 0;  // sequences that hold pages
-  int waiting = 0;  // sequences that hold none
+  double free_memory = 1;     // of what the process may hold, by budget and machine: not held yet
+  double foreign_memory = 0;  // of the machine's: held by others
+  double first_token_s = 0;   // from arrival to first token, mean of the last, from 0 after a pause
+  double arrivals_per_s = 0;  // those refused, too; mean of some two seconds
+  int running = 0;            // sequences that hold pages
+  int waiting = 0;            // sequences that hold none
 };
 
 // What a caller allows. The served rung never goes beyond any of them.
@@ -74,8 +79,18 @@ class Policy {
   // Why choices are as they are, in a word; empty: they are always the same. Lasts as long as the
   // program.
   virtual std::string_view reason() const { return ""; }
-  // Whether newcomers should be refused while others wait.
-  virtual bool refuses() const { return false; }
+  // Newcomers should be refused who would be served after somebody who has waited for so long,
+  // seconds.
+  virtual double refuses_behind_s() const { return kNobody; }
+  static constexpr double kNobody = std::numeric_limits<double>::infinity();
+  // The hardest rung that what presses may raise requests to now.
+  virtual int hardest_open() const { return kMostRungs - 1; }
+  // Of what was learned: what each open rung is thought to be worth, [rungs], as of its last
+  // decision. Empty: it weighs none.
+  virtual std::span<const float> scores() const { return {}; }
+  // Told of a request that is admitted or moves, unless it named its rung: to ChooseRung's, or to
+  // another where weights or pages forbid that.
+  virtual void Chose(uint64_t /*request*/, const RequestTraits& /*traits*/, int /*rung*/) {}
   // The rung that it would serve a request without bounds at.
   virtual int wanted() const { return ChooseRung({.allowed = ~RungSet{0}}); }
 };
@@ -103,6 +118,11 @@ class ShadowPolicy final : public Policy {
   int ChooseRung(const RequestTraits& /*traits*/) const override { return 0; }
   std::string_view name() const override { return "shadow"; }
   std::string_view reason() const override { return policy_->reason(); }
+  int hardest_open() const override { return policy_->hardest_open(); }
+  std::span<const float> scores() const override { return policy_->scores(); }
+  void Chose(uint64_t request, const RequestTraits& traits, int rung) override {
+    policy_->Chose(request, traits, rung);
+  }
   int wanted() const override { return policy_->wanted(); }
 
  private:

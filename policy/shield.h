@@ -1,7 +1,7 @@
 // The shield around a learned policy: what it must not get wrong is not left to it.
 #pragma once
 
-#include <algorithm>
+#include <span>
 #include <string_view>
 
 #include "policy/ladder_policy.h"
@@ -29,19 +29,24 @@ class Shield final : public Policy {
 
   void Observe(const PressureReport& report, const Ladder& ladder) override;
   int ChooseRung(const RequestTraits& traits) const override {
-    return RungAtLevel(traits, level_, std::max(level_, load_hardest_));
+    return RungAtLevel(traits, level_, most_);
   }
   std::string_view name() const override { return policy_->name(); }
   // The policy's own while it is followed, else the rule's.
   std::string_view reason() const override { return level_ == 0 ? "none" : reason_; }
-  bool refuses() const override { return refuses_; }
+  double refuses_behind_s() const override {
+    return refuses_ ? options_.refuses_behind_s() : kNobody;
+  }
+  bool refuses() const { return refuses_; }
+  int hardest_open() const override { return most_; }
+  std::span<const float> scores() const override { return policy_->scores(); }
 
  private:
   Policy* const policy_;
   const LadderPolicyOptions options_;
   LadderPolicy rule_;
   int level_ = 0;
-  int load_hardest_ = 0;
+  int most_ = 0;  // that requests of low priority may be served at
   double time_s_ = 0;
   double changed_s_ = 0;
   std::string_view reason_ = "none";

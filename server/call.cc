@@ -63,11 +63,11 @@ Call::Call(const CallOptions* options, const Backstage* backstage,
   options_->count->Add(1);
 }
 
-std::optional<RpcError> Call::Admit() {
+std::optional<RpcError> Call::Admit(int priority) {
   if (backstage_ == nullptr) return Loading();
   if (SteadyDeadline(context_->deadline(), arrival_) <= arrival_) return DeadlineExceeded();
   int waiting = 0;
-  absl::StatusOr<Reservation> place = backstage_->engine->inbox().Reserve(&waiting);
+  absl::StatusOr<Reservation> place = backstage_->engine->inbox().Reserve(priority, &waiting);
   if (absl::IsResourceExhausted(place.status())) {
     LoadSnapshot load = backstage_->engine->load();
     load.arriving = waiting - load.stats.waiting;  // as it was when the call was refused
@@ -151,20 +151,15 @@ void Call::Note(const StreamProgress& progress) {
     summary.rung_by = fmt::format("{}: {}", model().policy, progress.reason);
   }
   const Ladder& ladder = model().ladder;
-  const auto loss_at = [&](int rung) {
-    return model().quality != nullptr ? model().quality->told(rung)
-                                      : ladder.rung(rung).price.quality_loss_nats;
-  };
-  double tokens = 0, ratio = 0, loss = 0;
+  double tokens = 0, ratio = 0;
   for (int rung = 0; rung < ladder.size(); ++rung) {
     tokens += progress.rung_tokens[rung];
     if (progress.rung_tokens[rung] == 0) continue;
     ratio += progress.rung_tokens[rung] * ladder.rung(rung).decode.prune_ratio();
-    loss += progress.rung_tokens[rung] * loss_at(rung);
   }
   const Rung& last = ladder.rung(progress.rung);  // of what is only scored
   summary.mean_prune_ratio = tokens > 0 ? ratio / tokens : last.decode.prune_ratio();
-  summary.estimated_loss = tokens > 0 ? loss / tokens : loss_at(progress.rung);
+  summary.estimated_loss = tokens > 0 ? progress.told_loss / tokens : progress.rung_loss;
 }
 
 grpc::Status Call::End(const RpcError& error) {

@@ -94,7 +94,7 @@ class Call {
        std::string_view method);
 
   // Takes a place in the queue, before any work. To be called first.
-  std::optional<RpcError> Admit();
+  std::optional<RpcError> Admit(int priority);
 
   // Hands the request, with id, arrival and deadline filled in, to the engine thread.
   std::optional<RpcError> Submit(Request request, size_t stream_capacity,

@@ -1,10 +1,15 @@
 #include "server/decision_log.h"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <filesystem>
+#include <iterator>
+#include <span>
 #include <string_view>
 #include <system_error>
 #include <utility>
@@ -12,21 +17,10 @@
 namespace espalier {
 namespace {
 
-constexpr size_t kMost = 65536;  // minutes of steps, should the disk stall
+// Minutes of steps, should the disk stall; room for a line more.
+constexpr size_t kMost = 16 << 20, kLine = 4096;
 constexpr std::chrono::milliseconds kEvery{100};
 constexpr std::string_view kBegins = R"({"policy":)";
-
-// Numbers as they are, so that they are read back to the same bits.
-std::string Line(const Decision& decision) {
-  const PressureReport& report = decision.report;
-  return fmt::format(
-      R"({{"time_s":{},"kv_used":{},"kv_promised":{},"queue_length":{},"oldest_wait_s":{},)"
-      R"("step_s":{},"memory_age_s":{},"running":{},"waiting":{},"rung":{},"reason":"{}"}})"
-      "\n",
-      report.time_s, report.kv_used, report.kv_promised, report.queue_length, report.oldest_wait_s,
-      report.step_s, report.memory_age_s, report.running, report.waiting, decision.rung,
-      decision.reason);
-}
 
 std::string BandText(const PressureBand& band) {
   return fmt::format("[{},{}]", band.raise, band.lower);
@@ -51,7 +45,7 @@ absl::StatusOr<std::unique_ptr<DecisionLog>> DecisionLog::Create(const std::stri
   file
       << kBegins
       << fmt::format(
-             R"("{}","network":"{}","version":2,"ttft_target_s":{},"tpot_target_s":{},"kv_lower":{},"load_loss":{},)"
+             R"("{}","network":"{}","version":3,"ttft_target_s":{},"tpot_target_s":{},"kv_lower":{},"load_loss":{},)"
              R"("wait":{},"step":{},"raise_dwell_s":{},"lower_dwell_s":{}}})"
              "\n",
              learned.empty() ? "ladder" : "dqn", learned, options.ttft_target_s,
@@ -65,7 +59,7 @@ absl::StatusOr<std::unique_ptr<DecisionLog>> DecisionLog::Create(const std::stri
 }
 
 DecisionLog::DecisionLog(std::ofstream file) : file_(std::move(file)) {
-  waiting_.reserve(kMost);
+  waiting_.reserve(kMost + kLine);
   thread_ = std::thread([this] { Run(); });
   pthread_setname_np(thread_.native_handle(), "decisions");
 }
@@ -79,18 +73,71 @@ DecisionLog::~DecisionLog() {
   thread_.join();
 }
 
-void DecisionLog::Add(const Decision& decision) {
+template <typename Write>
+void DecisionLog::Add(const Write& write) {
   std::lock_guard lock(mutex_);
-  if (waiting_.size() < kMost) {
-    waiting_.push_back(decision);
-  } else {
+  if (waiting_.size() >= kMost) {
     ++dropped_;
+  } else {
+    write(std::back_inserter(waiting_));
   }
 }
 
+// Numbers as they are, here and below, so that they are read back to the same bits.
+void DecisionLog::AddLosses(const Ladder& ladder) {
+  bool news = losses_told_ != ladder.size();
+  losses_told_ = ladder.size();
+  for (int rung = 0; rung < losses_told_; ++rung) {
+    const double loss = ladder.rung(rung).price.quality_loss_nats;
+    news = std::exchange(losses_[rung], loss) != loss || news;
+  }
+  if (!news) return;
+  Add([&](auto out) {
+    const std::span<const double> losses = std::span(losses_).first(losses_told_);
+    fmt::format_to(out, "{{\"losses\":[{}]}}\n", fmt::join(losses, ","));
+  });
+}
+
+void DecisionLog::AddReport(const PressureReport& report, const Ladder& ladder,
+                            const Policy& policy) {
+  AddLosses(ladder);
+  Add([&](auto out) {
+    fmt::format_to(
+        out,
+        R"({{"time_s":{},"kv_used":{},"kv_promised":{},"queue_length":{},"oldest_wait_s":{},)"
+        R"("step_s":{},"memory_age_s":{},"free_memory":{},"foreign_memory":{},"first_token_s":{},)"
+        R"("arrivals_per_s":{},"running":{},"waiting":{},"rung":{},"hardest":{},"reason":"{}")",
+        report.time_s, report.kv_used, report.kv_promised, report.queue_length,
+        report.oldest_wait_s, report.step_s, report.memory_age_s, report.free_memory,
+        report.foreign_memory, report.first_token_s, report.arrivals_per_s, report.running,
+        report.waiting, policy.wanted(), policy.hardest_open(), policy.reason());
+    if (std::isfinite(policy.refuses_behind_s())) {
+      fmt::format_to(out, R"(,"refuses_behind_s":{})", policy.refuses_behind_s());
+    }
+    if (!std::ranges::equal(policy.scores(), std::span(scores_).first(policy.scores().size()))) {
+      std::ranges::copy(policy.scores(), scores_.begin());
+      fmt::format_to(out, R"(,"scores":[{}])", fmt::join(policy.scores(), ","));
+    }
+    fmt::format_to(out, "}}\n");
+  });
+}
+
+void DecisionLog::AddChoice(uint64_t request, const RequestTraits& traits, int wanted, int rung) {
+  Add([&](auto out) {
+    fmt::format_to(out,
+                   R"({{"request":{},"allowed":{},"priority":{},"wanted":{},"rung":{}}})"
+                   "\n",
+                   request, traits.allowed, traits.priority, wanted, rung);
+  });
+}
+
+void DecisionLog::AddCap(int hardest) {
+  Add([&](auto out) { fmt::format_to(out, "{{\"cap\":{}}}\n", hardest); });
+}
+
 void DecisionLog::Run() {
-  std::vector<Decision> taken;
-  taken.reserve(kMost);
+  std::string taken;
+  taken.reserve(kMost + kLine);
   for (bool ended = false; !ended;) {
     int64_t dropped = 0;
     {
@@ -100,7 +147,7 @@ void DecisionLog::Run() {
       taken.swap(waiting_);
       dropped = std::exchange(dropped_, 0);
     }
-    for (const Decision& decision : taken) file_ << Line(decision);
+    file_ << taken;
     if (dropped > 0) file_ << fmt::format("{{\"dropped\":{}}}\n", dropped);
     file_.flush();
     taken.clear();

@@ -1,7 +1,17 @@
 // What a policy saw and chose, as lines of JSON in a file: `espalier replay` gives the same
 // choices.
+//
+// The first line names the policy and tells its options. Of those after it
+//   {"time_s":...}   is a report, the level that it made, behind what waits newcomers are refused,
+//                    and what a learned policy thinks rungs are worth, where that is news;
+//   {"request":...}  is the rung of a request that named none, at its admission or as it moves, by
+//                    its traits: the one that is wanted, and the one that it is;
+//   {"losses":[...]} and {"cap":...} are what rungs are taken to lose and the hardest that may be
+//                    served, from now on;
+//   {"dropped":...}  is how many lines are missing here.
 #pragma once
 
+#include <array>
 #include <condition_variable>
 #include <cstdint>
 #include <fstream>
@@ -10,22 +20,14 @@
 #include <string>
 #include <string_view>
 #include <thread>
-#include <vector>
 
 #include "absl/status/statusor.h"
 #include "policy/ladder_policy.h"
 
 namespace espalier {
 
-// A step's pressure, and what came of it.
-struct Decision {
-  PressureReport report;
-  int rung = 0;  // Policy::wanted
-  std::string_view reason;
-};
-
 // Adds are bounded and never wait for the disk: what does not fit is left out, and the gap is told
-// by a line of its own.
+// by a line of its own. They come from one thread, the engine's.
 class DecisionLog {
  public:
   // Begins the file anew, with a line for the policy: the rule's options and, of a learned policy
@@ -36,17 +38,26 @@ class DecisionLog {
   // Writes what is left.
   ~DecisionLog();
 
-  // Engine thread.
-  void Add(const Decision& decision);
+  // What `policy` made of a report; before it, what rungs lose if that is news.
+  void AddReport(const PressureReport& report, const Ladder& ladder, const Policy& policy);
+  // A request's rung, and the one that the policy would have it at.
+  void AddChoice(uint64_t request, const RequestTraits& traits, int wanted, int rung);
+  void AddCap(int hardest);
 
  private:
   explicit DecisionLog(std::ofstream file);
+  template <typename Write>
+  void Add(const Write& write);
+  void AddLosses(const Ladder& ladder);
   void Run();
 
   std::ofstream file_;
+  std::array<double, kMostRungs> losses_ = {};  // as last told
+  int losses_told_ = 0;
+  std::array<float, kMostRungs> scores_ = {};  // as last told
   std::mutex mutex_;
   std::condition_variable ending_;
-  std::vector<Decision> waiting_;
+  std::string waiting_;
   int64_t dropped_ = 0;
   bool ended_ = false;
   std::thread thread_;
@@ -58,12 +69,17 @@ class LoggedPolicy final : public Policy {
   LoggedPolicy(Policy* policy, DecisionLog* log) : policy_(policy), log_(log) {}
   void Observe(const PressureReport& report, const Ladder& ladder) override {
     policy_->Observe(report, ladder);
-    log_->Add({report, policy_->wanted(), policy_->reason()});
+    log_->AddReport(report, ladder, *policy_);
+  }
+  void Chose(uint64_t request, const RequestTraits& traits, int rung) override {
+    log_->AddChoice(request, traits, policy_->ChooseRung(traits), rung);
   }
   int ChooseRung(const RequestTraits& traits) const override { return policy_->ChooseRung(traits); }
   std::string_view name() const override { return policy_->name(); }
   std::string_view reason() const override { return policy_->reason(); }
-  bool refuses() const override { return policy_->refuses(); }
+  double refuses_behind_s() const override { return policy_->refuses_behind_s(); }
+  int hardest_open() const override { return policy_->hardest_open(); }
+  std::span<const float> scores() const override { return policy_->scores(); }
   int wanted() const override { return policy_->wanted(); }
 
  private:

@@ -64,9 +64,9 @@ absl::StatusOr<const StepReport*> EnginePair::Step(Instant now) {
   return (lefts_turn ? left_ : current_)->Step(now);
 }
 
-void EnginePair::SawMemory(Instant at) {
-  current_->SawMemory(at);
-  if (left_ != nullptr) left_->SawMemory(at);
+void EnginePair::SawMemory(const MemoryView& memory) {
+  current_->SawMemory(memory);
+  if (left_ != nullptr) left_->SawMemory(memory);
 }
 
 Instant EnginePair::TendWeights(Instant now) {

@@ -34,7 +34,7 @@ class EnginePair {
 
   // As Engine::SawMemory, TendWeights, lost, weights, of both; what came back since start is told
   // of those retired, too.
-  void SawMemory(Instant at);
+  void SawMemory(const MemoryView& memory);
   Instant TendWeights(Instant now);
   const absl::Status& lost() const {
     return left_ == nullptr || !current_->lost().ok() ? current_->lost() : left_->lost();

@@ -158,7 +158,7 @@ void EngineThread::Run() {
     const bool closed = inbox_.closed();
     if (idle) {
       // Those the policy refused for have gone, and it looks again only at the next step.
-      inbox_.SetRefuses(false);
+      inbox_.SetRefused(std::nullopt);
       next_load_.stats = Stats();
       Publish(SteadyNow());
       if (hooks_.on_step) hooks_.on_step(kNothing, next_load_, {});
@@ -180,9 +180,11 @@ void EngineThread::Run() {
         pages != kAsTheyAre) {
       engines_.LimitPages(pages, SteadyNow());
     }
-    if (const int64_t seen = memory_seen_.load(std::memory_order_relaxed); seen != 0) {
-      engines_.SawMemory(Instant(seen));
+    {
+      std::lock_guard lock(memory_mutex_);
+      engines_.SawMemory(memory_);
     }
+    engines_.current()->CountArrivals(inbox_.TakeArrivals());
     for (Command& command : commands) Obey(command);
     DoWork();
     Settle(SteadyNow());
@@ -215,7 +217,7 @@ void EngineThread::Run() {
     for (const SequenceOutput& output : (*report)->outputs) Deliver(output, now);
     ready_->Post(&posts_);
     next_load_.stats = engines_.left() == nullptr && generation_ == 0 ? (*report)->stats : Stats();
-    inbox_.SetRefuses(next_load_.stats.refuses);
+    inbox_.SetRefused(next_load_.stats.refused_priority);
     ++next_load_.steps;
     // Requests that only run out of time in the queue are no progress.
     if ((*report)->decode_rows + (*report)->prefill_rows > 0) {
@@ -305,7 +307,10 @@ void EngineThread::Deliver(const SequenceOutput& output, Instant now) {
   if (serving_.quality != nullptr) {
     const int64_t checks = serving_.quality->checks();
     if (serving_.quality->Take(output, now)) {
-      if (serving_.quality->checks() > checks && serving_.on_check) serving_.on_check();
+      if (serving_.quality->checks() == checks) return;
+      // Nobody else is there, or the check would have been cancelled.
+      engines_.current()->SetLosses(serving_.quality->losses());
+      if (serving_.on_check) serving_.on_check();
       return;
     }
     serving_.quality->Follow(output);

@@ -76,7 +76,10 @@ class EngineThread {
   void SoonBetweenSteps(std::function<void()> work);
 
   // As Engine::SawMemory. Any thread.
-  void SawMemory(Instant at) { memory_seen_.store(at.count(), std::memory_order_relaxed); }
+  void SawMemory(const MemoryView& memory) {
+    std::lock_guard lock(memory_mutex_);
+    memory_ = memory;
+  }
 
   // The state after the last step, with what arrived since. Any thread; no wait for a step.
   LoadSnapshot load() const;
@@ -144,8 +147,9 @@ class EngineThread {
   std::atomic<int64_t> last_progress_{0};
   std::atomic<bool> abandon_{false};  // the drain's time is out
   std::atomic<int> pages_wanted_{kAsTheyAre};
-  std::atomic<int64_t> memory_seen_{0};  // 0: nobody looks
-  bool abandoned_ = false;               // engine thread; read after join
+  std::mutex memory_mutex_;  // held for a copy
+  MemoryView memory_;
+  bool abandoned_ = false;  // engine thread; read after join
 
   // Who waits for the engine thread to do something, waits on `done_work_`.
   std::mutex work_mutex_;

@@ -27,7 +27,7 @@ std::optional<RpcError> GenerateCall::Begin(const grpc::ByteBuffer& bytes) {
   if (auto error = Unpack(bytes, &message)) return error;
   summary.request_id = message.request_id().empty() ? fmt::format("espalier-{:x}", summary.id)
                                                     : message.request_id().substr(0, 128);
-  if (auto error = call_.Admit()) return error;
+  if (auto error = call_.Admit(message.priority())) return error;
   GenerateInput input;
   if (auto error = ReadGenerate(message, call_.model(), call_.encoder(), &input)) return error;
   Request& request = input.request;

@@ -17,12 +17,14 @@ bool Reservation::Submit(Submission submission) && {
   return std::exchange(inbox_, nullptr)->Submit(std::move(submission));
 }
 
-absl::StatusOr<Reservation> Inbox::Reserve(int* waiting) {
+absl::StatusOr<Reservation> Inbox::Reserve(int priority, int* waiting) {
   std::lock_guard lock(mutex_);
   if (closed_) return absl::UnavailableError("the server takes no new requests");
+  ++arrivals_;
   const int taken = reserved_ + submitted_ + in_scheduler_;
   if (waiting != nullptr) *waiting = taken;
-  if (taken >= max_waiting_ || (refuses_ && taken > 0)) {
+  const bool refused = refused_priority_.has_value() && priority <= *refused_priority_;
+  if (taken >= max_waiting_ || (refused && taken > 0)) {
     return absl::ResourceExhaustedError(
         fmt::format("{} requests wait, {} may", taken, max_waiting_));
   }
@@ -78,9 +80,9 @@ void Inbox::Cancel(RequestId id) {
   changed_.notify_one();
 }
 
-void Inbox::SetRefuses(bool refuses) {
+void Inbox::SetRefused(std::optional<int> priority) {
   std::lock_guard lock(mutex_);
-  refuses_ = refuses;
+  refused_priority_ = priority;
 }
 
 void Inbox::Close() {
@@ -112,6 +114,11 @@ void Inbox::Take(int waiting_in_scheduler, Instant until, std::vector<Command>* 
     if (const auto* taken = std::get_if<Submission>(&command)) --arriving_[taken->generation & 1];
   }
   in_scheduler_ += std::exchange(submitted_, 0);
+}
+
+int Inbox::TakeArrivals() {
+  std::lock_guard lock(mutex_);
+  return std::exchange(arrivals_, 0);
 }
 
 bool Inbox::closed() const {

@@ -9,6 +9,7 @@
 #include <condition_variable>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -60,15 +61,16 @@ class Inbox {
   // At most `max_waiting` (>= 1) requests that the scheduler does not run yet.
   explicit Inbox(int max_waiting) : max_waiting_(max_waiting) {}
 
-  // ResourceExhausted if full, Unavailable once closed. Any thread. `waiting`: places that were
-  // taken when this was decided.
-  absl::StatusOr<Reservation> Reserve(int* waiting = nullptr);
+  // ResourceExhausted if full, or refused by its priority, Unavailable once closed. Any thread.
+  // `waiting`: places that were taken when this was decided.
+  absl::StatusOr<Reservation> Reserve(int priority, int* waiting = nullptr);
 
   // Never refused: who is in must be able to leave. Any thread.
   void Cancel(RequestId id);
 
-  // While `refuses`, no new places as long as somebody waits. Any thread.
-  void SetRefuses(bool refuses);
+  // From now on, and as long as somebody waits, no new places for who has this priority or a lower
+  // one; nothing: for all. Any thread.
+  void SetRefused(std::optional<int> priority);
 
   // Places are of the next generation from now on, 0 being the first. Not before Arriving says 0 of
   // the one before this. Any thread.
@@ -87,6 +89,9 @@ class Inbox {
   // `commands` in the order they came. Without a command it waits for one, Close or Wake, until
   // `until` (kNever: without end; zero: not at all).
   void Take(int waiting_in_scheduler, Instant until, std::vector<Command>* commands);
+
+  // How many asked for a place since this was last asked. Any thread.
+  int TakeArrivals();
 
   int max_waiting() const { return max_waiting_; }
   bool closed() const;
@@ -110,7 +115,8 @@ class Inbox {
   int generation_ = 0;
   std::array<int, 2> arriving_ = {};  // reserved_ + submitted_, of even and odd generations
   int in_scheduler_ = 0;
-  bool refuses_ = false;
+  int arrivals_ = 0;
+  std::optional<int> refused_priority_;
   bool closed_ = false;
   bool woken_ = false;
 };

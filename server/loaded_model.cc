@@ -92,6 +92,13 @@ absl::Status LoadedModel::MakePolicy(const Order& order) {
     chosen_ = std::make_unique<Shield>(learned_.get(), rule_);
   }
   policy_ = chosen_.get();
+  if (options_.quality_check > 0 && executor_->ladder().size() > 1) {
+    quality_ = std::make_unique<QualityCheck>(
+        QualityCheckOptions{.share = options_.quality_check, .bound = options_.quality_bound},
+        executor_->ladder());
+    capped_ = std::make_unique<CappedPolicy>(policy_);
+    policy_ = capped_.get();
+  }
   if (!order.decision_log.empty()) {
     absl::StatusOr<std::unique_ptr<DecisionLog>> log =
         DecisionLog::Create(order.decision_log, rule_, version);
@@ -99,13 +106,6 @@ absl::Status LoadedModel::MakePolicy(const Order& order) {
     decisions_ = *std::move(log);
     logged_ = std::make_unique<LoggedPolicy>(policy_, decisions_.get());
     policy_ = logged_.get();
-  }
-  if (options_.quality_check > 0 && executor_->ladder().size() > 1) {
-    quality_ = std::make_shared<QualityCheck>(
-        QualityCheckOptions{.share = options_.quality_check, .bound = options_.quality_bound},
-        executor_->ladder());
-    capped_ = std::make_unique<CappedPolicy>(policy_);
-    policy_ = capped_.get();
   }
   if (options_.shadow) {
     shadow_ = std::make_unique<ShadowPolicy>(policy_);
@@ -233,7 +233,6 @@ ServedModel LoadedModel::Describe() const {
   model.kv_type = KvTypeName(executor_->kv_type());
   model.device = backend_->Describe();
   model.ladder = executor_->ladder();
-  model.quality = quality_;
   model.policy = options_.policy == ServerOptions::PolicyKind::kFixed
                      ? fmt::format("{}:{}", policy_->name(), options_.fixed_rung)
                      : std::string(policy_->name());

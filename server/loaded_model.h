@@ -55,7 +55,10 @@ class LoadedModel {
   const ModelExecutor& executor() const { return *executor_; }
   QualityCheck* quality() { return quality_.get(); }  // null: none
   // That the policy serves no harder than this. Engine thread.
-  void set_hardest(int hardest) { capped_->set_hardest(hardest); }
+  void set_hardest(int hardest) {
+    capped_->set_hardest(hardest);
+    if (decisions_ != nullptr) decisions_->AddCap(hardest);
+  }
   // What is gathered for --moments-file; null: nothing. The engine thread's while it runs.
   const InputMoments* moments() const { return moments_.get(); }
   InputMoments* moments() { return moments_.get(); }
@@ -77,7 +80,7 @@ class LoadedModel {
   std::unique_ptr<QNetwork> network_;
   std::unique_ptr<Policy> learned_, chosen_, logged_;
   std::unique_ptr<CappedPolicy> capped_;
-  std::shared_ptr<QualityCheck> quality_;
+  std::unique_ptr<QualityCheck> quality_;
   std::unique_ptr<Policy> shadow_;
   Policy* policy_ = nullptr;  // the outermost of these
   std::unique_ptr<Backend> backend_;

@@ -22,7 +22,7 @@ MemoryKeeper::MemoryKeeper(const Options& options, std::function<void(int)> limi
       weight_pages_(options.weight_pages),
       pages_(options.pages) {}
 
-bool MemoryKeeper::Look() {
+std::optional<MemoryKeeper::Shares> MemoryKeeper::Look() {
   std::lock_guard lock(mutex_);
   return LookLocked(std::max(1, options_.pages / 20));
 }
@@ -85,7 +85,7 @@ uint64_t MemoryKeeper::LeftLocked(const MachineMemory& machine) const {
   return machine.total / (stalled_ ? kLeftShareStalled : kLeftShare);
 }
 
-bool MemoryKeeper::LookLocked(int worth_it) {
+std::optional<MemoryKeeper::Shares> MemoryKeeper::LookLocked(int worth_it) {
   const MachineMemory machine = sources_.machine();
   const uint64_t resident = sources_.resident(), released = sources_.released();
   stalled_ = machine.stalled.value_or(0) >= (stalled_ ? kFlows : kStalled);
@@ -110,7 +110,14 @@ bool MemoryKeeper::LookLocked(int worth_it) {
     pages_ = pages;
     limit_(pages);
   }
-  return machine.total > 0;
+  if (machine.total == 0) return std::nullopt;
+  const auto share = [](uint64_t part, uint64_t whole) {
+    return static_cast<double>(std::min(part, whole)) /
+           static_cast<double>(std::max<uint64_t>(whole, 1));
+  };
+  const uint64_t taken = machine.total - std::min(machine.total, machine.available);
+  return Shares{.free = share(bytes - std::min(bytes, resident), bytes),
+                .foreign = share(taken - std::min(taken, resident), machine.total)};
 }
 
 }  // namespace espalier

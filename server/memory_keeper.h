@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "engine/machine_memory.h"
@@ -27,6 +28,13 @@ class MemoryKeeper {
     std::function<uint64_t()> released = [] { return uint64_t{0}; };  // weights, out of memory
   };
 
+  // What was seen.
+  struct Shares {
+    double free = 1;     // of what the process may hold, by budget and machine: not held yet
+    double foreign = 0;  // of the machine's memory, held by others
+    bool operator==(const Shares&) const = default;
+  };
+
   // `limit` is told the pages there may be beside all weights whenever that changes, on the thread
   // that looked: less than none where weights have to leave.
   MemoryKeeper(const Options& options, std::function<void(int pages)> limit)
@@ -34,12 +42,12 @@ class MemoryKeeper {
   MemoryKeeper(const Options& options, std::function<void(int pages)> limit, Sources sources);
 
   // Tells a limit that is smaller by a two-hundredth of the pool, or larger by a twentieth, or all
-  // of it: a machine that breathes does not move pages to and fro. False if the machine's memory
+  // of it: a machine that breathes does not move pages to and fro. Nothing if the machine's memory
   // could not be seen. Any thread.
   //
   // While tasks wait for memory for a tenth of their time (MachineMemory::stalled), whatever the
   // machine says is available, four times as much is left to others, until it is a fiftieth.
-  bool Look();
+  std::optional<Shares> Look();
 
   // Bytes for the process from now on; 0: what the machine has. Looks, and tells the pages even if
   // they are few more. Any thread.
@@ -61,7 +69,7 @@ class MemoryKeeper {
   uint64_t kv_bytes() const;
 
  private:
-  bool LookLocked(int worth_it);
+  std::optional<Shares> LookLocked(int worth_it);
   uint64_t LeftLocked(const MachineMemory& machine) const;  // to others
   int KvPagesLocked(uint64_t released) const;
 

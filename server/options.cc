@@ -308,8 +308,8 @@ const std::vector<Setting>& Settings() {
        "newcomers are refused; memory may cost more",
        Nats(&O::load_loss)},
       {kPruning, "decision-log",
-       "Where the policy's decisions go, a line a step with what it saw,\n"
-       "for `espalier replay`",
+       "Where the policy's decisions go, a line a step with what it saw and one\n"
+       "for each request's rung, for `espalier replay`",
        Text(&O::decision_log, "PATH", "a path; empty: none")},
       {kPruning, "quality-check",
        "Share of time, while nobody waits, in which texts just served are scored\n"

@@ -15,13 +15,14 @@ constexpr size_t kShortest = 16;
 // Prompt tokens that a price tag, measured on as many or more, weighs as much as.
 constexpr double kPriceTokens = 4096;
 
+constexpr double kLeastLoss = 1e-3;  // nats per token
+
 }  // namespace
 
 QualityCheck::QualityCheck(const QualityCheckOptions& options, const Ladder& ladder)
     : options_(options), rungs_(ladder.size()), next_id_(std::numeric_limits<RequestId>::max()) {
   for (int rung = 0; rung < rungs_; ++rung) {
-    price_[rung] = ladder.rung(rung).price.quality_loss_nats;
-    told_[rung].store(price_[rung], std::memory_order_relaxed);
+    price_[rung] = losses_[rung] = ladder.rung(rung).price.quality_loss_nats;
   }
 }
 
@@ -137,8 +138,9 @@ void QualityCheck::Count() {
   }
   ++checks_;
   const Sums& sums = of_prompts_[rung_];
-  const double told = (sums.sum + kPriceTokens * price_[rung_]) / (sums.tokens + kPriceTokens);
-  told_[rung_].store(std::max(0.0, told), std::memory_order_relaxed);
+  const double loss = (sums.sum + kPriceTokens * price_[rung_]) / (sums.tokens + kPriceTokens);
+  // Nothing lost is the full model's alone, or what calibration found.
+  losses_[rung_] = std::max(loss, std::min(price_[rung_], kLeastLoss));
 }
 
 QualityCheck::Figure QualityCheck::FigureOf(const Sums& sums) const {

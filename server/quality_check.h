@@ -11,9 +11,9 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "engine/scheduling/scheduler.h"
@@ -66,9 +66,9 @@ class QualityCheck {
   // The hardest rung that may be served: the one before the first that is judged too bad.
   int hardest() const;
 
-  // What a request at the rung is told to lose: its price, drawn to what prompts measured as they
-  // grow in number. Any thread.
-  double told(int rung) const { return told_[rung].load(std::memory_order_relaxed); }
+  // What rungs are taken to lose, [rungs]: their prices, each drawn to what prompts measured as
+  // they grow in number.
+  std::span<const double> losses() const { return std::span(losses_).first(rungs_); }
 
  private:
   struct Text {
@@ -90,7 +90,7 @@ class QualityCheck {
   const int rungs_;
   std::array<double, kMostRungs> price_ = {};
   std::array<Sums, kMostRungs> of_prompts_, of_answers_;
-  std::array<std::atomic<double>, kMostRungs> told_ = {};
+  std::array<double, kMostRungs> losses_ = {};
 
   std::optional<Text> watched_;   // of a request that runs
   std::optional<Text> text_;      // to be looked at

@@ -25,7 +25,7 @@ std::optional<RpcError> ScoreCall::Begin(const grpc::ByteBuffer& bytes) {
   call_.summary.request_id = fmt::format("espalier-{:x}", call_.summary.id);
   v1::ScoreRequest message;
   if (auto error = Unpack(bytes, &message)) return error;
-  if (auto error = call_.Admit()) return error;
+  if (auto error = call_.Admit(message.priority())) return error;
   Request request;
   if (auto error = ReadScore(message, call_.model(), call_.encoder(), &request)) return error;
   if (call_.log_prompts()) {

@@ -11,7 +11,6 @@
 #include "engine/model/text/tokenizer.h"
 #include "engine/model_config.h"
 #include "policy/ladder.h"
-#include "server/quality_check.h"
 
 namespace espalier {
 
@@ -26,8 +25,7 @@ struct ServedModel {
   std::string kv_type;
   std::string device;
   Ladder ladder = Ladder::DenseOnly({});
-  std::string policy = "fixed";                 // who chooses rungs
-  std::shared_ptr<const QualityCheck> quality;  // null: nobody checks, and price tags are told
+  std::string policy = "fixed";  // who chooses rungs
 };
 
 // The generations of it that calls may be of: the one that is served, and the one before while

@@ -249,8 +249,8 @@ class Server {
         [this](int pages) { LimitPages(pages); }, MemoryKeeper::Sources{.released = [this] {
           return released_.load(std::memory_order_relaxed);
         }});
-    memory_->Look();
-    thread_->SawMemory(SteadyNow());  // or from now on it has not been
+    thread_->SawMemory({.at = SteadyNow()});  // or from now on it has not been
+    TendMemory();
     MakeReloader(ledger.weights + ledger.workspace);
     backstage_ = {.models = &*models_,
                   .encoder = encoder_.get(),
@@ -396,12 +396,19 @@ class Server {
     });
   }
 
+  // Looks for memory and says so; where it cannot be seen, what is known of it grows old.
+  void TendMemory() {
+    if (const auto seen = memory_->Look()) {
+      thread_->SawMemory({.at = SteadyNow(), .free = seen->free, .foreign = seen->foreign});
+    }
+  }
+
   // Until a signal comes, health follows the engine's progress, and KV memory what there is.
   void Supervise() {
     Watchdog watchdog(options_.stall_timeout);
     moments_due_ = SteadyNow() + kMomentsInterval;
     while (!stop_->WaitFor(std::min(watchdog.interval(), kMemoryInterval))) {
-      if (memory_->Look()) thread_->SawMemory(SteadyNow());
+      TendMemory();
       const auto device = nvml_ == nullptr ? std::nullopt : nvml_->Read();
       if (device.has_value()) metrics_->OnDeviceMemory(device->total, device->free);
       TendMoments(SteadyNow());

@@ -19,7 +19,9 @@ bool TokenStream::Push(const SequenceOutput& output, Instant now) {
   progress.cached_tokens = output.cached_tokens;
   progress.preemptions = output.preemptions;
   progress.rung = output.rung;
+  progress.rung_loss = output.rung_loss;
   progress.rung_tokens[output.rung] += static_cast<int32_t>(output.tokens.size());
+  progress.told_loss += output.rung_loss * static_cast<double>(output.tokens.size());
   if (output.rung > 0 || progress.reason.empty()) progress.reason = output.reason;
   progress.stages = output.stages;
   return true;

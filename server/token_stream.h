@@ -40,8 +40,10 @@ struct StreamProgress {
   int cached_tokens = 0;
   int preemptions = 0;
   int rung = 0;
+  double rung_loss = 0;                              // SequenceOutput's
   std::array<int32_t, kMostRungs> rung_tokens = {};  // drawn at each
-  std::string_view reason;                           // Policy::reason when a token was last pruned
+  double told_loss = 0;                              // nats, of all that were drawn
+  std::string_view reason;  // SequenceOutput's, when a token was last pruned
   StageRows stages;
 };
 

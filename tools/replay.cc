@@ -1,17 +1,22 @@
 // `espalier replay`: a server's decisions again, from what its policy saw.
 #include <fmt/format.h>
 
+#include <cmath>
 #include <fstream>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
 
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
 #include "absl/status/statusor.h"
 #include "engine/model/policy_file.h"
+#include "policy/capped_policy.h"
 #include "policy/ladder_file.h"
 #include "policy/ladder_policy.h"
 #include "policy/level_policy.h"
@@ -22,6 +27,8 @@ namespace espalier {
 namespace {
 
 using Json = nlohmann::json;
+
+constexpr int64_t kInts = std::numeric_limits<int>::max();
 
 struct Options {
   std::string log;
@@ -50,13 +57,31 @@ class Fields {
   double Number(const char* name, double least = 0) {
     return Within(name, Find(name), least, kMost);
   }
-  int64_t Count(const char* name, int64_t most = std::numeric_limits<int>::max()) {
+  int64_t Count(const char* name, int64_t most = kInts, int64_t least = 0) {
     const Json& value = Find(name);
     if (value.is_number_integer() || !value.is_number()) {
-      return static_cast<int64_t>(Within(name, value, 0, static_cast<double>(most)));
+      return static_cast<int64_t>(
+          Within(name, value, static_cast<double>(least), static_cast<double>(most)));
     }
-    Expected(name, fmt::format("a whole number from 0 to {}", most), value);
+    Expected(name, fmt::format("a whole number from {} to {}", least, most), value);
     return 0;
+  }
+  // Rungs, of which rung 0 is always one.
+  RungSet Bits(const char* name) {
+    const Json& value = Find(name);
+    if (value.is_number_unsigned() && (value.get<RungSet>() & 1) != 0) return value.get<RungSet>();
+    Expected(name, "an odd whole number", value);
+    return 1;
+  }
+  std::vector<double> Numbers(const char* name, int count) {
+    const Json& value = Find(name);
+    if (!value.is_array() || value.size() != static_cast<size_t>(count)) {
+      Expected(name, fmt::format("{} numbers", count), value);
+      return {};
+    }
+    std::vector<double> numbers;
+    for (const Json& number : value) numbers.push_back(Within(name, number, 0, kMost));
+    return numbers;
   }
   PressureBand Band(const char* name) {
     const Json& value = Find(name);
@@ -84,7 +109,7 @@ class Fields {
     return found == line_.end() ? kAbsent : *found;
   }
   double Within(const char* name, const Json& value, double least, double most) {
-    const double number = value.is_number() ? value.get<double>() : -1;
+    const double number = value.is_number() ? value.get<double>() : std::nan("");
     if (number >= least && number <= most) return number;
     Expected(name, fmt::format("a number from {} to {}", least, most), value);
     return 0;
@@ -100,14 +125,12 @@ class Fields {
   std::string error_;
 };
 
-LadderPolicyOptions OptionsOf(int64_t version, Fields* line) {
+LadderPolicyOptions OptionsOf(Fields* line) {
   constexpr double kLeast = 1e-6;  // seconds of a target or a dwell, which are divided by
   return {.ttft_target_s = line->Number("ttft_target_s", kLeast),
           .tpot_target_s = line->Number("tpot_target_s", kLeast),
           .kv_lower = line->Number("kv_lower"),
-          // Before version 2 load could cost anything.
-          .load_loss =
-              version == 1 ? std::numeric_limits<double>::infinity() : line->Number("load_loss"),
+          .load_loss = line->Number("load_loss"),
           .wait = line->Band("wait"),
           .step = line->Band("step"),
           .raise_dwell_s = line->Number("raise_dwell_s"),
@@ -121,89 +144,162 @@ PressureReport ReportOf(Fields* line) {
           .queue_length = line->Number("queue_length"),
           .oldest_wait_s = line->Number("oldest_wait_s"),
           .step_s = line->Number("step_s"),
-          .memory_age_s = line->Has("memory_age_s") ? line->Number("memory_age_s") : 0,
+          .memory_age_s = line->Number("memory_age_s"),
+          .free_memory = line->Number("free_memory"),
+          .foreign_memory = line->Number("foreign_memory"),
+          .first_token_s = line->Number("first_token_s"),
+          .arrivals_per_s = line->Number("arrivals_per_s"),
           .running = static_cast<int>(line->Count("running")),
           .waiting = static_cast<int>(line->Count("waiting"))};
 }
 
+RequestTraits TraitsOf(Fields* line) {
+  return {.allowed = line->Bits("allowed"),
+          .priority = static_cast<int>(line->Count("priority", kInts, -kInts - 1))};
+}
+
+// A server's policy anew, and how far it decides alike.
+class Again {
+ public:
+  Again(const Options& options, Ladder ladder) : options_(options), ladder_(std::move(ladder)) {}
+
+  absl::Status Take(Fields* line) {
+    if (policy_ == nullptr) return Make(line);
+    if (line->Has("dropped")) {
+      const int64_t dropped = line->Count("dropped", int64_t{1} << 53);
+      if (!line->error().empty()) return absl::OkStatus();  // told by who asked
+      return absl::DataLossError(fmt::format("{} decisions are missing", dropped));
+    }
+    if (line->Has("losses")) {
+      const std::vector<double> losses = line->Numbers("losses", ladder_.size());
+      for (size_t rung = 0; rung < losses.size(); ++rung) {
+        ladder_.SetQualityLoss(static_cast<int>(rung), losses[rung]);
+      }
+    } else if (line->Has("cap")) {
+      capped_->set_hardest(static_cast<int>(line->Count("cap", kMostRungs)));
+    } else if (line->Has("request")) {
+      TakeChoice(line);
+    } else {
+      TakeReport(line);
+    }
+    return absl::OkStatus();
+  }
+
+  bool made() const { return policy_ != nullptr; }
+  // What the last line was, if another than before, and what it is now; "" if they are alike.
+  std::string difference;
+  int64_t decisions = 0, changes = 0, choices = 0;
+
+ private:
+  absl::Status Make(Fields* line) {
+    const std::string name = line->Text("policy");
+    const int64_t version = line->Count("version");
+    if (!line->error().empty()) return absl::OkStatus();
+    if ((name != "ladder" && name != "dqn") || version != 3) {
+      return absl::InvalidArgumentError("of another policy or version");
+    }
+    const LadderPolicyOptions rule = OptionsOf(line);
+    const std::string logged = line->Text("network");
+    if (!line->error().empty()) return absl::OkStatus();
+    if (name == "ladder") {
+      policy_ = std::make_unique<LadderPolicy>(rule);
+    } else {
+      absl::StatusOr<PolicyFile> file =
+          OpenPolicy(options_.network.empty() ? PolicyPathOf(options_.ladder) : options_.network,
+                     ladder_.size());
+      if (!file.ok()) return file.status();
+      if (file->version != logged) {
+        return absl::FailedPreconditionError(
+            fmt::format("of network {}, not {}", logged, file->version));
+      }
+      network_ = *std::move(file);
+      learned_ =
+          std::make_unique<DqnPolicy>(LevelOptionsOf(network_->trained, rule), &network_->network);
+      policy_ = std::make_unique<Shield>(learned_.get(), rule);
+    }
+    capped_.emplace(policy_.get());
+    return absl::OkStatus();
+  }
+
+  void TakeReport(Fields* line) {
+    const PressureReport report = ReportOf(line);
+    const Decided logged{.rung = static_cast<int>(line->Count("rung", kMostRungs - 1)),
+                         .hardest = static_cast<int>(line->Count("hardest", kMostRungs - 1)),
+                         .reason = line->Text("reason"),
+                         .refuses_behind_s = line->Has("refuses_behind_s")
+                                                 ? line->Number("refuses_behind_s")
+                                                 : Policy::kNobody};
+    if (!line->error().empty()) return;
+    const int before = capped_->wanted();
+    capped_->Observe(report, ladder_);
+    ++decisions;
+    changes += capped_->wanted() != before;
+    const Decided now{.rung = capped_->wanted(),
+                      .hardest = capped_->hardest_open(),
+                      .reason = std::string(capped_->reason()),
+                      .refuses_behind_s = capped_->refuses_behind_s()};
+    if (now != logged) difference = fmt::format("{}, logged {}", now.Text(), logged.Text());
+  }
+
+  void TakeChoice(Fields* line) {
+    const RequestTraits traits = TraitsOf(line);
+    const auto logged = static_cast<int>(line->Count("wanted", kMostRungs - 1));
+    line->Count("rung", kMostRungs - 1);
+    if (!line->error().empty()) return;
+    ++choices;
+    const int rung = capped_->ChooseRung(traits);
+    if (rung != logged) difference = fmt::format("rung {}, logged {}", rung, logged);
+  }
+
+  struct Decided {
+    int rung = 0, hardest = 0;
+    std::string reason;
+    double refuses_behind_s = 0;
+    bool operator==(const Decided&) const = default;
+    std::string Text() const {
+      return fmt::format("rung {} of {} by {}{}", rung, hardest, reason,
+                         std::isfinite(refuses_behind_s)
+                             ? fmt::format(", refusing behind {} s", refuses_behind_s)
+                             : "");
+    }
+  };
+
+  const Options& options_;
+  Ladder ladder_;
+  std::unique_ptr<Policy> learned_, policy_;
+  std::optional<PolicyFile> network_;
+  std::optional<CappedPolicy> capped_;
+};
+
 absl::Status Run(const Options& options) {
-  const absl::StatusOr<Ladder> ladder = ReadLadder(options.ladder);
+  absl::StatusOr<Ladder> ladder = ReadLadder(options.ladder);
   if (!ladder.ok()) return ladder.status();
   std::ifstream file(options.log);
   if (!file) return absl::NotFoundError(fmt::format("{}: cannot be read", options.log));
-  std::unique_ptr<Policy> policy, learned;
-  std::optional<PolicyFile> network;
-  int64_t decisions = 0, changes = 0, differ = 0;
+  Again again(options, *std::move(ladder));
+  int64_t differ = 0;
   std::string text, first;
   for (int number = 1; std::getline(file, text); ++number) {
+    const auto at_line = [&](std::string_view what) {
+      return fmt::format("{}: line {}: {}", options.log, number, what);
+    };
     try {
       const Json line = Json::parse(text);
       Fields fields(line);
-      const auto wrong = [&] {
-        return absl::InvalidArgumentError(
-            fmt::format("{}: line {}: {}", options.log, number, fields.error()));
-      };
-      if (policy == nullptr) {
-        const std::string name = fields.Text("policy");
-        const int64_t version = fields.Count("version");
-        if (!fields.error().empty()) return wrong();
-        if ((name != "ladder" && name != "dqn") || (version != 1 && version != 2)) {
-          return absl::InvalidArgumentError(
-              fmt::format("{}: line 1: of another policy or version", options.log));
-        }
-        const LadderPolicyOptions rule = OptionsOf(version, &fields);
-        if (!fields.error().empty()) return wrong();
-        if (name == "ladder") {
-          policy = std::make_unique<LadderPolicy>(rule);
-          continue;
-        }
-        absl::StatusOr<PolicyFile> file =
-            OpenPolicy(options.network.empty() ? PolicyPathOf(options.ladder) : options.network,
-                       ladder->size());
-        if (!file.ok()) return file.status();
-        const std::string logged = fields.Text("network");
-        if (!fields.error().empty()) return wrong();
-        if (file->version != logged) {
-          return absl::FailedPreconditionError(
-              fmt::format("{}: line 1: of network {}, not {}", options.log, logged, file->version));
-        }
-        network = *std::move(file);
-        learned =
-            std::make_unique<DqnPolicy>(LevelOptionsOf(network->trained, rule), &network->network);
-        policy = std::make_unique<Shield>(learned.get(), rule);
-        continue;
+      if (absl::Status status = again.Take(&fields); !status.ok()) {
+        return {status.code(), at_line({status.message().data(), status.message().size()})};
       }
-      if (fields.Has("dropped")) {
-        const int64_t dropped = fields.Count("dropped", int64_t{1} << 53);
-        if (!fields.error().empty()) return wrong();
-        return absl::DataLossError(
-            fmt::format("{}: line {}: {} decisions are missing", options.log, number, dropped));
-      }
-      const PressureReport report = ReportOf(&fields);
-      const int64_t rung = fields.Count("rung", kMostRungs - 1);
-      const std::string reason = fields.Text("reason");
-      if (!fields.error().empty()) return wrong();
-      const int before = policy->wanted();
-      policy->Observe(report, *ladder);
-      ++decisions;
-      changes += policy->wanted() != before;
-      if (policy->wanted() == rung && policy->reason() == reason) continue;
-      if (differ++ == 0) {
-        first = fmt::format("line {}: rung {} by {}, logged {} by {}", number, policy->wanted(),
-                            policy->reason(), rung, reason);
-      }
+      if (!fields.error().empty()) return absl::InvalidArgumentError(at_line(fields.error()));
     } catch (const Json::exception& error) {
-      return absl::InvalidArgumentError(
-          fmt::format("{}: line {}: {}", options.log, number, error.what()));
+      return absl::InvalidArgumentError(at_line(error.what()));
     }
+    const std::string difference = std::exchange(again.difference, "");
+    if (!difference.empty() && differ++ == 0) first = at_line(difference);
   }
-  if (policy == nullptr) {
-    return absl::InvalidArgumentError(fmt::format("{}: empty", options.log));
-  }
-  fmt::print("{} decisions, {} changes of the level, {} not as logged\n", decisions, changes,
-             differ);
-  if (differ == 0) return absl::OkStatus();
-  return absl::FailedPreconditionError(fmt::format("{}: {}", options.log, first));
+  if (!again.made()) return absl::InvalidArgumentError(fmt::format("{}: empty", options.log));
+  fmt::print("{} decisions, {} changes of the level, {} rungs of requests, {} not as logged\n",
+             again.decisions, again.changes, again.choices, differ);
+  return differ == 0 ? absl::OkStatus() : absl::FailedPreconditionError(first);
 }
 
 }  // namespace

@@ -48,7 +48,7 @@ class ShieldedDqn final : public Policy {
   int ChooseRung(const RequestTraits& traits) const override { return shield_.ChooseRung(traits); }
   std::string_view name() const override { return shield_.name(); }
   std::string_view reason() const override { return shield_.reason(); }
-  bool refuses() const override { return shield_.refuses(); }
+  double refuses_behind_s() const override { return shield_.refuses_behind_s(); }
 
  private:
   QNetwork network_;

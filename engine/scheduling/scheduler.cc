@@ -77,6 +77,7 @@ Scheduler::Scheduler(const SchedulerOptions& options, const KvGeometry& geometry
   scheduled_.reserve(options.max_sequences);
   hits_.reserve(cache_.capacity());
   running_.reserve(options.max_sequences);
+  first_tokens_.reserve(options.max_sequences);
   waiting_.reserve(static_cast<size_t>(options.max_waiting) + options.max_sequences);
 }
 
@@ -119,12 +120,15 @@ absl::Status Scheduler::Submit(Request request) {
   }
 
   if (idle()) {
+    first_tokens_.clear();
+    first_token_s_ = 0;
     last_step_ = kNever;
     step_s_ = 0;  // and not the first one, which prefills: that alone is no reason to prune
   }
   auto sequence = std::make_unique<Sequence>();
   sequence->allowed = allowed;
   sequence->arrival_order = arrivals_++;
+  sequence->waits_since = request.arrival;
   sequence->page_tables.resize(geometry_.layers);
   sequence->tokens.reserve(total);
   sequence->tokens = request.prompt;
@@ -146,6 +150,7 @@ bool Scheduler::Cancel(RequestId id) {
 const Batch& Scheduler::Schedule(Instant now, std::vector<SequenceOutput>* expired) {
   Invariant(batch_.empty(), "Schedule while a batch is out");
   packings_.clear();
+  refused_priority_.reset();
   Expire(now, expired);
   if (idle()) return batch_;
   if (last_step_ != kNever) {
@@ -154,10 +159,12 @@ const Batch& Scheduler::Schedule(Instant now, std::vector<SequenceOutput>* expir
     step_s_ = (1 - kNew) * step_s_ + kNew * step;
   }
   last_step_ = now;
+  NoteTraffic(now);
   policy_->Observe(Pressure(now), ladder_);
   MoveRunning();
-  AddDecodes();
+  AddDecodes(now);
   AddPrefills(now);
+  refused_priority_ = RefusedPriority(now);
   return batch_;
 }
 
@@ -178,9 +185,34 @@ void Scheduler::Expire(Instant now, std::vector<SequenceOutput>* expired) {
   }
 }
 
-void Scheduler::AddDecodes() {
+void Scheduler::NoteTraffic(Instant now) {
+  constexpr double kMeanSeconds = 2, kNew = 0.2;
+  if (arrivals_at_ != kNever) {
+    const double since_s = std::chrono::duration<double>(now - arrivals_at_).count();
+    arrivals_per_s_ *= std::exp(-std::max(0.0, since_s) / kMeanSeconds);
+  }
+  arrivals_per_s_ += std::exchange(arrived_, 0) / kMeanSeconds;
+  arrivals_at_ = now;
+  for (const Instant arrival : first_tokens_) {
+    const double took_s = std::chrono::duration<double>(now - arrival).count();
+    first_token_s_ = (1 - kNew) * first_token_s_ + kNew * took_s;
+  }
+  first_tokens_.clear();
+}
+
+std::optional<int> Scheduler::RefusedPriority(Instant now) const {
+  const double behind_s = policy_->refuses_behind_s();
+  for (const Sequence* sequence : waiting_) {
+    if (std::chrono::duration<double>(now - sequence->waits_since).count() >= behind_s) {
+      return sequence->request.priority;
+    }
+  }
+  return std::nullopt;
+}
+
+void Scheduler::AddDecodes(Instant now) {
   for (size_t i = 0; i < running_.size(); ++i) {
-    if (running_[i]->decoding() && Grow(running_[i])) {
+    if (running_[i]->decoding() && Grow(running_[i], now)) {
       AddSpan(running_[i], /*decode=*/true, /*admitted=*/false);
     }
   }
@@ -239,16 +271,28 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
     recomputed_tokens_ += static_cast<uint64_t>(std::max(0, head->lost - head->computed));
   }
   TakePages(head, TableLength(head->size(), head->rung));
+  NoteChoice(head, rung);
   head->state = Sequence::State::kRunning;
   waiting_.erase(waiting_.begin());
   running_.insert(running_.begin() + static_cast<ptrdiff_t>(place), head);
   return true;
 }
 
+RequestTraits Scheduler::TraitsOf(const Sequence& sequence) const {
+  return {.allowed = sequence.allowed, .priority = sequence.request.priority};
+}
+
+void Scheduler::NoteChoice(Sequence* sequence, int rung) {
+  const bool admitted = sequence->state == Sequence::State::kWaiting;
+  if (admitted || rung > sequence->rung) sequence->reason = policy_->reason();
+  if (sequence->request.bounds.rung.has_value()) return;
+  policy_->Chose(sequence->request.id, TraitsOf(*sequence), rung);
+}
+
 int Scheduler::WishedRung(const Sequence& sequence) const {
   const Request& request = sequence.request;
   if (request.bounds.rung.has_value()) return std::countr_zero(sequence.allowed);  // the only one
-  const int rung = policy_->ChooseRung({.allowed = sequence.allowed, .priority = request.priority});
+  const int rung = policy_->ChooseRung(TraitsOf(sequence));
   Invariant(rung >= 0 && rung < ladder_.size() && (sequence.allowed >> rung & 1) != 0,
             "policy {} chose rung {} of {} for request {}, against its bounds", policy_->name(),
             rung, ladder_.size(), request.id);
@@ -322,6 +366,13 @@ bool Scheduler::ServeRungs(RungSet rungs) {
   return true;
 }
 
+void Scheduler::SetLosses(std::span<const double> losses) {
+  Invariant(idle() && losses.size() == static_cast<size_t>(ladder_.size()),
+            "{} losses of {} rungs, with {} requests live", losses.size(), ladder_.size(),
+            sequences_.size());
+  for (int rung = 0; rung < ladder_.size(); ++rung) ladder_.SetQualityLoss(rung, losses[rung]);
+}
+
 RungUse Scheduler::rung_use() const {
   RungUse use{.pages_used = pool_.used(), .pages_needed = pool_.used()};
   for (const Sequence* sequence : running_) {
@@ -340,6 +391,7 @@ RungUse Scheduler::rung_use() const {
 void Scheduler::MoveTo(Sequence* sequence, int rung) {
   const bool packs = page_tokens(rung) != page_tokens(sequence->rung);
   if (packs && pool_.available() < PagesToPack(*sequence, rung)) return;
+  NoteChoice(sequence, rung);
   for (const int layer : kv_layers_[sequence->rung]) {
     if (ladder_.rung(rung).HoldsKv(layer)) continue;
     std::vector<int32_t>& table = sequence->page_tables[layer];
@@ -409,7 +461,7 @@ std::vector<std::pair<int32_t, int32_t>> Scheduler::LimitPages(int pages, Instan
       MoveRunning();
     }
     while (pool_.used() + pool_.cached() > pages) {
-      if (!cache_.Evict()) Preempt(running_.back());
+      if (!cache_.Evict()) Preempt(running_.back(), now);
     }
     moves = pool_.Empty(pages);
   }
@@ -436,7 +488,8 @@ SequenceOutput Scheduler::Describe(const Sequence& sequence, FinishReason finish
           .preemptions = sequence.preemptions,
           .first_scheduled = sequence.first_scheduled,
           .rung = sequence.rung,
-          .reason = HeldByWeights(sequence) ? "weights" : policy_->reason(),
+          .rung_loss = ladder_.rung(sequence.rung).price.quality_loss_nats,
+          .reason = HeldByWeights(sequence) ? "weights" : sequence.reason,
           .stages = sequence.stages};
 }
 
@@ -446,7 +499,7 @@ bool Scheduler::HeldByWeights(const Sequence& sequence) const {
              WishedOf(sequence, sequence.allowed & (~RungSet{0} << mildest_[sequence.rung]));
 }
 
-bool Scheduler::Grow(Sequence* sequence) {
+bool Scheduler::Grow(Sequence* sequence, Instant now) {
   const int length = TableLength(sequence->size(), sequence->rung);
   const int64_t missing = static_cast<int64_t>(length - sequence->table_length) *
                           static_cast<int64_t>(kv_layers_[sequence->rung].size());
@@ -454,16 +507,17 @@ bool Scheduler::Grow(Sequence* sequence) {
     Sequence* victim = running_.back();
     Invariant(victim != running_.front(), "{} pages cannot hold the {} tokens of request {} alone",
               pool_.total(), sequence->size(), sequence->request.id);
-    Preempt(victim);
+    Preempt(victim, now);
     if (victim == sequence) return false;
   }
   TakePages(sequence, length);
   return true;
 }
 
-void Scheduler::Preempt(Sequence* sequence) {
+void Scheduler::Preempt(Sequence* sequence, Instant now) {
   ++preemptions_;
   ++sequence->preemptions;
+  sequence->waits_since = now;
   sequence->lost = sequence->computed;
   ReturnPages(sequence);
   sequence->computed = 0;
@@ -571,6 +625,7 @@ FinishReason Scheduler::Append(const TokenResult& drawn, Sequence* sequence,
     spare_tokens_.pop_back();
   }
   output->tokens.push_back(drawn);
+  if (sequence->output_tokens() == 1) first_tokens_.push_back(sequence->request.arrival);
   return sequence->output_tokens() == stop.max_tokens ? FinishReason::kLength : FinishReason::kNone;
 }
 
@@ -733,20 +788,24 @@ PressureReport Scheduler::Pressure(Instant now) const {
   Instant oldest = now;
   for (const Sequence* sequence : waiting_) {
     promised += PagesPromised(*sequence);
-    oldest = std::min(oldest, sequence->request.arrival);
+    oldest = std::min(oldest, sequence->waits_since);
   }
-  return {.time_s = std::chrono::duration<double>(now).count(),
-          .kv_used = share(pool_.used(), pool_.total()),
-          .kv_promised = share(promised, pool_.total()),
-          .queue_length = share(static_cast<int64_t>(waiting_.size()), options_.max_waiting),
-          .oldest_wait_s = std::chrono::duration<double>(now - oldest).count(),
-          .step_s = step_s_,
-          .memory_age_s =
-              memory_seen_ == kNever
-                  ? 0
-                  : std::chrono::duration<double>(now - std::min(now, memory_seen_)).count(),
-          .running = static_cast<int>(running_.size()),
-          .waiting = static_cast<int>(waiting_.size())};
+  return {
+      .time_s = std::chrono::duration<double>(now).count(),
+      .kv_used = share(pool_.used(), pool_.total()),
+      .kv_promised = share(promised, pool_.total()),
+      .queue_length = share(static_cast<int64_t>(waiting_.size()), options_.max_waiting),
+      .oldest_wait_s = std::chrono::duration<double>(now - oldest).count(),
+      .step_s = step_s_,
+      .memory_age_s = memory_.at == kNever
+                          ? 0
+                          : std::chrono::duration<double>(now - std::min(now, memory_.at)).count(),
+      .free_memory = memory_.free,
+      .foreign_memory = memory_.foreign,
+      .first_token_s = first_token_s_,
+      .arrivals_per_s = arrivals_per_s_,
+      .running = static_cast<int>(running_.size()),
+      .waiting = static_cast<int>(waiting_.size())};
 }
 
 SchedulerStats Scheduler::stats() const {
@@ -760,7 +819,7 @@ SchedulerStats Scheduler::stats() const {
           .recomputed_tokens = recomputed_tokens_,
           .wanted_rung = policy_->wanted(),
           .reason = policy_->reason(),
-          .refuses = policy_->refuses(),
+          .refused_priority = refused_priority_,
           .rung_moves = rung_moves_,
           .prefix_queries = prefix_queries_,
           .prefix_hits = prefix_hits_,

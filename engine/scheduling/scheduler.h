@@ -41,6 +41,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <unordered_map>
@@ -87,8 +88,9 @@ struct SequenceOutput {
   int preemptions = 0;
   Instant first_scheduled = kNever;  // kNever: never left the queue
   int rung = 0;                      // of this step's rows
-  // Policy::reason, or "weights": those of the rung it chose are not in memory. Valid as long as
-  // the policy.
+  double rung_loss = 0;              // what it is taken to lose, nats per token
+  // Policy::reason when it was admitted, or last moved to a harder rung; or "weights": those of
+  // the rung it chose are not in memory. Valid as long as the policy.
   std::string_view reason;
   StageRows stages;  // rows computed, again after preemptions
 };
@@ -104,8 +106,10 @@ struct SchedulerStats {
   uint64_t recomputed_tokens = 0;  // since start; whose K and V were gone after a preemption
   int wanted_rung = 0;             // Policy::wanted
   std::string_view reason;         // Policy::reason
-  bool refuses = false;            // Policy::refuses
-  uint64_t rung_moves = 0;         // since start, of running sequences
+  // Policy::refuses_behind_s: newcomers of this priority and below would wait behind somebody who
+  // has for so long. Nothing: there is nobody, or nobody of theirs.
+  std::optional<int> refused_priority;
+  uint64_t rung_moves = 0;  // since start, of running sequences
   // Since start, of requests at their first admission; those that want scores do not ask.
   uint64_t prefix_queries = 0;  // prompt tokens
   uint64_t prefix_hits = 0;     // of these, found in the prefix cache
@@ -121,6 +125,13 @@ struct RungUse {
   int64_t pages_used = 0;
   int64_t pages_of_head = 0;  // promised to who is next
   int64_t pages_needed = 0;   // used, and promised to all who wait
+};
+
+// What the machine's memory was seen as, in shares.
+struct MemoryView {
+  Instant at = kNever;  // kNever: nobody looks
+  double free = 1;      // of what the process may hold
+  double foreign = 0;   // of the machine's, held by others
 };
 
 class Scheduler {
@@ -183,8 +194,15 @@ class Scheduler {
     most_pages_.assign(pages.begin(), pages.end());
   }
 
-  // When the machine's memory was seen last; kNever, as at first: nobody looks.
-  void set_memory_seen(Instant at) { memory_seen_ = at; }
+  // What rungs lose, [rungs], nats per token, in place of what their price tags say: for bounds,
+  // for the policy, and as answers are told. Not while anybody is live, who was let in by the
+  // others.
+  void SetLosses(std::span<const double> losses);
+
+  // The machine's memory was looked at.
+  void SawMemory(const MemoryView& memory) { memory_ = memory; }
+  // So many came since this was last told, whether they were let in or not.
+  void CountArrivals(int requests) { arrived_ += requests; }
 
   PressureReport Pressure(Instant now) const;
   SchedulerStats stats() const;
@@ -203,7 +221,7 @@ class Scheduler {
 
   // The steps of Schedule.
   void Expire(Instant now, std::vector<SequenceOutput>* expired);
-  void AddDecodes();
+  void AddDecodes(Instant now);
   void AddPrefills(Instant now);
 
   // Running sequences to the rungs that the policy now wants. What shapes their KV may only shrink:
@@ -221,6 +239,15 @@ class Scheduler {
   // Moves the head of the queue to running_[place]; false if it has to wait. `unpromised` is free
   // and cached pages less what the running were promised beyond what they hold.
   bool AdmitHead(size_t place, Instant now, int64_t* unpromised);
+  // Of the first in service order who has waited for as long as the policy lets newcomers wait
+  // behind: those before them are served sooner.
+  std::optional<int> RefusedPriority(Instant now) const;
+
+  // What arrived, and who drew a first token, since the last step.
+  void NoteTraffic(Instant now);
+  RequestTraits TraitsOf(const Sequence& sequence) const;
+  // It is to be served at the rung: notes why, and tells the policy.
+  void NoteChoice(Sequence* sequence, int rung);
   // The policy's choice, or the rung that was named.
   int WishedRung(const Sequence& sequence) const;
   // That, or the nearest of the set, a harder one if there is any.
@@ -240,8 +267,8 @@ class Scheduler {
 
   // Gives `sequence` pages for all its tokens, preempting those after it. False if it was the last
   // in service order and had to go itself.
-  bool Grow(Sequence* sequence);
-  void Preempt(Sequence* sequence);
+  bool Grow(Sequence* sequence, Instant now);
+  void Preempt(Sequence* sequence, Instant now);
   void AddSpan(Sequence* sequence, bool decode, bool admitted);
   StageRows Stages(const BatchSpan& span, const ProbeUse& probe) const;
   FinishReason Append(const TokenResult& drawn, Sequence* sequence, SequenceOutput* output);
@@ -266,7 +293,7 @@ class Scheduler {
 
   const SchedulerOptions options_;
   const KvGeometry geometry_;
-  const Ladder ladder_;
+  Ladder ladder_;
   Policy* const policy_;
   std::vector<std::vector<int>> kv_layers_;  // [rungs]: layers that keep K and V
   std::vector<int> mildest_;                 // [rungs]: the first whose K and V are as large
@@ -284,7 +311,13 @@ class Scheduler {
   Instant next_deadline_ = kNever;  // no live sequence has an earlier one
   Instant last_step_ = kNever;      // Schedule's; kNever: nothing was there to do since
   double step_s_ = 0;               // mean of the last ones, from 0 after a pause
-  Instant memory_seen_ = kNever;
+  MemoryView memory_;
+  int arrived_ = 0;                      // since the last Schedule
+  double arrivals_per_s_ = 0;            // mean, as of arrivals_at_
+  Instant arrivals_at_ = kNever;         // kNever: none so far
+  std::vector<Instant> first_tokens_;    // arrivals of who drew its first one in the last step
+  double first_token_s_ = 0;             // mean of the last ones, from 0 after a pause
+  std::optional<int> refused_priority_;  // SchedulerStats's
   uint64_t preemptions_ = 0;
   uint64_t recomputed_tokens_ = 0;
   uint64_t rung_moves_ = 0;

@@ -29,14 +29,16 @@ struct Sequence {
   State state = State::kWaiting;
   RungSet allowed = 1;          // by its bounds
   int rung = 0;                 // chosen at admission; policy may move it while it runs
+  std::string_view reason;      // Policy::reason when it was admitted, or last made harder
   std::vector<int32_t> tokens;  // prompt, then output
   int computed = 0;             // tokens whose K and V lie in pages
   int scored = 0;               // prompt scores told, so that a recomputation does not repeat them
   int preemptions = 0;
-  int cached_tokens = 0;  // of the prompt, found in the prefix cache at the first admission
-  int prefilled = 0;      // tokens before the first decode row since the last admission
-  int lost = 0;           // computed when last preempted
-  StageRows stages;       // rows computed, again after preemptions
+  Instant waits_since{0};  // its arrival, or when it was last preempted
+  int cached_tokens = 0;   // of the prompt, found in the prefix cache at the first admission
+  int prefilled = 0;       // tokens before the first decode row since the last admission
+  int lost = 0;            // computed when last preempted
+  StageRows stages;        // rows computed, again after preemptions
   Instant first_scheduled = kNever;
   int table_length = 0;  // pages held in each layer that keeps K and V at this rung
   std::vector<std::vector<int32_t>> page_tables;  // [layers][table_length], other layers empty

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
 #include <utility>
 
 #include "engine/sim/sim_executor.h"
@@ -34,7 +35,7 @@ class Simulation {
     while (next_call_ < traffic_.calls.size() || !engine_.idle()) {
       TakeWhatIsDue();
       if (engine_.idle()) {
-        refuses_ = false;  // as the server's engine thread
+        refused_.reset();  // as the server's engine thread
         if (next_call_ < traffic_.calls.size()) {
           now_ = std::max(now_, traffic_.calls[next_call_].arrival);
         }
@@ -61,6 +62,7 @@ class Simulation {
 
   void Submit(size_t index) {
     const SimCall& call = traffic_.calls[index];
+    engine_.CountArrivals(1);
     Request request;
     request.id = index + 1;
     request.prompt.resize(call.prompt);
@@ -68,7 +70,7 @@ class Simulation {
     request.priority = call.priority;
     request.arrival = call.arrival;
     // As the server's inbox: a policy that refuses does so while somebody waits.
-    const bool full = refuses_ && waiting_ > 0;
+    const bool full = refused_.has_value() && call.priority <= *refused_ && waiting_ > 0;
     if (full || !engine_.Submit(std::move(request)).ok()) {
       report_.calls[index].refused = true;
       if (observer_) observer_(report_.calls[index]);
@@ -84,7 +86,7 @@ class Simulation {
     now_ += worked ? Seconds(executor_.seconds() + options_.step_overhead_s) : kStepRetry;
     ++report_.steps;
     waiting_ = step.stats.waiting;
-    refuses_ = step.stats.refuses;
+    refused_ = step.stats.refused_priority;
     for (const SequenceOutput& output : step.outputs) Take(output);
     report_.preemptions = step.stats.preemptions;
     report_.rung_moves = step.stats.rung_moves;
@@ -120,7 +122,7 @@ class Simulation {
   Instant now_{0};
   size_t next_call_ = 0, next_shock_ = 0;
   int waiting_ = 0;
-  bool refuses_ = false;
+  std::optional<int> refused_;
   SimReport report_;
 };
 

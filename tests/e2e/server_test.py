@@ -314,18 +314,21 @@ class Pruning(unittest.TestCase):
         self.assertEqual(again.returncode, 0, again.stderr)
         self.assertRegex(again.stdout, r"^\d{3,} decisions, [2-9]\d* changes .*, 0 not as logged")
         lines = decisions.read_text().splitlines(keepends=True)
-        # A log from before --load-loss: waiting could cost any loss, as it could here.
-        old = lines[0].replace('"version":2', '"version":1').replace('"load_loss":0.3,', "")
-        self.assertNotIn("load_loss", old)
-        decisions.write_text(old + "".join(lines[1:]))
-        self.assertEqual(subprocess.run(replay, capture_output=True).returncode, 0)
-        decisions.write_text(lines[0].replace('"version":2', '"version":3'))
+        kinds = ["losses", "request", "refuses_behind_s", "free_memory"]
+        self.assertEqual([k for k in kinds if not any(f'"{k}":' in line for line in lines)], [])
+        self.assertRegex(again.stdout, r", [1-9]\d* rungs of requests,")
+        decisions.write_text(lines[0].replace('"version":3', '"version":2'))
         again = subprocess.run(replay, capture_output=True, text=True)
         self.assertIn("line 1: of another policy or version", again.stderr)
-        decisions.write_text("".join(lines).replace('"rung":1', '"rung":0', 1))
-        again = subprocess.run(replay, capture_output=True, text=True)
-        self.assertEqual(again.returncode, 1)
-        self.assertRegex(again.stderr, r"line \d+: rung 1 by queue, logged 0 by queue")
+        for told, instead, error in (
+                ('"rung":1,"hardest":2,', '"rung":0,"hardest":2,',
+                 r"line \d+: rung 1 of 2 by queue, logged rung 0 of 2 by queue"),
+                ('"wanted":1,', '"wanted":2,', r"line \d+: rung 1, logged 2"),
+                (',"refuses_behind_s":0.005', "", r"line \d+: .*refusing behind 0.005 s, logged rung 2 of 2 by")):
+            decisions.write_text("".join(lines).replace(told, instead, 1))
+            again = subprocess.run(replay, capture_output=True, text=True)
+            self.assertEqual(again.returncode, 1, told)
+            self.assertRegex(again.stderr, error)
         decisions.write_text("".join(lines[:5]) + '{"dropped":7}\n')
         again = subprocess.run(replay, capture_output=True, text=True)
         self.assertRegex(again.stderr, r"line 6: 7 decisions are missing")
@@ -393,6 +396,11 @@ class Pruning(unittest.TestCase):
             # What the full model writes, it finds likelier than the pruned one does.
             request = text_request("x", 250)
             request.prune.never = True
+            bounded = text_request("x", 4)
+            bounded.prune.max_quality_loss = 0
+            bounded.prune.rung = 1
+            served = list(server.stub.Generate(bounded, timeout=30))[-1].finished.served
+            self.assertEqual((served.rungs[0].rung, served.estimated_loss), (1, 0))
             written = pb.GenerateRequest()
             for part in server.stub.Generate(request, timeout=30):
                 written.token_ids.ids.extend(part.token_ids)
@@ -407,6 +415,13 @@ class Pruning(unittest.TestCase):
             finished = list(server.stub.Generate(text_request("x", 4), timeout=30))[-1].finished
             self.assertEqual(finished.served.rungs[0].rung, 0)
             self.assertIn("quality", finished.served.reason)
+            # Bounds are held against what it was found to lose, which is what others are told.
+            served = list(server.stub.Generate(bounded, timeout=30))[-1].finished.served
+            self.assertEqual((served.rungs[0].rung, served.estimated_loss), (0, 0))
+            bounded.prune.ClearField("max_quality_loss")
+            served = list(server.stub.Generate(bounded, timeout=30))[-1].finished.served
+            self.assertEqual(served.rungs[0].rung, 1)
+            self.assertGreater(served.estimated_loss, 0)
 
     def test_a_decision_log_is_written_over_no_other_file(self):
         ladder = pathlib.Path(self.folder.name) / "kept.ladder"

@@ -19,6 +19,7 @@ TEST(CappedPolicy, ServesNoHarderThanItsCap) {
   EXPECT_EQ(policy.reason(), "quality");
   policy.set_hardest(0);
   EXPECT_EQ(policy.ChooseRung({.allowed = kAll}), 0);
+  EXPECT_EQ(policy.hardest_open(), 0);
   policy.set_hardest(kMostRungs);
   EXPECT_EQ(policy.ChooseRung({.allowed = kAll}), 3);
 }

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "policy/serving_trainer.h"
 
@@ -57,22 +58,22 @@ TEST(LevelPolicy, SeesSharesOfTargets) {
                   .queue_length = 0.125,
                   .oldest_wait_s = 1,
                   .step_s = 0.05,
+                  .first_token_s = 3,
+                  .arrivals_per_s = 3,
                   .running = 15,
                   .waiting = 255},
                  ladder);
-  EXPECT_EQ(policy.states[0], (LevelState{0, 0, 0, 0, 0, 0, 0.25F, 0, 0, 1}));
+  EXPECT_EQ(policy.states[0], (LevelState{0, 0, 0, 0, 0, 0, 0.25F, 0, 0, 0, 0, 1}));
   EXPECT_EQ(policy.states[1],
-            (LevelState{0.5F, 0.25F, 0.125F, 0.5F, 0.5F, 0.5F, 1, 0.75F, 0.5F, 0}));
+            (LevelState{0.5F, 0.25F, 0.125F, 0.5F, 0.5F, 0.5F, 1, 0.75F, 1.5F, 0.25F, 0.5F, 0}));
 }
 
-TEST(LevelPolicy, ServesByPriorityAroundTheLevel) {
+TEST(LevelPolicy, ServesAtTheLevelOrTheHardestMilderRung) {
   const Ladder ladder = Three();
   Asked policy(LevelPolicyOptions{});
   policy.level = 1;
   policy.Observe({.time_s = 1}, ladder);
   EXPECT_EQ(policy.ChooseRung({.allowed = 7}), 1);
-  EXPECT_EQ(policy.ChooseRung({.allowed = 7, .priority = -1}), 2);
-  EXPECT_EQ(policy.ChooseRung({.allowed = 7, .priority = 5}), 0);
   EXPECT_EQ(policy.ChooseRung({.allowed = 5}), 0);
   EXPECT_EQ(policy.reason(), "learned");
 }
@@ -101,6 +102,7 @@ TEST(DqnPolicy, TakesTheHighestValue) {
   const Ladder ladder = Three();
   policy.Observe({.time_s = 1, .oldest_wait_s = 0.4}, ladder);
   EXPECT_EQ(policy.wanted(), 0);
+  EXPECT_THAT(policy.scores(), testing::ElementsAre(0.5F, 0, 0.4F));
   policy.Observe({.time_s = 2, .oldest_wait_s = 0.6}, ladder);
   EXPECT_EQ(policy.wanted(), 2);
 }

@@ -254,10 +254,16 @@ PressureReport Spoiled(double time_s, double load, std::mt19937_64* random) {
                         .oldest_wait_s = uniform(0.5),
                         .step_s = uniform(0.12),
                         .memory_age_s = uniform(4),
+                        .free_memory = uniform(1),
+                        .foreign_memory = uniform(1),
+                        .first_token_s = uniform(2),
+                        .arrivals_per_s = uniform(9),
                         .running = static_cast<int>((*random)() % 64),
                         .waiting = static_cast<int>((*random)() % 256)};
-  double* const signals[] = {&report.kv_used,       &report.kv_promised, &report.queue_length,
-                             &report.oldest_wait_s, &report.step_s,      &report.memory_age_s};
+  double* const signals[] = {&report.kv_used,       &report.kv_promised,    &report.queue_length,
+                             &report.oldest_wait_s, &report.step_s,         &report.memory_age_s,
+                             &report.free_memory,   &report.foreign_memory, &report.first_token_s,
+                             &report.arrivals_per_s};
   const size_t which = (*random)() % (4 * (std::size(signals) + 2));
   if (which < std::size(signals)) {
     *signals[which] = Odd(random);

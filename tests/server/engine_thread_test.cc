@@ -72,7 +72,7 @@ class Refuses final : public Policy {
  public:
   int ChooseRung(const RequestTraits& /*traits*/) const override { return 0; }
   std::string_view name() const override { return "refuses"; }
-  bool refuses() const override { return true; }
+  double refuses_behind_s() const override { return 0; }
 };
 
 class EngineThreadTest : public testing::Test {
@@ -97,7 +97,7 @@ class EngineThreadTest : public testing::Test {
 
   std::shared_ptr<Reader> Offer(Request request, size_t capacity = TokenStream::kUnbounded,
                                 bool reads = true) {
-    absl::StatusOr<Reservation> place = thread_->inbox().Reserve();
+    absl::StatusOr<Reservation> place = thread_->inbox().Reserve(0);
     if (!place.ok()) return nullptr;
     auto reader = std::make_shared<Reader>(reads);
     reader->stream = std::make_shared<TokenStream>(request.id, capacity, reader);
@@ -209,10 +209,10 @@ TEST_F(EngineThreadTest, QueueIsBoundedWhileTheEngineIsBusy) {
   // 3 wait; besides one may run, if the engine took it before the others came.
   EXPECT_GE(in.size(), 3u);
   EXPECT_LE(in.size(), 4u);
-  EXPECT_EQ(thread_->inbox().Reserve().status().code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(thread_->inbox().Reserve(0).status().code(), absl::StatusCode::kResourceExhausted);
   paced_->executor.Go();
   for (const auto& reader : in) EXPECT_TRUE(reader->WaitForEnd().has_value());
-  EXPECT_TRUE(thread_->inbox().Reserve().ok());
+  EXPECT_TRUE(thread_->inbox().Reserve(0).ok());
 }
 
 TEST_F(EngineThreadTest, IdleItRefusesNobodyForThoseBefore) {
@@ -221,8 +221,8 @@ TEST_F(EngineThreadTest, IdleItRefusesNobodyForThoseBefore) {
   ASSERT_TRUE(Offer(Prompt(1, 1))->WaitForEnd().has_value());
   bool both = false;
   for (int i = 0; i < 5000 && !both; ++i) {  // it may not have found out yet that it is idle
-    const absl::StatusOr<Reservation> first = thread_->inbox().Reserve();
-    both = first.ok() && thread_->inbox().Reserve().ok();
+    const absl::StatusOr<Reservation> first = thread_->inbox().Reserve(0);
+    both = first.ok() && thread_->inbox().Reserve(0).ok();
     std::this_thread::sleep_for(milliseconds(1));
   }
   EXPECT_TRUE(both);
@@ -233,8 +233,14 @@ TEST_F(EngineThreadTest, IdleItRefusesNobodyForThoseBefore) {
   paced_->executor.Hold();
   paced_->executor.WaitForHeldStep();
   EXPECT_NE(Offer(Prompt(3, 1)), nullptr) << "nobody waits";
-  EXPECT_EQ(thread_->inbox().Reserve().status().code(), absl::StatusCode::kResourceExhausted);
   paced_->executor.Go();
+  bool refused = false;
+  for (int i = 0; i < 5000 && !refused; ++i) {  // from the first step on that saw the one who waits
+    refused = absl::IsResourceExhausted(thread_->inbox().Reserve(0).status());
+    std::this_thread::sleep_for(milliseconds(1));
+  }
+  EXPECT_TRUE(refused);
+  EXPECT_TRUE(thread_->inbox().Reserve(1).ok()) << "it would be served before";
 }
 
 TEST_F(EngineThreadTest, ReaderThatStallsIsEndedAndItsPagesComeBack) {
@@ -432,7 +438,7 @@ TEST_F(EngineThreadTest, ReplacedEngineFinishesWhatItHas) {
   PacedEngine next;
   const auto running = Offer(Prompt(1, 2000));
   ASSERT_TRUE(running->WaitForTokens(5));
-  absl::StatusOr<Reservation> place = thread_->inbox().Reserve();
+  absl::StatusOr<Reservation> place = thread_->inbox().Reserve(0);
   ASSERT_TRUE(place.ok());
   std::atomic<bool> left = false;
   EXPECT_EQ(thread_->Replace({.engine = &next.engine}, [&] { left = true; }), 2)
@@ -491,7 +497,7 @@ TEST_F(EngineThreadTest, PlaceThatIsGivenBackLetsAnEngineGo) {
   PacedEngine next;
   std::atomic<bool> left = false;
   {
-    const absl::StatusOr<Reservation> place = thread_->inbox().Reserve();
+    const absl::StatusOr<Reservation> place = thread_->inbox().Reserve(0);
     ASSERT_TRUE(thread_->Replace({.engine = &next.engine}, [&] { left = true; }));
     std::this_thread::sleep_for(milliseconds(20));
     EXPECT_FALSE(left);

@@ -17,16 +17,16 @@ Submission Numbered(RequestId id) { return {.request = {.id = id, .prompt = {1}}
 
 TEST(Inbox, ReservationHoldsItsPlaceUntilTheSchedulerRunsIt) {
   Inbox inbox(2);
-  absl::StatusOr<Reservation> first = inbox.Reserve();
+  absl::StatusOr<Reservation> first = inbox.Reserve(0);
   ASSERT_TRUE(first.ok());
   {
-    absl::StatusOr<Reservation> second = inbox.Reserve();
+    absl::StatusOr<Reservation> second = inbox.Reserve(0);
     ASSERT_TRUE(second.ok());
     int waiting = 0;
-    EXPECT_EQ(inbox.Reserve(&waiting).status().code(), absl::StatusCode::kResourceExhausted);
+    EXPECT_EQ(inbox.Reserve(0, &waiting).status().code(), absl::StatusCode::kResourceExhausted);
     EXPECT_EQ(waiting, 2);
   }
-  EXPECT_TRUE(inbox.Reserve().ok()) << "the unused place came back";
+  EXPECT_TRUE(inbox.Reserve(0).ok()) << "the unused place came back";
 
   EXPECT_TRUE((*std::move(first)).Submit(Numbered(1)));
   EXPECT_EQ(inbox.waiting(), 1);
@@ -42,7 +42,7 @@ TEST(Inbox, ReservationHoldsItsPlaceUntilTheSchedulerRunsIt) {
 TEST(Inbox, KeepsTheOrderOfCommands) {
   Inbox inbox(8);
   for (RequestId id = 1; id <= 3; ++id) {
-    absl::StatusOr<Reservation> place = inbox.Reserve();
+    absl::StatusOr<Reservation> place = inbox.Reserve(0);
     ASSERT_TRUE(place.ok() && (*std::move(place)).Submit(Numbered(id)));
     inbox.Cancel(id);
   }
@@ -61,10 +61,10 @@ TEST(Inbox, KeepsTheOrderOfCommands) {
 
 TEST(Inbox, ClosedTakesNoNewcomersButStillCancels) {
   Inbox inbox(8);
-  absl::StatusOr<Reservation> place = inbox.Reserve();
+  absl::StatusOr<Reservation> place = inbox.Reserve(0);
   ASSERT_TRUE(place.ok());
   inbox.Close();
-  EXPECT_EQ(inbox.Reserve().status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(inbox.Reserve(0).status().code(), absl::StatusCode::kUnavailable);
   EXPECT_FALSE((*std::move(place)).Submit(Numbered(1)));
   inbox.Cancel(7);
   std::vector<Command> commands;
@@ -101,7 +101,7 @@ TEST(Inbox, BurstNeverLeaksPastTheBound) {
   for (int caller = 0; caller < kCallers; ++caller) {
     callers.emplace_back([&, caller] {
       for (int i = 0; i < 500; ++i) {
-        absl::StatusOr<Reservation> place = inbox.Reserve();
+        absl::StatusOr<Reservation> place = inbox.Reserve(0);
         if (!place.ok()) {
           ++refused;
           continue;
@@ -131,16 +131,20 @@ TEST(Inbox, BurstNeverLeaksPastTheBound) {
   EXPECT_EQ(taken, admitted);
 }
 
-TEST(Inbox, RefusesWhileSomebodyWaitsIfToldTo) {
+TEST(Inbox, RefusesWhileSomebodyWaitsWhomItIsToldTo) {
   Inbox inbox(4);
-  inbox.SetRefuses(true);
-  absl::StatusOr<Reservation> first = inbox.Reserve();
+  inbox.SetRefused(0);
+  absl::StatusOr<Reservation> first = inbox.Reserve(0);
   EXPECT_TRUE(first.ok()) << "nobody waits";
   int waiting = 0;
-  EXPECT_TRUE(absl::IsResourceExhausted(inbox.Reserve(&waiting).status()));
+  EXPECT_TRUE(absl::IsResourceExhausted(inbox.Reserve(0, &waiting).status()));
   EXPECT_EQ(waiting, 1);
-  inbox.SetRefuses(false);
-  EXPECT_TRUE(inbox.Reserve().ok());
+  EXPECT_TRUE(absl::IsResourceExhausted(inbox.Reserve(-1).status()));
+  EXPECT_TRUE(inbox.Reserve(1).ok());
+  inbox.SetRefused(std::nullopt);
+  EXPECT_TRUE(inbox.Reserve(0).ok());
+  EXPECT_EQ(inbox.TakeArrivals(), 5) << "whoever asked";
+  EXPECT_EQ(inbox.TakeArrivals(), 0);
 }
 
 }  // namespace

@@ -35,6 +35,21 @@ TEST_F(MemoryKeeperTest, SaysNothingWhileThereIsEnough) {
   EXPECT_EQ(keeper.budget(), 2000);
 }
 
+TEST_F(MemoryKeeperTest, TellsSharesOfWhatItMayHoldAndOfWhatOthersHold) {
+  MemoryKeeper keeper = Make(4000);
+  std::optional<MemoryKeeper::Shares> seen = keeper.Look();
+  ASSERT_TRUE(seen.has_value());
+  EXPECT_DOUBLE_EQ(seen->free, 0.75) << "3000 of 4000";
+  EXPECT_DOUBLE_EQ(seen->foreign, 11'000 / 32'000.0) << "neither available nor its own";
+  machine_.available = 1500;  // of which 1000 are left to others
+  seen = keeper.Look();
+  EXPECT_DOUBLE_EQ(seen->free, 500 / 1500.0) << "less than the budget";
+  resident_ = 9000;
+  EXPECT_EQ(keeper.Look()->free, 0);
+  machine_.total = 0;
+  EXPECT_EQ(keeper.Look(), std::nullopt);
+}
+
 TEST_F(MemoryKeeperTest, ABudgetIsWhatIsNoKvAndPages) {
   MemoryKeeper keeper = Make(1500);
   keeper.Look();

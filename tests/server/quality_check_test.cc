@@ -154,8 +154,8 @@ TEST_F(QualityCheckTest, ARungThatLosesFarMoreThanToldIsServedNoMoreUntilItDoesN
   EXPECT_EQ(check_.hardest(), 2) << "too few tokens to judge by";
   check(0.8f);
   EXPECT_EQ(check_.hardest(), 1) << "0.8 is more than 0.2 + 0.5";
-  EXPECT_NEAR(check_.told(2), (117 * 0.8 + 4096 * 0.2) / (117 + 4096), 1e-6);
-  EXPECT_DOUBLE_EQ(check_.told(1), 0.1) << "as calibrated";
+  EXPECT_NEAR(check_.losses()[2], (117 * 0.8 + 4096 * 0.2) / (117 + 4096), 1e-6);
+  EXPECT_DOUBLE_EQ(check_.losses()[1], 0.1) << "as calibrated";
   for (int i = 0; i < 10; ++i) check(0.3f);
   EXPECT_EQ(check_.hardest(), 2);
 }

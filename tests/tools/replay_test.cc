@@ -38,20 +38,60 @@ class ReplayTest : public testing::Test {
   const std::string ladder_ = testing::TempDir() + "replay_test.ladder",
                     log_ = testing::TempDir() + "replay_test.log";
   const std::string head_ =
-      R"({"policy":"ladder","network":"","version":2,"ttft_target_s":1,"tpot_target_s":0.1,)"
+      R"({"policy":"ladder","network":"","version":3,"ttft_target_s":1,"tpot_target_s":0.1,)"
       R"("kv_lower":0.9,"load_loss":0.2,"wait":[0.25,0.1],"step":[1,0.75],)"
       R"("raise_dwell_s":0.2,"lower_dwell_s":0.25})";
   const std::string line_ =
       R"({"time_s":7,"kv_used":0.5,"kv_promised":0.1,"queue_length":0.1,"oldest_wait_s":0.6,)"
-      R"("step_s":0.02,"memory_age_s":0.1,"running":3,"waiting":2,"rung":1,"reason":"queue"})";
+      R"("step_s":0.02,"memory_age_s":0.1,"free_memory":0.5,"foreign_memory":0.25,)"
+      R"("first_token_s":0.3,"arrivals_per_s":4,"running":3,"waiting":2,"rung":1,"hardest":1,)"
+      R"("reason":"queue","refuses_behind_s":0.25})";
+  const std::string choice_ = R"({"request":7,"allowed":3,"priority":0,"wanted":0,"rung":1})";
 };
 
 TEST_F(ReplayTest, DecidesAgain) {
   const Outcome outcome = Replay(head_, line_);
   EXPECT_EQ(outcome.code, 0) << outcome.err;
-  EXPECT_THAT(outcome.out, HasSubstr("1 decisions, 1 changes of the level, 0 not as logged"));
-  EXPECT_THAT(Replay(head_, With(line_, "oldest_wait_s", "0")).err,
-              HasSubstr("line 2: rung 0 by none, logged 1 by queue"));
+  EXPECT_THAT(
+      outcome.out,
+      HasSubstr("1 decisions, 1 changes of the level, 0 rungs of requests, 0 not as logged"));
+  EXPECT_THAT(
+      Replay(head_, With(line_, "oldest_wait_s", "0")).err,
+      HasSubstr(
+          "line 2: rung 0 of 1 by none, logged rung 1 of 1 by queue, refusing behind 0.25 s"));
+}
+
+TEST_F(ReplayTest, GoesByLossesAndCapsAndDecidesForRequests) {
+  // Where rung 1 loses more than load may cost, there is none to raise to.
+  const std::string lost =
+      With(With(With(line_, "rung", "0"), "hardest", "0"), "reason", "\"none\"");
+  EXPECT_EQ(Replay(head_, "{\"losses\":[0,0.3]}\n" + lost).code, 0);
+  const std::string capped =
+      With(With(With(line_, "rung", "0"), "hardest", "0"), "reason", "\"quality\"");
+  EXPECT_EQ(Replay(head_, "{\"cap\":0}\n" + capped).code, 0);
+  const Outcome outcome =
+      Replay(head_, choice_ + "\n" + line_ + "\n" + With(choice_, "wanted", "1"));
+  EXPECT_EQ(outcome.code, 0) << outcome.err;
+  EXPECT_THAT(outcome.out, HasSubstr("2 rungs of requests, 0 not as logged"));
+  EXPECT_EQ(Replay(head_, With(choice_, "priority", "-2147483648")).code, 0);
+  EXPECT_THAT(
+      Replay(head_, With(line_, "refuses_behind_s", "0.5")).err,
+      HasSubstr("refusing behind 0.25 s, logged rung 1 of 1 by queue, refusing behind 0.5"));
+  EXPECT_THAT(Replay(head_, With(choice_, "wanted", "1")).err,
+              HasSubstr("line 2: rung 0, logged 1"));
+  for (const char* field : {"allowed", "priority", "wanted", "rung"}) {
+    for (const char* value : {"1e300", "null", "[1]"}) {
+      EXPECT_THAT(Replay(head_, With(choice_, field, value)).err,
+                  HasSubstr(std::string("line 2: ") + field + ": expected "))
+          << value;
+    }
+  }
+  EXPECT_THAT(Replay(head_, R"({"losses":[0]})").err,
+              HasSubstr("line 2: losses: expected 2 numbers, got array"));
+  EXPECT_THAT(Replay(head_, R"({"losses":[0,-1]})").err,
+              HasSubstr("line 2: losses: expected a number from 0 to "));
+  EXPECT_THAT(Replay(head_, R"({"cap":65})").err,
+              HasSubstr("line 2: cap: expected a number from 0 to 64, got 65"));
 }
 
 TEST_F(ReplayTest, NamesTheLineAndTheFieldThatIsOutOfRange) {
@@ -67,8 +107,10 @@ TEST_F(ReplayTest, NamesTheLineAndTheFieldThatIsOutOfRange) {
     EXPECT_THAT(Replay(With(head_, field, "0"), line_).err,
                 HasSubstr(std::string(field) + ": expected a number from 1e-06 to "));
   }
-  for (const char* field : {"time_s", "kv_used", "kv_promised", "queue_length", "oldest_wait_s",
-                            "step_s", "memory_age_s", "running", "waiting", "rung"}) {
+  for (const char* field :
+       {"time_s", "kv_used", "kv_promised", "queue_length", "oldest_wait_s", "step_s",
+        "memory_age_s", "free_memory", "foreign_memory", "first_token_s", "arrivals_per_s",
+        "running", "waiting", "rung", "hardest"}) {
     for (const char* value : {"-1", "1e300", "18446744073709551615", "null", "[1]"}) {
       EXPECT_THAT(Replay(head_, With(line_, field, value)).err,
                   HasSubstr(std::string("line 2: ") + field + ": expected "))

@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <optional>
 #include <string>
@@ -377,9 +378,18 @@ class Told final : public Policy {
     return HardestIn(traits.allowed, rung);
   }
   std::string_view name() const override { return "told"; }
-  std::string_view reason() const override { return "told so"; }
+  std::string_view reason() const override { return why; }
+
+  double refuses_behind_s() const override { return behind_s; }
+  void Chose(uint64_t request, const RequestTraits& traits, int at) override {
+    chosen.push_back(
+        fmt::format("{} at {} of {:b}, priority {}", request, at, traits.allowed, traits.priority));
+  }
 
   int rung = 0;
+  std::string_view why = "told so";
+  double behind_s = 1e9;
+  std::vector<std::string> chosen;
   PressureReport seen;
 };
 
@@ -793,6 +803,127 @@ TEST_F(SchedulerTest, PressureIsInSharesOfTheLimits) {
   EXPECT_DOUBLE_EQ(report.oldest_wait_s, 3);
   EXPECT_EQ(report.running, 1);
   EXPECT_EQ(report.waiting, 1);
+}
+
+TEST_F(SchedulerTest, ToldIsWhatARequestIsChosenByAndWhatBecomesOfIt) {
+  Rung narrow = ladder_.rung(0);
+  narrow.decode.Keep(0, SiteKind::kChannels, 4);
+  ASSERT_TRUE(ladder_.Append(narrow));
+  Told told;
+  policy_ = &told;
+  Make(64);
+  Submit(1, {.prompt = 3, .priority = 5});
+  Request named = MakeRequest(2, {.prompt = 2});
+  named.bounds.rung = 1;
+  ASSERT_EQ(scheduler_->Submit(named), absl::OkStatus());
+  Step();
+  told.rung = 1;
+  Step();
+  EXPECT_THAT(told.chosen, ElementsAre("1 at 0 of 11, priority 5", "1 at 1 of 11, priority 5"));
+}
+
+TEST_F(SchedulerTest, TheReasonIsThatOfTheLastTimeItWasPruned) {
+  Rung narrow = ladder_.rung(0);
+  narrow.decode.Keep(0, SiteKind::kChannels, 4);
+  ASSERT_TRUE(ladder_.Append(narrow));
+  Told told;
+  policy_ = &told;
+  Make(64);
+  Submit(1, {.prompt = 3, .max_tokens = 9});
+  Step();
+  EXPECT_EQ(outputs_.at(0).reason, "told so");
+  told.rung = 1;
+  told.why = "pressed";
+  Step();
+  EXPECT_EQ(outputs_.at(0).reason, "pressed");
+  told.rung = 0;
+  told.why = "none";
+  Step();
+  EXPECT_EQ(outputs_.at(0).reason, "pressed");
+}
+
+TEST_F(SchedulerTest, ArrivalsAndFirstTokensAreToldAsMeans) {
+  Make(64);
+  const auto at = [](double seconds) {
+    return std::chrono::duration_cast<Instant>(std::chrono::duration<double>(seconds));
+  };
+  scheduler_->CountArrivals(6);
+  Request request = MakeRequest(1, {.prompt = 3, .max_tokens = 9});
+  request.arrival = at(1);
+  ASSERT_EQ(scheduler_->Submit(request), absl::OkStatus());
+  Step(at(1.5));
+  EXPECT_DOUBLE_EQ(scheduler_->Pressure(at(1.5)).arrivals_per_s, 3) << "within two seconds";
+  EXPECT_EQ(scheduler_->Pressure(at(1.5)).first_token_s, 0);
+  Step(at(3.5));
+  EXPECT_NEAR(scheduler_->Pressure(at(3.5)).arrivals_per_s, 3 / std::exp(1), 1e-9);
+  EXPECT_NEAR(scheduler_->Pressure(at(3.5)).first_token_s, 0.2 * 2.5, 1e-9);
+  RunToEnd(1);
+  Submit(2, {.prompt = 3});
+  EXPECT_EQ(scheduler_->Pressure(at(9)).first_token_s, 0) << "after a pause";
+}
+
+TEST_F(SchedulerTest, APreemptedSequenceWaitsSinceThen) {
+  Make(6, {.max_batch_tokens = 64, .max_sequences = 2, .reserve_output = 0});
+  Submit(1, {.prompt = 4, .max_tokens = 12});
+  Submit(2, {.prompt = 4, .max_tokens = 12});
+  const auto at = [](int second) { return Instant(std::chrono::seconds(second)); };
+  int second = 0;
+  for (; second < 20 && scheduler_->stats().preemptions == 0; ++second) Step(at(second));
+  --second;
+  ASSERT_EQ(scheduler_->stats().preemptions, 1U);
+  EXPECT_DOUBLE_EQ(scheduler_->Pressure(at(second + 2)).oldest_wait_s, 2);
+}
+
+TEST_F(SchedulerTest, RefusesThoseWhoWouldComeBehindALongWait) {
+  Told told;
+  policy_ = &told;
+  Make(64, {.max_batch_tokens = 64, .max_sequences = 1});
+  const auto at = [](int second) { return Instant(std::chrono::seconds(second)); };
+  const auto submit = [&](RequestId id, int priority, int second) {
+    Request request = MakeRequest(id, {.prompt = 4, .max_tokens = 30});
+    request.priority = priority;
+    request.arrival = at(second);
+    ASSERT_EQ(scheduler_->Submit(request), absl::OkStatus());
+  };
+  submit(1, 9, 0);
+  Step(at(0));
+  submit(2, 1, 2);
+  submit(3, -1, 1);
+  submit(4, 3, 4);
+  told.behind_s = 3;
+  Step(at(3));
+  EXPECT_EQ(scheduler_->stats().refused_priority, std::nullopt);
+  Step(at(4));
+  EXPECT_EQ(scheduler_->stats().refused_priority, -1);
+  Step(at(5));
+  EXPECT_EQ(scheduler_->stats().refused_priority, 1);
+  told.behind_s = 1e9;
+  Step(at(9));
+  EXPECT_EQ(scheduler_->stats().refused_priority, std::nullopt);
+}
+
+TEST_F(SchedulerTest, BoundsAreHeldAgainstWhatRungsAreTakenToLoseNow) {
+  Rung narrow = ladder_.rung(0);
+  narrow.decode.Keep(0, SiteKind::kChannels, 4);
+  narrow.price.quality_loss_nats = 0.1;
+  ASSERT_TRUE(ladder_.Append(narrow));
+  FixedPolicy hardest(1);
+  policy_ = &hardest;
+  Make(64);
+  const auto served = [&](RequestId id) {
+    Request request = MakeRequest(id, {.prompt = 3, .max_tokens = 1});
+    request.bounds.max_quality_loss = 0.15;
+    EXPECT_EQ(scheduler_->Submit(request), absl::OkStatus());
+    Step();
+    return std::pair(outputs_.at(0).rung, outputs_.at(0).rung_loss);
+  };
+  EXPECT_EQ(served(1), std::pair(1, 0.1));
+  scheduler_->SetLosses(std::vector<double>{9, 0.2});
+  EXPECT_EQ(served(2), std::pair(0, 0.0)) << "it loses more than the bound; rung 0 loses nothing";
+  scheduler_->SetLosses(std::vector<double>{0, 0.12});
+  EXPECT_EQ(served(3), std::pair(1, 0.12));
+  Submit(4, {.prompt = 3});
+  EXPECT_DEATH(scheduler_->SetLosses(std::vector<double>{0, 0.1}), "2 losses of 2 rungs");
 }
 
 TEST_F(SchedulerTest, CrashesWhenCalledOutOfTurn) {

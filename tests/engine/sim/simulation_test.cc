@@ -110,16 +110,18 @@ TEST(Simulation, WhoComesToAnIdleServerIsNotRefusedForThoseBefore) {
    public:
     int ChooseRung(const RequestTraits& /*traits*/) const override { return 0; }
     std::string_view name() const override { return "refuses"; }
-    bool refuses() const override { return true; }
+    double refuses_behind_s() const override { return 0; }
   };
   Traffic traffic;
-  // The last two come while another is in its first step: one of them may wait.
-  for (const int at_ms : {0, 100'000, 100'000, 200'000, 200'001, 200'002}) {
+  // One runs at a time. The last but one waits, for which the last is refused.
+  for (const int at_ms : {0, 100'000, 100'000, 200'000, 200'001, 200'100}) {
     traffic.calls.push_back(
-        {.arrival = std::chrono::milliseconds(at_ms), .prompt = 8, .output = 2});
+        {.arrival = std::chrono::milliseconds(at_ms), .prompt = 8, .output = 200});
   }
   Refuses policy;
-  const SimReport report = Simulate(traffic, Options(), Three(), kCosts, &policy);
+  SimOptions options = Options();
+  options.scheduler.max_sequences = 1;
+  const SimReport report = Simulate(traffic, options, Three(), kCosts, &policy);
   std::vector<bool> refused;
   for (const SimOutcome& call : report.calls) refused.push_back(call.refused);
   EXPECT_EQ(refused, (std::vector<bool>{false, false, false, false, false, true}));
