@@ -184,6 +184,26 @@ grpc::ServerUnaryReactor* ApiService::GetLoad(grpc::CallbackServerContext* conte
       });
 }
 
+grpc::ServerUnaryReactor* ApiService::GetDecisions(grpc::CallbackServerContext* context,
+                                                   const grpc::ByteBuffer* request,
+                                                   grpc::ByteBuffer* response) {
+  const Backstage* stage = backstage();
+  return Answer<v1::GetDecisionsRequest, v1::GetDecisionsResponse>(
+      stage, context, *request, response,
+      [&](const v1::GetDecisionsRequest& asked,
+          v1::GetDecisionsResponse* answer) -> std::optional<RpcError> {
+        if (asked.last() < 0) {
+          return BadFields(
+              {{"last", fmt::format("expected 0 or more lines, got {}", asked.last())}});
+        }
+        const std::shared_ptr<const ServedModel> model = stage->model();
+        if (model->decisions == nullptr) return DecidesNothing(model->policy);
+        const auto most = static_cast<size_t>(asked.last());
+        answer->set_log(model->decisions->Recent(most > 0 ? most : SIZE_MAX));
+        return std::nullopt;
+      });
+}
+
 grpc::ServerUnaryReactor* ApiService::SetMemoryBudget(grpc::CallbackServerContext* context,
                                                       const grpc::ByteBuffer* request,
                                                       grpc::ByteBuffer* response) {

@@ -19,9 +19,10 @@ using RawService = v1::EspalierService::WithRawCallbackMethod_Generate<
             v1::EspalierService::WithRawCallbackMethod_Detokenize<
                 v1::EspalierService::WithRawCallbackMethod_GetModel<
                     v1::EspalierService::WithRawCallbackMethod_GetLoad<
-                        v1::EspalierService::WithRawCallbackMethod_SetMemoryBudget<
-                            v1::EspalierService::WithRawCallbackMethod_ReloadModel<
-                                v1::EspalierService::Service>>>>>>>>;
+                        v1::EspalierService::WithRawCallbackMethod_GetDecisions<
+                            v1::EspalierService::WithRawCallbackMethod_SetMemoryBudget<
+                                v1::EspalierService::WithRawCallbackMethod_ReloadModel<
+                                    v1::EspalierService::Service>>>>>>>>>;
 
 class ApiService final : public RawService {
  public:
@@ -58,6 +59,9 @@ class ApiService final : public RawService {
   grpc::ServerUnaryReactor* GetLoad(grpc::CallbackServerContext* context,
                                     const grpc::ByteBuffer* request,
                                     grpc::ByteBuffer* response) override;
+  grpc::ServerUnaryReactor* GetDecisions(grpc::CallbackServerContext* context,
+                                         const grpc::ByteBuffer* request,
+                                         grpc::ByteBuffer* response) override;
   grpc::ServerUnaryReactor* SetMemoryBudget(grpc::CallbackServerContext* context,
                                             const grpc::ByteBuffer* request,
                                             grpc::ByteBuffer* response) override;

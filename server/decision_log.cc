@@ -17,8 +17,9 @@
 namespace espalier {
 namespace {
 
-// Minutes of steps, should the disk stall; room for a line more.
-constexpr size_t kMost = 16 << 20, kLine = 4096;
+// Bytes: minutes of steps, should the disk stall; of each half of the last lines; room for one
+// more.
+constexpr size_t kMost = 16 << 20, kRecent = 256 << 10, kLine = 4096;
 constexpr std::chrono::milliseconds kEvery{100};
 constexpr std::string_view kBegins = R"({"policy":)";
 
@@ -31,6 +32,16 @@ std::string BandText(const PressureBand& band) {
 absl::StatusOr<std::unique_ptr<DecisionLog>> DecisionLog::Create(const std::string& path,
                                                                  const LadderPolicyOptions& options,
                                                                  std::string_view learned) {
+  std::unique_ptr<DecisionLog> log(new DecisionLog(
+      std::string(kBegins) +
+      fmt::format(
+          R"("{}","network":"{}","version":3,"ttft_target_s":{},"tpot_target_s":{},"kv_lower":{},)"
+          R"("load_loss":{},"wait":{},"step":{},"raise_dwell_s":{},"lower_dwell_s":{}}})"
+          "\n",
+          learned.empty() ? "ladder" : "dqn", learned, options.ttft_target_s, options.tpot_target_s,
+          options.kv_lower, options.load_loss, BandText(options.wait), BandText(options.step),
+          options.raise_dwell_s, options.lower_dwell_s)));
+  if (path.empty()) return log;
   // A pipe or a terminal has nothing to lose, and to read from it could wait for ever.
   if (std::error_code none; std::filesystem::is_regular_file(path, none)) {
     std::string there(kBegins.size(), '\0');
@@ -41,30 +52,25 @@ absl::StatusOr<std::unique_ptr<DecisionLog>> DecisionLog::Create(const std::stri
           fmt::format("--decision-log: {}: is no decision log and would be written over", path));
     }
   }
-  std::ofstream file(path, std::ios::binary);
-  file
-      << kBegins
-      << fmt::format(
-             R"("{}","network":"{}","version":3,"ttft_target_s":{},"tpot_target_s":{},"kv_lower":{},"load_loss":{},)"
-             R"("wait":{},"step":{},"raise_dwell_s":{},"lower_dwell_s":{}}})"
-             "\n",
-             learned.empty() ? "ladder" : "dqn", learned, options.ttft_target_s,
-             options.tpot_target_s, options.kv_lower, options.load_loss, BandText(options.wait),
-             BandText(options.step), options.raise_dwell_s, options.lower_dwell_s);
-  file.flush();
-  if (!file) {
+  log->file_.open(path, std::ios::binary);
+  log->file_ << log->first_line_;
+  log->file_.flush();
+  if (!log->file_) {
     return absl::UnavailableError(fmt::format("--decision-log: {}: cannot be written", path));
   }
-  return std::unique_ptr<DecisionLog>(new DecisionLog(std::move(file)));
+  log->waiting_.reserve(kMost + kLine);
+  log->thread_ = std::thread([log = log.get()] { log->Run(); });
+  pthread_setname_np(log->thread_.native_handle(), "decisions");
+  return log;
 }
 
-DecisionLog::DecisionLog(std::ofstream file) : file_(std::move(file)) {
-  waiting_.reserve(kMost + kLine);
-  thread_ = std::thread([this] { Run(); });
-  pthread_setname_np(thread_.native_handle(), "decisions");
+DecisionLog::DecisionLog(std::string first_line) : first_line_(std::move(first_line)) {
+  older_.reserve(kRecent + kLine);
+  newer_.reserve(kRecent + kLine);
 }
 
 DecisionLog::~DecisionLog() {
+  if (!thread_.joinable()) return;
   {
     std::lock_guard lock(mutex_);
     ended_ = true;
@@ -73,14 +79,30 @@ DecisionLog::~DecisionLog() {
   thread_.join();
 }
 
+std::string DecisionLog::Recent(size_t most) const {
+  std::lock_guard lock(mutex_);
+  std::string lines = older_ + newer_;
+  size_t begin = lines.size();
+  for (; begin > 0 && most > 0; --most) {
+    begin = lines.rfind('\n', begin - 2) + 1;  // 0 where there is none before
+  }
+  return first_line_ + lines.substr(begin);
+}
+
 template <typename Write>
 void DecisionLog::Add(const Write& write) {
   std::lock_guard lock(mutex_);
-  if (waiting_.size() >= kMost) {
+  const size_t begin = newer_.size();
+  write(std::back_inserter(newer_));
+  if (!thread_.joinable()) {
+  } else if (waiting_.size() >= kMost) {
     ++dropped_;
   } else {
-    write(std::back_inserter(waiting_));
+    waiting_.append(newer_, begin);
   }
+  if (newer_.size() < kRecent) return;
+  older_.swap(newer_);
+  newer_.clear();
 }
 
 // Numbers as they are, here and below, so that they are read back to the same bits.

@@ -1,5 +1,5 @@
-// What a policy saw and chose, as lines of JSON in a file: `espalier replay` gives the same
-// choices.
+// What a policy saw and chose, as lines of JSON: the last of them for who asks, and all in a file,
+// of which `espalier replay` gives the same choices.
 //
 // The first line names the policy and tells its options. Of those after it
 //   {"time_s":...}   is a report, the level that it made, behind what waits newcomers are refused,
@@ -26,12 +26,13 @@
 
 namespace espalier {
 
-// Adds are bounded and never wait for the disk: what does not fit is left out, and the gap is told
-// by a line of its own. They come from one thread, the engine's.
+// Adds are bounded, allocate nothing and never wait for the disk: what does not fit is left out of
+// the file, and the gap is told by a line of its own. They come from one thread, the engine's.
 class DecisionLog {
  public:
-  // Begins the file anew, with a line for the policy: the rule's options and, of a learned policy
-  // that it shields, PolicyFile::version. Unavailable if it cannot be written.
+  // With a line for the policy first: the rule's options and, of a learned policy that it shields,
+  // PolicyFile::version. `path`: the file, which is begun anew; empty: none. Unavailable if it
+  // cannot be written.
   static absl::StatusOr<std::unique_ptr<DecisionLog>> Create(const std::string& path,
                                                              const LadderPolicyOptions& options,
                                                              std::string_view learned = "");
@@ -44,18 +45,27 @@ class DecisionLog {
   void AddChoice(uint64_t request, const RequestTraits& traits, int wanted, int rung);
   void AddCap(int hardest);
 
+  // The policy's line, and the last lines: `most` of them, or as many as are kept, thousands. Any
+  // thread.
+  std::string Recent(size_t most) const;
+
  private:
-  explicit DecisionLog(std::ofstream file);
+  explicit DecisionLog(std::string first_line);
   template <typename Write>
   void Add(const Write& write);
   void AddLosses(const Ladder& ladder);
   void Run();
 
-  std::ofstream file_;
+  const std::string first_line_;
   std::array<double, kMostRungs> losses_ = {};  // as last told
   int losses_told_ = 0;
   std::array<float, kMostRungs> scores_ = {};  // as last told
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
+  // The last lines, those in `older_` first, which are forgotten once `newer_` is full.
+  std::string older_, newer_;
+
+  // Of the file, if there is one.
+  std::ofstream file_;
   std::condition_variable ending_;
   std::string waiting_;
   int64_t dropped_ = 0;

@@ -99,7 +99,7 @@ absl::Status LoadedModel::MakePolicy(const Order& order) {
     capped_ = std::make_unique<CappedPolicy>(policy_);
     policy_ = capped_.get();
   }
-  if (!order.decision_log.empty()) {
+  if (options_.policy != Kind::kFixed) {
     absl::StatusOr<std::unique_ptr<DecisionLog>> log =
         DecisionLog::Create(order.decision_log, rule_, version);
     if (!log.ok()) return log.status();
@@ -233,6 +233,7 @@ ServedModel LoadedModel::Describe() const {
   model.kv_type = KvTypeName(executor_->kv_type());
   model.device = backend_->Describe();
   model.ladder = executor_->ladder();
+  model.decisions = decisions_;
   model.policy = options_.policy == ServerOptions::PolicyKind::kFixed
                      ? fmt::format("{}:{}", policy_->name(), options_.fixed_rung)
                      : std::string(policy_->name());

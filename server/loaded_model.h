@@ -76,7 +76,7 @@ class LoadedModel {
   const ServerOptions& options_;
   // In the order in which they are made; whoever uses another comes after it.
   const LadderPolicyOptions rule_;
-  std::unique_ptr<DecisionLog> decisions_;
+  std::shared_ptr<DecisionLog> decisions_;  // null: a fixed policy decides nothing
   std::unique_ptr<QNetwork> network_;
   std::unique_ptr<Policy> learned_, chosen_, logged_;
   std::unique_ptr<CappedPolicy> capped_;

@@ -145,6 +145,13 @@ RpcError NotAdmin() {
       .Build("permission_denied");
 }
 
+RpcError DecidesNothing(std::string_view policy) {
+  return StatusBuilder(grpc::StatusCode::FAILED_PRECONDITION,
+                       fmt::format("policy {}: it decides nothing", policy))
+      .Reason("FIXED_POLICY")
+      .Build("failed_precondition");
+}
+
 RpcError NotReloaded(std::string_view field, const absl::Status& cause) {
   constexpr size_t kLongest = 1500;  // it travels three times, within 8 KiB
   const std::string_view whole(cause.message().data(), cause.message().size());

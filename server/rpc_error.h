@@ -41,6 +41,8 @@ RpcError QueueFull(const LoadSnapshot& load);
 RpcError NoMemory(std::string_view cause);
 // PERMISSION_DENIED with ErrorInfo (NOT_ADMIN).
 RpcError NotAdmin();
+// FAILED_PRECONDITION with ErrorInfo (FIXED_POLICY).
+RpcError DecidesNothing(std::string_view policy);
 // Why a model was not reloaded: the cause's code, with BadRequest if it names a field of the
 // request.
 RpcError NotReloaded(std::string_view field, const absl::Status& cause);

@@ -11,6 +11,7 @@
 #include "engine/model/text/tokenizer.h"
 #include "engine/model_config.h"
 #include "policy/ladder.h"
+#include "server/decision_log.h"
 
 namespace espalier {
 
@@ -25,7 +26,8 @@ struct ServedModel {
   std::string kv_type;
   std::string device;
   Ladder ladder = Ladder::DenseOnly({});
-  std::string policy = "fixed";  // who chooses rungs
+  std::string policy = "fixed";                  // who chooses rungs
+  std::shared_ptr<const DecisionLog> decisions;  // null: they are always the same
 };
 
 // The generations of it that calls may be of: the one that is served, and the one before while

@@ -172,6 +172,7 @@ int RunCommand(int argc, const char* const* argv) {
   AddLoad(root, &action);
   AddHealth(root, &action);
   AddBudget(root, &action);
+  AddDecisions(root, &action);
   AddReload(root, &action);
   AddBench(root, &action);
   AddCalibrate(root, &action);

@@ -23,6 +23,7 @@ void AddTokenize(CLI::App& root, Action* action);
 void AddLoad(CLI::App& root, Action* action);
 void AddHealth(CLI::App& root, Action* action);
 void AddBudget(CLI::App& root, Action* action);
+void AddDecisions(CLI::App& root, Action* action);
 void AddReload(CLI::App& root, Action* action);
 void AddBench(CLI::App& root, Action* action);
 void AddCalibrate(CLI::App& root, Action* action);

@@ -306,8 +306,15 @@ class Pruning(unittest.TestCase):
                     break
             self.assertEqual([(use.rung, use.tokens) for use in last.rungs], [(0, 8)])
             self.assertEqual(self.metric(server, "espalier_policy_rung"), 0)
+            told = server.stub.GetDecisions(pb.GetDecisionsRequest(last=50)).log.splitlines()
+            self.assertEqual(len(told), 51)
+            with self.assertRaises(grpc.RpcError) as refused:
+                server.stub.GetDecisions(pb.GetDecisionsRequest(last=-1))
+            violations = detail(refused.exception, error_details_pb2.BadRequest).field_violations
+            self.assertEqual(violations[0].field, "last")
             self.assertEqual(server.terminate(), 0)
             self.assertIn(" policy ", server.log())
+        self.assertEqual(told, [decisions.read_text().splitlines()[i] for i in (0, *range(-50, 0))])
         replay = [pathlib.Path(BINARY).with_name("espalier"), "replay", decisions, "--ladder",
                   ladder]
         again = subprocess.run(replay, capture_output=True, text=True)
@@ -393,6 +400,9 @@ class Pruning(unittest.TestCase):
         with Server(BINARY, MODEL, "--ladder", ladder, "--policy", "fixed:1", "--metrics-port", "0",
                     "--quality-check", "1", "--quality-bound", "0") as server:
             self.assertEqual(self.metric(server, "espalier_hardest_rung"), 1)
+            with self.assertRaises(grpc.RpcError) as refused:
+                server.stub.GetDecisions(pb.GetDecisionsRequest())
+            self.assertEqual(refused.exception.code(), grpc.StatusCode.FAILED_PRECONDITION)
             # What the full model writes, it finds likelier than the pruned one does.
             request = text_request("x", 250)
             request.prune.never = True

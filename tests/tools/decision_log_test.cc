@@ -4,6 +4,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <fstream>
 #include <iterator>
 #include <memory>
@@ -17,7 +19,9 @@
 namespace espalier {
 namespace {
 
+using testing::EndsWith;
 using testing::HasSubstr;
+using testing::StartsWith;
 
 constexpr char kLadder[] =
     "espalier-ladder 1\nmodel layers=1 heads=2 channels=64\nrung 0 loss=0\n"
@@ -68,6 +72,24 @@ TEST(DecisionLog, IsReplayedAlikeWithItsLossesCapsAndChoices) {
     std::ofstream(path) << without.erase(at, std::string(line).size());
     EXPECT_EQ(RunWith({"replay", path, "--ladder", ladder_path}).code, 1) << line;
   }
+}
+
+TEST(DecisionLog, KeepsTheLastLinesWithoutAFile) {
+  absl::StatusOr<std::unique_ptr<DecisionLog>> log = DecisionLog::Create("", {}, "a network");
+  ASSERT_TRUE(log.ok()) << log.status();
+  const std::string first = (*log)->Recent(9);
+  EXPECT_THAT(first, StartsWith(R"({"policy":"dqn","network":"a network","version":3,)"));
+  EXPECT_EQ(std::ranges::count(first, '\n'), 1);
+  const int64_t before = 100'000;
+  for (int i = 0; i < before; ++i) (*log)->AddCap(i % 10);
+  EXPECT_EQ((*log)->Recent(0), first);
+  EXPECT_EQ((*log)->Recent(2), first + "{\"cap\":8}\n{\"cap\":9}\n");
+  const std::string all = (*log)->Recent(SIZE_MAX);
+  EXPECT_THAT(all, StartsWith(first + "{\"cap\":"));
+  EXPECT_THAT(all, EndsWith("}\n{\"cap\":9}\n"));
+  const auto kept = std::ranges::count(all, '\n');
+  EXPECT_GT(kept, 20'000);
+  EXPECT_LT(kept, 60'000) << "and no more than fits";
 }
 
 }  // namespace
