@@ -64,7 +64,8 @@ void AddTrain(CLI::App& root, Action* action) {
       ->capture_default_str();
   sub->add_option("--out", options->out,
                   "What to write: removal orders of rap, beside which what was measured lies as "
-                  "PATH.losses and PATH.other-losses, from which the same command goes on; the "
+                  "PATH.losses, PATH.sure-losses and PATH.other-losses, from which the same "
+                  "command goes on; the "
                   "network of serve")
       ->type_name("PATH")
       ->required();
@@ -86,6 +87,10 @@ void AddTrain(CLI::App& root, Action* action) {
       ->type_name("PATH")
       ->group("--task rap");
   rap("--tokens", blocks.tokens, "TOKENS", 256, 10'000'000, "To measure losses on while searching");
+  rap("--confirm-tokens", blocks.confirm_tokens, "TOKENS", 0, 10'000'000,
+      "To decide on among the best, until 0.8 of the memory is left: a few say too little of "
+      "losses; "
+      "0: by --tokens, too");
   rap("--held-out-tokens", blocks.held_out_tokens, "TOKENS", 256, 10'000'000,
       "Others, to measure what was found on");
   rap("--tasks", blocks.tasks, "COUNT", 2, 10'000, "Batch, length and budget to compare on");

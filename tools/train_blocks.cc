@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <numeric>
+#include <optional>
 #include <random>
 #include <set>
 #include <utility>
@@ -29,30 +30,49 @@ namespace {
 constexpr int kWindow = 128;
 constexpr int kStepRows = 512;
 constexpr double kLeastShare = 0.5;
+constexpr double kConfirmShare = 0.8;  // of the memory, until which removals are confirmed
 
 using Windows = std::vector<std::vector<int32_t>>;
 using Orders = std::map<int64_t, std::vector<int>>;  // by resident tokens
 
-// Windows to search on and others to judge by, kinds in turns.
-absl::Status ReadTexts(const TrainBlocksOptions& options, const Tokenizer& tokenizer,
-                       Windows* search, Windows* held_out) {
-  const auto kinds = static_cast<int64_t>(options.texts.size());
-  const int64_t each = std::max<int64_t>(1, options.tokens / kWindow / kinds);
-  const int64_t held = std::max<int64_t>(1, options.held_out_tokens / kWindow / kinds);
+// Windows to search on, others to judge by, and others to confirm by; kinds in turns.
+struct Texts {
+  Windows search, held_out, confirm;
+};
+
+absl::StatusOr<Texts> ReadTexts(const TrainBlocksOptions& options, const Tokenizer& tokenizer) {
+  Texts texts;
+  struct Part {
+    Windows* windows;
+    int64_t each;  // of a kind
+  };
+  const auto part = [&](Windows* windows, int64_t tokens) {
+    const int64_t each = tokens / kWindow / static_cast<int64_t>(options.texts.size());
+    return Part{windows, tokens == 0 ? 0 : std::max<int64_t>(1, each)};
+  };
+  const Part parts[] = {part(&texts.search, options.tokens),
+                        part(&texts.held_out, options.held_out_tokens),
+                        part(&texts.confirm, options.confirm_tokens)};
+  int64_t needed = 0;
+  for (const Part& one : parts) needed += one.each;
   absl::StatusOr<std::vector<TextKind>> read =
-      ReadKinds(options.texts, tokenizer, kWindow, static_cast<int>(each + held));
+      ReadKinds(options.texts, tokenizer, kWindow, static_cast<int>(needed));
   if (!read.ok()) return read.status();
-  for (int64_t i = 0; i < each + held; ++i) {
-    for (TextKind& kind : *read) {
-      if (static_cast<int64_t>(kind.windows.size()) < each + held) {
-        return absl::InvalidArgumentError(
-            fmt::format("{}: {} windows of {} tokens, {} are needed: --tokens, --held-out-tokens",
-                        kind.name, kind.windows.size(), kWindow, each + held));
+  int64_t next = 0;
+  for (const Part& one : parts) {
+    for (const int64_t end = next + one.each; next < end; ++next) {
+      for (TextKind& kind : *read) {
+        if (static_cast<int64_t>(kind.windows.size()) < needed) {
+          return absl::InvalidArgumentError(
+              fmt::format("{}: {} windows of {} tokens, {} are needed: --tokens, "
+                          "--confirm-tokens, --held-out-tokens",
+                          kind.name, kind.windows.size(), kWindow, needed));
+        }
+        one.windows->push_back(std::move(kind.windows[next]));
       }
-      (i < each ? search : held_out)->push_back(std::move(kind.windows[i]));
     }
   }
-  return absl::OkStatus();
+  return texts;
 }
 
 // The error that ended a search.
@@ -131,11 +151,13 @@ struct Judged {
 
 class Search {
  public:
+  // `sure`: null where nothing is confirmed.
   Search(const TrainBlocksOptions& options, const BlockMemory& memory, BlockLossTable* seen,
-         BlockLossTable* held_out)
+         BlockLossTable* sure, BlockLossTable* held_out)
       : options_(options),
         memory_(memory),
         seen_(seen),
+        sure_(sure),
         held_out_(held_out),
         tasks_(HeldOutTasks(options)),
         random_(options.seed) {
@@ -162,18 +184,27 @@ class Search {
     Progress bar("greedy importance");
     int64_t done = 0;
     for (const int64_t tokens : classes) {
-      const BlockTask tightest{
-          .batch = 1, .length = static_cast<int>(tokens), .share = kLeastShare};
+      BlockTask task{.batch = 1, .length = static_cast<int>(tokens), .share = kConfirmShare};
+      GsiOptions gsi{.seed = options_.seed, .confirm_above = task.Budget(memory_)};
+      task.share = kLeastShare;
       // Measured sets are what takes the time; how many there will be is not known.
       const BlockLoss loss = [&](const BlockSet& removed) {
         bar.Update(done, static_cast<int64_t>(classes.size()));
         return seen_->Loss(removed);
       };
-      const auto path = GreedyPath(memory_, removable_, tokens, tightest.Budget(memory_),
-                                   {.seed = options_.seed}, loss);
+      if (sure_ != nullptr) {
+        gsi.confirm = [&](const BlockSet& removed) {
+          bar.Update(done, static_cast<int64_t>(classes.size()));
+          return sure_->Loss(removed);
+        };
+      }
+      const auto path = GreedyPath(memory_, removable_, tokens, task.Budget(memory_), gsi, loss);
       const auto one_shot = OneShotOrder(memory_, removable_, tokens, loss);
-      if (!path || !one_shot) return Stopped(*seen_);
+      if (!path || !one_shot) {
+        return Stopped(sure_ != nullptr && !sure_->status().ok() ? *sure_ : *seen_);
+      }
       for (const BlockStep& step : *path) gsi_[tokens].push_back(step.block);
+      paths_[tokens] = *path;
       one_shot_[tokens] = *one_shot;
       bar.Update(++done, static_cast<int64_t>(classes.size()));
     }
@@ -205,15 +236,20 @@ class Search {
   }
 
   absl::Status Judge();
+  // Of the order for the fewest tokens, the removals that were confirmed: what each text says that
+  // they lose.
+  absl::StatusOr<std::string> FirstRemovals();
 
   const TrainBlocksOptions& options_;
   const BlockMemory memory_;
   BlockLossTable* const seen_;
+  BlockLossTable* const sure_;
   BlockLossTable* const held_out_;
   const std::vector<BlockTask> tasks_;
   std::mt19937_64 random_;
   BlockSet removable_;
   Orders gsi_, one_shot_;
+  std::map<int64_t, BlockPath> paths_;  // gsi_'s
   std::vector<double> influence_;
   std::optional<QNetwork> agent_;
   std::vector<Judged> judged_;
@@ -261,6 +297,29 @@ absl::Status Search::Judge() {
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::string> Search::FirstRemovals() {
+  if (sure_ == nullptr) return "";
+  const auto& [tokens, path] = *paths_.begin();
+  const std::optional<double> seen = seen_->Loss({}), sure = sure_->Loss({}),
+                              other = held_out_->Loss({});
+  if (!seen || !sure || !other) return Stopped(!seen ? *seen_ : !sure ? *sure_ : *held_out_);
+  std::string table = fmt::format(
+      "the first removals for {} resident tokens, nats/token: on {} tokens searched on, on {} to "
+      "confirm by, on {} others\n",
+      tokens, seen_->tokens(), sure_->tokens(), held_out_->tokens());
+  BlockSet removed;
+  for (const BlockStep& step : path) {
+    if (!step.confirmed) break;
+    removed.set(step.block);
+    const std::optional<double> loss = held_out_->Loss(removed);
+    if (!loss) return Stopped(*held_out_);
+    table += fmt::format("{:>12} {:2}{:10.3f}{:10.3f}{:10.3f}\n",
+                         step.block % 2 == 0 ? "attention" : "MLP", step.block / 2,
+                         step.loss - *seen, *step.confirmed - *sure, *loss - *other);
+  }
+  return table;
+}
+
 absl::Status Search::Write(const std::string& command) {
   std::string table = fmt::format(
       "nats/token above the whole model, means of {} held-out (batch, length, budget), on {} other "
@@ -281,8 +340,12 @@ absl::Status Search::Write(const std::string& command) {
   table += fmt::format("the agent less GSI, task by task: {:+.3f} +- {:.3f}: the {}'s orders\n",
                        agent_over_gsi_.mean, agent_over_gsi_.error,
                        agent_ships_ ? "agent" : "greedy search");
-  table += fmt::format("{} sets of blocks measured on {} tokens, {} on the others\n",
-                       seen_->known(), seen_->tokens(), held_out_->known());
+  const absl::StatusOr<std::string> first = FirstRemovals();
+  if (!first.ok()) return first.status();
+  table += *first;
+  table += fmt::format("{} sets of blocks measured on {} tokens, {} on {}, {} on the others\n",
+                       seen_->known(), seen_->tokens(), sure_ != nullptr ? sure_->known() : 0,
+                       sure_ != nullptr ? sure_->tokens() : 0, held_out_->known());
   BlockOrders orders{.layers = memory_.layers};
   for (const auto& [tokens, order] : gsi_) {
     std::vector<int> better = order;
@@ -321,26 +384,33 @@ absl::Status TrainBlocks(const TrainBlocksOptions& options) {
   }
   auto tokenizer = Tokenizer::Create(model->file->vocabulary());
   if (!tokenizer.ok()) return tokenizer.status();
-  Windows windows, others;
-  absl::Status status = ReadTexts(options, **tokenizer, &windows, &others);
-  if (!status.ok()) return status;
-  BlockLossTable seen(model->executor.get(), std::move(windows), kStepRows,
+  absl::StatusOr<Texts> texts = ReadTexts(options, **tokenizer);
+  if (!texts.ok()) return texts.status();
+  BlockLossTable seen(model->executor.get(), std::move(texts->search), kStepRows,
                       options.out + ".losses");
-  status = seen.Open();
+  absl::Status status = seen.Open();
   if (!status.ok()) return status;
-  BlockLossTable held_out(model->executor.get(), std::move(others), kStepRows,
+  BlockLossTable held_out(model->executor.get(), std::move(texts->held_out), kStepRows,
                           options.out + ".other-losses");
   status = held_out.Open();
   if (!status.ok()) return status;
-  Search search(options, model->executor->block_memory(), &seen, &held_out);
+  std::optional<BlockLossTable> sure;
+  if (!texts->confirm.empty()) {
+    sure.emplace(model->executor.get(), std::move(texts->confirm), kStepRows,
+                 options.out + ".sure-losses");
+    status = sure->Open();
+    if (!status.ok()) return status;
+  }
+  Search search(options, model->executor->block_memory(), &seen, sure ? &*sure : nullptr,
+                &held_out);
   status = search.Run();
   if (!status.ok()) return status;
   return search.Write(fmt::format(
-      "espalier train --task rap --text {} --tokens {} --held-out-tokens {} --episodes {} --tasks "
-      "{} --seed {}\n{}, on {}, weights {}, kv {}",
-      fmt::join(options.texts, " "), options.tokens, options.held_out_tokens, options.episodes,
-      options.tasks, options.seed, config.name, MachineName(), model->executor->weight_types(),
-      KvTypeName(model->kv)));
+      "espalier train --task rap --text {} --tokens {} --confirm-tokens {} --held-out-tokens {} "
+      "--episodes {} --tasks {} --seed {}\n{}, on {}, weights {}, kv {}",
+      fmt::join(options.texts, " "), options.tokens, options.confirm_tokens,
+      options.held_out_tokens, options.episodes, options.tasks, options.seed, config.name,
+      MachineName(), model->executor->weight_types(), KvTypeName(model->kv)));
 }
 
 }  // namespace espalier

@@ -17,6 +17,31 @@ std::vector<int> Descending(const BlockMemory& memory, const BlockSet& of) {
   return blocks;
 }
 
+BlockSet With(BlockSet removed, int block) { return removed.set(block); }
+
+// A block that could be removed in a round.
+struct Tried {
+  double score = 0;  // loss per byte
+  int block = 0;
+  double loss = 0;
+  std::optional<double> confirmed;
+};
+
+// Leaves the best of a round, with the scores that they have on more text, of which the model as
+// it is loses `now`. False: stopped.
+bool Confirm(const BlockMemory& memory, const BlockSet& removed, int64_t tokens, double now,
+             const GsiOptions& options, std::vector<Tried>* round) {
+  std::ranges::sort(*round, {}, [](const Tried& one) { return std::pair(one.score, one.block); });
+  round->resize(std::min<size_t>(round->size(), options.confirmed));
+  std::ranges::sort(*round, std::ranges::greater(), &Tried::block);  // as Descending
+  for (Tried& one : *round) {
+    one.confirmed = options.confirm(With(removed, one.block));
+    if (!one.confirmed) return false;
+    one.score = (*one.confirmed - now) / static_cast<double>(memory.Freed(one.block, tokens));
+  }
+  return true;
+}
+
 }  // namespace
 
 std::optional<BlockPath> GreedyPath(const BlockMemory& memory, const BlockSet& removable,
@@ -25,7 +50,7 @@ std::optional<BlockPath> GreedyPath(const BlockMemory& memory, const BlockSet& r
   BlockPath path;
   BlockSet removed;
   std::mt19937_64 random(options.seed);
-  std::optional<double> now = loss(removed);
+  std::optional<double> now = loss(removed), sure;  // on the text of `confirm`
   if (!now) return std::nullopt;
   // By loss per byte, of the last round that tried them.
   std::vector<std::pair<double, int>> ranked;
@@ -49,27 +74,26 @@ std::optional<BlockPath> GreedyPath(const BlockMemory& memory, const BlockSet& r
         others.pop_back();
       }
     }
-    double best_loss = 0;
-    std::pair<double, int> best;
-    bool found = false;
+    std::vector<Tried> round;
     for (const int block : Descending(memory, tried)) {
-      BlockSet next = removed;
-      next.set(block);
-      const std::optional<double> after = loss(next);
+      const std::optional<double> after = loss(With(removed, block));
       if (!after) return std::nullopt;
-      const std::pair<double, int> score{
-          (*after - *now) / static_cast<double>(memory.Freed(block, tokens)), block};
+      const double freed = static_cast<double>(memory.Freed(block, tokens));
+      round.push_back({.score = (*after - *now) / freed, .block = block, .loss = *after});
+      const std::pair<double, int> score(round.back().score, block);
       std::erase_if(ranked, [&](const auto& entry) { return entry.second == block; });
       ranked.insert(std::ranges::lower_bound(ranked, score), score);
-      if (!found || score < best) {
-        found = true;
-        best = score;
-        best_loss = *after;
-      }
     }
-    removed.set(best.second);
-    now = best_loss;
-    path.push_back({.block = best.second, .loss = best_loss});
+    if (options.confirm && memory.Bytes(removed, tokens) > options.confirm_above) {
+      if (!sure) sure = options.confirm(removed);
+      if (!sure || !Confirm(memory, removed, tokens, *sure, options, &round)) return std::nullopt;
+    }
+    const Tried& best = *std::ranges::min_element(
+        round, {}, [](const Tried& one) { return std::pair(one.score, one.block); });
+    removed.set(best.block);
+    now = best.loss;
+    if (best.confirmed) sure = best.confirmed;
+    path.push_back({.block = best.block, .loss = best.loss, .confirmed = best.confirmed});
   }
   return path;
 }

@@ -19,7 +19,8 @@ using BlockLoss = std::function<std::optional<double>(const BlockSet& removed)>;
 // One removal.
 struct BlockStep {
   int block = 0;
-  double loss = 0;  // BlockLoss of all removed so far, this one among them
+  double loss = 0;                  // BlockLoss of all removed so far, this one among them
+  std::optional<double> confirmed;  // the same on more text
 };
 using BlockPath = std::vector<BlockStep>;
 
@@ -29,13 +30,18 @@ struct GsiOptions {
   int shortlist = 6;
   int drawn = 2;
   uint64_t seed = 1;
+  // The best of a round are measured on more text, too, and by that the round is decided, for as
+  // long as the model takes more than so many bytes: first removals are those that serve. Of ours.
+  BlockLoss confirm;  // empty: none are
+  int confirmed = 3;
+  int64_t confirm_above = 0;
 };
 
 // Removes, one after the other, the block of the least loss per byte freed,
 //   argmin over b of (loss(R + b) - loss(R)) / freed(b; tokens),
-// measured anew on the model as pruned so far, until it takes no more than `budget` bytes or no
-// block is left. Budgets that are larger are met by a prefix of the path. `removable` says which
-// blocks may leave. None: stopped.
+// measured anew on the model as pruned so far (of the best by `confirm`), until it takes no more
+// than `budget` bytes or no block is left. Budgets that are larger are met by a prefix of the path.
+// `removable` says which blocks may leave. None: stopped.
 std::optional<BlockPath> GreedyPath(const BlockMemory& memory, const BlockSet& removable,
                                     int64_t tokens, int64_t budget, const GsiOptions& options,
                                     const BlockLoss& loss);

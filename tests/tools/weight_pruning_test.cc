@@ -325,7 +325,7 @@ TEST_F(WeightPruningTest, FailsWithoutTouchingAFolder) {
   EXPECT_EQ(fail(), 1);
   std::ifstream config(out + "/config.json");
   EXPECT_EQ(std::string(std::istreambuf_iterator<char>(config), {}), "mine");
-  for (const std::string json : {out + "/config.json", kFolder + "/report.json"}) {
+  for (const std::string& json : {out + "/config.json", kFolder + "/report.json"}) {
     const Outcome outcome = Prune(kFolder, out, {"--json", json});
     EXPECT_EQ(outcome.code, 1);
     EXPECT_THAT(outcome.err, HasSubstr("--json: lies in --"));

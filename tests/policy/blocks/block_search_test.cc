@@ -64,6 +64,32 @@ TEST(GreedyPath, WeighsLossByBytes) {
   EXPECT_EQ(BlocksOf(*path), std::vector<int>{1});  // 0.5 a byte, against 2
 }
 
+TEST(GreedyPath, TheBestOfARoundAreConfirmedOnMoreText) {
+  BlockMemory memory = Small(3);
+  memory.attention_bytes = 10;  // all blocks alike
+  const int64_t whole = memory.Bytes({}, kTokens);
+  std::vector<BlockSet> asked;
+  // There the second costs least, and the last nothing, which is not among the best.
+  const BlockLoss more = [&](const BlockSet& removed) {
+    asked.push_back(removed);
+    return std::optional(7 + 2.0 * removed[0] + 1.0 * removed[1] + 9.0 * removed[2] +
+                         0.0 * removed[5] + 3.0 * removed[3]);
+  };
+  const auto path = GreedyPath(
+      memory, All(memory), kTokens, whole - 20,
+      {.shortlist = 100, .confirm = more, .confirmed = 2, .confirm_above = whole - 1}, Neighbours);
+  ASSERT_TRUE(path.has_value());
+  EXPECT_EQ(BlocksOf(*path), (std::vector<int>{1, 3})) << "then by the first text alone";
+  EXPECT_EQ(path->front().loss, 3 + 2);
+  EXPECT_EQ(path->front().confirmed, 8);
+  EXPECT_EQ(path->back().confirmed, std::nullopt);
+  EXPECT_EQ(asked, (std::vector<BlockSet>{{}, BlockSet().set(1), BlockSet().set(0)}));
+  const auto stopped =
+      GreedyPath(memory, All(memory), kTokens, whole - 20,
+                 {.confirm = [](const BlockSet&) { return std::optional<double>(); }}, Neighbours);
+  EXPECT_FALSE(stopped.has_value());
+}
+
 TEST(GreedyPath, LargerBudgetsAreMetByPrefixes) {
   const BlockMemory memory = Small(8);
   const int64_t whole = memory.Bytes({}, kTokens);
