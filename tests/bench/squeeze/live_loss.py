@@ -32,9 +32,15 @@ def windows(stub, paths):
 
 
 def score(stub, ids, never):
+    """None if it is refused."""
     request = pb.ScoreRequest(token_ids=pb.TokenIds(ids=ids))
     request.prune.never = never
-    return stub.Score(request, timeout=60)
+    try:
+        return stub.Score(request, timeout=60)
+    except grpc.RpcError as error:
+        if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
+            raise
+    return None
 
 
 def main():
@@ -44,16 +50,14 @@ def main():
     end = time.monotonic() + float(seconds)
     while texts and time.monotonic() < end:
         began = time.monotonic()
-        try:
-            live.append((texts[0], score(stub, texts[0], False)))
-            texts.pop(0)
-        except grpc.RpcError as error:
-            if error.code() != grpc.StatusCode.RESOURCE_EXHAUSTED:
-                raise
+        answer = score(stub, texts[0], False)
+        if answer is not None:
+            live.append((texts.pop(0), answer))
         time.sleep(max(0, began + EVERY - time.monotonic()))
     told, measured, rungs = [], [], {}
     for ids, answer in live:
-        full = score(stub, ids, True)
+        while (full := score(stub, ids, True)) is None:
+            time.sleep(1)  # the last of the load still run
         assert full.served.estimated_loss == 0
         told.append(answer.served.estimated_loss)
         measured.append((full.total_logprob - answer.total_logprob) / (len(ids) - 1))

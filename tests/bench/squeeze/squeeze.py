@@ -90,7 +90,6 @@ class Bench:
         if pathlib.Path(options.ladder).with_suffix(".dqn").exists():
             self.policies[DQN] = "dqn"
         self.llama = None
-        self.overhead_ms = 0
         self.traffic = FIGURES.with_name("squeeze.traffic")
         self.traffic.parent.mkdir(parents=True, exist_ok=True)
 
@@ -121,8 +120,7 @@ class Bench:
             reports[line] = {"goodput": report["good"] / seconds,
                              "refused": report["refused"], "calls": report["calls"],
                              "loss": report["told_loss"]}
-        told = simulated(self.options, "ladder", self.traffic, kv_bytes, self.overhead_ms)
-        reports[LADDER]["simulated"] = told["good"] / seconds
+        reports[LADDER]["simulated"] = simulated(self.options, self.traffic, kv_bytes) / seconds
         if llama:
             reports[LLAMA] = self.llama_report(taken, kv_bytes, seconds)
         return reports
@@ -139,33 +137,15 @@ class Bench:
                 "calls": best["calls"], "loss": 0}
 
 
-def simulated(options, policy, traffic, kv_bytes, overhead_ms):
-    """What the simulator makes of calls."""
+def simulated(options, traffic, kv_bytes):
+    """Good calls that the simulator says of the rule on the same calls."""
     done = subprocess.run(
         [f"{options.bin}/espalier", "simulate", "--ladder", options.ladder, "--costs",
-         options.costs, "--policy", policy, "--traffic", traffic, "--kv-memory",
+         options.costs, "--policy", "ladder", "--traffic", traffic, "--kv-memory",
          str(kv_bytes / 2**20), "--max-sequences", str(STREAMS), *load_loss(options), "--ttft-target",
-         str(options.ttft), "--tpot-target", str(options.tpot), "--step-overhead",
-         str(overhead_ms), "--json"],
+         str(options.ttft), "--tpot-target", str(options.tpot), "--json"],
         check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)
-
-
-def step_overhead_ms(options, closed, kv_bytes):
-    """What serving adds to a step: streams, the network, the load's own work. With so much the
-    simulator takes as long for the full model's closed loop as that took; 0 if longer without."""
-    with tempfile.TemporaryDirectory() as folder:
-        traffic = pathlib.Path(folder, "closed.traffic")
-        traffic.write_text(f"call 0 {PROMPT} {OUTPUT}\n" * closed["finished"])
-        least, most = 0.0, 1000.0
-        while most - least > 0.01:
-            tried = (least + most) / 2
-            report = simulated(options, "off", traffic, kv_bytes, tried)
-            if report["seconds"] < closed["seconds"]:
-                least = tried
-            else:
-                most = tried
-    return least
+    return json.loads(done.stdout)["good"]
 
 
 def cost_without_squeeze(options, capacity, kv_bytes):
@@ -328,10 +308,8 @@ def main():
         closed = load(options, address, "--requests", 4 * STREAMS, "--concurrency", STREAMS,
                       "--seed", 91)
     capacity = closed["finished"] / closed["seconds"]
-    bench.overhead_ms = step_overhead_ms(options, closed, need)
     print(f"capacity of the full model: {capacity:.2f} calls/s of {PROMPT} + {OUTPUT} tokens, "
-          f"{closed['tokens_per_s']:.0f} tokens/s, {need / 1e6:.0f} MB of KV; serving adds "
-          f"{bench.overhead_ms:.2f} ms to a step\n"
+          f"{closed['tokens_per_s']:.0f} tokens/s, {need / 1e6:.0f} MB of KV\n"
           + ", ".join(f"{line}: rung {rung}, {left_out[rung]:.1%} of the channels"
                       for line, rung in rungs.items())
           + "\ngood calls/s, refused or failed, told loss", flush=True)
@@ -347,8 +325,7 @@ def main():
             print(f"{share:5.0%} {times:4.1f}x " + "".join(
                 f" {line} {report['goodput']:.2f} {report['refused']} {report['loss']:.3f}"
                 for line, report in cells[share, times].items()), flush=True)
-    figures = {"capacity_calls_per_s": capacity, "seconds": options.seconds,
-               "step_overhead_ms": bench.overhead_ms}
+    figures = {"capacity_calls_per_s": capacity, "seconds": options.seconds}
     figures |= summary.flat(cells) | summary.ratios(cells, lambda times: seconds_of(options, times))
     figures["cost_without_squeeze"], figures["tpot_without_squeeze"] = cost_without_squeeze(
         options, capacity, need)
