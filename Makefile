@@ -12,7 +12,7 @@ help: ## This list
 	@echo "MODEL=path uses a model of yours, ARGS='--flag ...' goes to serve, bench, fuzz and tidy."
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 22
 
-demo: ## Fetch a model, serve it, stream an answer, run a burst, drain
+demo: ## Fetch a model, serve it, take memory away while it streams, drain
 	@$(SCRIPTS)/demo.sh
 
 test: ## Build and run every test

@@ -29,6 +29,9 @@ class CappedPolicy final : public Policy {
   }
   int hardest_open() const override { return std::min(hardest_, policy_->hardest_open()); }
   std::span<const float> scores() const override { return policy_->scores(); }
+  void Chose(uint64_t request, const RequestTraits& traits, int rung) override {
+    policy_->Chose(request, traits, rung);
+  }
   double refuses_behind_s() const override { return policy_->refuses_behind_s(); }
 
  private:

@@ -21,7 +21,7 @@ struct PressureReport {
   double kv_used = 0;        // KV pages held by running sequences / pages there may be
   double kv_promised = 0;    // KV pages the waiting will need / pages there may be
   double queue_length = 0;   // waiting requests / queue bound
-  double oldest_wait_s = 0;  // age of the oldest waiting request
+  double oldest_wait_s = 0;  // the longest, since arrival or, of the preempted, since then
   double step_s = 0;         // mean of the last steps, from 0 after a pause: a decode row's time
   // Since the machine's memory was last seen, which limits the pages there may be; grows while its
   // sources are missing. 0 where none are asked.

@@ -17,9 +17,15 @@
 namespace espalier {
 namespace {
 
-// Bytes: minutes of steps, should the disk stall; of each half of the last lines; room for one
-// more.
-constexpr size_t kMost = 16 << 20, kRecent = 256 << 10, kLine = 4096;
+// Bytes for the file: minutes of steps, should the disk stall.
+constexpr size_t kMost = 16 << 20;
+// Bytes of each half of the last lines; a report takes some 400.
+constexpr size_t kRecent = 512 << 10;
+// Bytes of the longest line, and more.
+constexpr size_t kLine = 8192;
+
+// How lines begin.
+constexpr std::string_view kLosses = R"({"losses":)", kCap = R"({"cap":)";
 constexpr std::chrono::milliseconds kEvery{100};
 constexpr std::string_view kBegins = R"({"policy":)";
 
@@ -65,11 +71,11 @@ absl::StatusOr<std::unique_ptr<DecisionLog>> DecisionLog::Create(const std::stri
 }
 
 DecisionLog::DecisionLog(std::string first_line) : first_line_(std::move(first_line)) {
-  older_.reserve(kRecent + kLine);
-  newer_.reserve(kRecent + kLine);
+  for (std::string* lines : {&older_, &newer_}) lines->reserve(kRecent + kLine);
+  for (std::string* line : {&losses_line_, &cap_line_}) line->reserve(kLine);
 }
 
-DecisionLog::~DecisionLog() {
+void DecisionLog::Close() {
   if (!thread_.joinable()) return;
   {
     std::lock_guard lock(mutex_);
@@ -80,13 +86,27 @@ DecisionLog::~DecisionLog() {
 }
 
 std::string DecisionLog::Recent(size_t most) const {
-  std::lock_guard lock(mutex_);
-  std::string lines = older_ + newer_;
+  std::string lines, losses, cap;
+  lines.reserve(2 * (kRecent + kLine));  // not while the engine's thread may wait
+  int64_t all = 0;
+  {
+    std::lock_guard lock(mutex_);
+    lines.append(older_).append(newer_);
+    losses = losses_line_;
+    cap = cap_line_;
+    all = lines_;
+  }
   size_t begin = lines.size();
-  for (; begin > 0 && most > 0; --most) {
+  int64_t told = 0;
+  for (; begin > 0 && most > 0; --most, ++told) {
     begin = lines.rfind('\n', begin - 2) + 1;  // 0 where there is none before
   }
-  return first_line_ + lines.substr(begin);
+  lines.erase(0, begin);
+  const auto unless_told = [&](const std::string& line, std::string_view kind) {
+    return lines.find(kind) == lines.npos ? line : "";
+  };
+  const std::string missing = all > told ? fmt::format("{{\"dropped\":{}}}\n", all - told) : "";
+  return first_line_ + missing + unless_told(losses, kLosses) + unless_told(cap, kCap) + lines;
 }
 
 template <typename Write>
@@ -94,11 +114,14 @@ void DecisionLog::Add(const Write& write) {
   std::lock_guard lock(mutex_);
   const size_t begin = newer_.size();
   write(std::back_inserter(newer_));
-  if (!thread_.joinable()) {
-  } else if (waiting_.size() >= kMost) {
+  ++lines_;
+  const std::string_view line = std::string_view(newer_).substr(begin);
+  if (line.starts_with(kLosses)) losses_line_ = line;
+  if (line.starts_with(kCap)) cap_line_ = line;
+  if (thread_.joinable() && waiting_.size() < kMost) {
+    waiting_ += line;
+  } else if (thread_.joinable()) {
     ++dropped_;
-  } else {
-    waiting_.append(newer_, begin);
   }
   if (newer_.size() < kRecent) return;
   older_.swap(newer_);
@@ -116,7 +139,7 @@ void DecisionLog::AddLosses(const Ladder& ladder) {
   if (!news) return;
   Add([&](auto out) {
     const std::span<const double> losses = std::span(losses_).first(losses_told_);
-    fmt::format_to(out, "{{\"losses\":[{}]}}\n", fmt::join(losses, ","));
+    fmt::format_to(out, "{}[{}]}}\n", kLosses, fmt::join(losses, ","));
   });
 }
 
@@ -154,7 +177,7 @@ void DecisionLog::AddChoice(uint64_t request, const RequestTraits& traits, int w
 }
 
 void DecisionLog::AddCap(int hardest) {
-  Add([&](auto out) { fmt::format_to(out, "{{\"cap\":{}}}\n", hardest); });
+  Add([&](auto out) { fmt::format_to(out, "{}{}}}\n", kCap, hardest); });
 }
 
 void DecisionLog::Run() {

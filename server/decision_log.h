@@ -27,7 +27,7 @@
 namespace espalier {
 
 // Adds are bounded, allocate nothing and never wait for the disk: what does not fit is left out of
-// the file, and the gap is told by a line of its own. They come from one thread, the engine's.
+// the file, and the gap is told by a line of its own. From one thread at a time: the engine's.
 class DecisionLog {
  public:
   // With a line for the policy first: the rule's options and, of a learned policy that it shields,
@@ -36,8 +36,10 @@ class DecisionLog {
   static absl::StatusOr<std::unique_ptr<DecisionLog>> Create(const std::string& path,
                                                              const LadderPolicyOptions& options,
                                                              std::string_view learned = "");
-  // Writes what is left.
-  ~DecisionLog();
+  ~DecisionLog() { Close(); }
+
+  // Writes what is left to the file, and no more from now on.
+  void Close();
 
   // What `policy` made of a report; before it, what rungs lose if that is news.
   void AddReport(const PressureReport& report, const Ladder& ladder, const Policy& policy);
@@ -45,8 +47,8 @@ class DecisionLog {
   void AddChoice(uint64_t request, const RequestTraits& traits, int wanted, int rung);
   void AddCap(int hardest);
 
-  // The policy's line, and the last lines: `most` of them, or as many as are kept, thousands. Any
-  // thread.
+  // The policy's line, and the last ones: `most` of them, or as many as are kept, a thousand or
+  // more. Before them what holds still of losses and caps, and how many are missing. Any thread.
   std::string Recent(size_t most) const;
 
  private:
@@ -63,6 +65,8 @@ class DecisionLog {
   mutable std::mutex mutex_;
   // The last lines, those in `older_` first, which are forgotten once `newer_` is full.
   std::string older_, newer_;
+  std::string losses_line_, cap_line_;  // the last of them
+  int64_t lines_ = 0;                   // since the first
 
   // Of the file, if there is one.
   std::ofstream file_;
@@ -83,6 +87,7 @@ class LoggedPolicy final : public Policy {
   }
   void Chose(uint64_t request, const RequestTraits& traits, int rung) override {
     log_->AddChoice(request, traits, policy_->ChooseRung(traits), rung);
+    policy_->Chose(request, traits, rung);
   }
   int ChooseRung(const RequestTraits& traits) const override { return policy_->ChooseRung(traits); }
   std::string_view name() const override { return policy_->name(); }

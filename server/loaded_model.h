@@ -63,6 +63,11 @@ class LoadedModel {
   const InputMoments* moments() const { return moments_.get(); }
   InputMoments* moments() { return moments_.get(); }
   const std::string& lineage() const { return lineage_; }
+  // Callers may still ask for its last decisions; their file ends with it.
+  ~LoadedModel() {
+    if (decisions_ != nullptr) decisions_->Close();
+  }
+
   // What --probe has learned to --history-file, if there are such. After the engine's last step.
   void KeepHistory() const;
 

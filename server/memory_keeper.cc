@@ -18,6 +18,7 @@ MemoryKeeper::MemoryKeeper(const Options& options, std::function<void(int)> limi
       limit_(std::move(limit)),
       sources_(std::move(sources)),
       budget_(options.budget),
+      share_(options.share),
       other_(options.other_bytes),
       weight_pages_(options.weight_pages),
       pages_(options.pages) {}
@@ -30,6 +31,7 @@ std::optional<MemoryKeeper::Shares> MemoryKeeper::Look() {
 void MemoryKeeper::SetBudget(uint64_t bytes) {
   std::lock_guard lock(mutex_);
   budget_ = bytes;
+  share_ = 0;
   LookLocked(1);
 }
 
@@ -93,6 +95,7 @@ std::optional<MemoryKeeper::Shares> MemoryKeeper::LookLocked(int worth_it) {
   // Nothing could be read: no reason to think that there is none.
   uint64_t bytes = UINT64_MAX;
   if (machine.total > 0) bytes = resident + std::max(machine.available, left) - left;
+  if (share_ > 0) budget_ = static_cast<uint64_t>(share_ * static_cast<double>(machine.total));
   if (budget_ > 0) bytes = std::min(bytes, budget_);
   // What has been added to the process since is no KV either, beyond what the pool can hold.
   const uint64_t held = resident + released;

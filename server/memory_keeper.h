@@ -16,6 +16,7 @@ class MemoryKeeper {
  public:
   struct Options {
     uint64_t budget = 0;  // bytes for the process; 0: what the machine has
+    double share = 0;     // in (0, 1]: so much of that, whatever it comes to be, is the budget
     uint64_t page_bytes = 0;
     int pages = 0;             // of the whole KV pool
     uint64_t other_bytes = 0;  // resident, and no KV: weights, workspace, the process itself
@@ -49,8 +50,8 @@ class MemoryKeeper {
   // machine says is available, four times as much is left to others, until it is a fiftieth.
   std::optional<Shares> Look();
 
-  // Bytes for the process from now on; 0: what the machine has. Looks, and tells the pages even if
-  // they are few more. Any thread.
+  // Bytes for the process from now on, in place of any share; 0: what the machine has. Looks, and
+  // tells the pages even if they are few more. Any thread.
   void SetBudget(uint64_t bytes);
 
   // Bytes that are no KV from now on, and the pages that those weights among them are worth which
@@ -78,6 +79,7 @@ class MemoryKeeper {
   const Sources sources_;
   mutable std::mutex mutex_;
   uint64_t budget_;
+  double share_;
   uint64_t other_;
   int weight_pages_;
   int pages_;

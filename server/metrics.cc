@@ -247,7 +247,8 @@ struct Metrics::Instruments : prometheus::Collectable {
   Gauge& queue = AddGauge(r, "espalier_queue_requests", "Requests admitted, but not running.");
   Gauge& queue_bound = AddGauge(r, "espalier_queue_limit", "Requests that may wait.");
   Gauge& oldest =
-      AddGauge(r, "espalier_queue_oldest_seconds", "Age of the oldest waiting request.");
+      AddGauge(r, "espalier_queue_oldest_seconds",
+               "The longest that a waiting request has waited, since it came or was preempted.");
   Gauge& stalled = AddGauge(r, "espalier_engine_stalled",
                             "1 while work waits and the engine makes no progress, else 0.");
   Counter& stalls =

@@ -129,6 +129,24 @@ Value Bytes(uint64_t ServerOptions::* field, uint64_t low, uint64_t high, std::s
       }};
 }
 
+Value Budget() {
+  Value bytes = Bytes(&ServerOptions::memory_budget, 1 << 20, 1ull << 50, "1MiB to 1024TiB", true);
+  return {"BYTES|SHARE",
+          bytes.expected + "; or 1% to 100% of what the machine, or the container, has",
+          [read = bytes.read](std::string_view text, ServerOptions* options) {
+            if (!text.ends_with('%')) return options->memory_share = 0, read(text, options);
+            const auto number = ReadNumber<double>(text.substr(0, text.size() - 1));
+            if (!number || !(*number >= 1 && *number <= 100)) return false;
+            options->memory_budget = 0;
+            options->memory_share = *number / 100;
+            return true;
+          },
+          [show = bytes.show](const ServerOptions& options) {
+            return options.memory_share > 0 ? fmt::format("{:g}%", 100 * options.memory_share)
+                                            : show(options);
+          }};
+}
+
 Value Seconds(milliseconds ServerOptions::* field) {
   return {"SECONDS", "seconds from 0 to 86400, with an optional ms, s, m or h",
           [=](std::string_view text, ServerOptions* options) {
@@ -273,7 +291,7 @@ const std::vector<Setting>& Settings() {
       {kModel, "memory-budget",
        "Memory for the whole process, of which keys and values get what is left;\n"
        "auto: what the machine, or the container, has. Followed while serving",
-       Bytes(&O::memory_budget, 1 << 20, 1ull << 50, "1MiB to 1024TiB", true)},
+       Budget()},
       {kModel, "isa", "Instruction set of the kernels; auto: the best this machine runs",
        Choice<std::optional<Isa>>(&O::isa, {{"auto", {}},
                                             {"portable", Isa::kPortable},

@@ -30,8 +30,10 @@ struct ServerOptions {
   std::optional<KvType> kv_type;
   // Bytes for KV pages; 0 (auto): ModelOptions::kv_bytes says what is taken.
   uint64_t kv_memory = 0;
-  // Bytes for the whole process, of which KV gets what is left; 0: what the machine has.
+  // Bytes for the whole process, of which KV gets what is left; 0: what the machine has, or this
+  // share of that, as it is at any time, if above 0.
   uint64_t memory_budget = 0;
+  double memory_share = 0;
   // Instruction set; none (auto): the best this machine runs.
   std::optional<Isa> isa;
   // Compute threads, 0 to 1024; 0 (auto): the cores this process may use.

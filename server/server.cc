@@ -242,6 +242,7 @@ class Server {
 
     memory_ = std::make_unique<MemoryKeeper>(
         MemoryKeeper::Options{.budget = options_.memory_budget,
+                              .share = options_.memory_share,
                               .page_bytes = page_bytes_,
                               .pages = kv_.pages,
                               .other_bytes = ResidentMemoryBytes(),

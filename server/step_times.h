@@ -8,7 +8,7 @@ namespace espalier {
 // Seconds.
 struct StepTimes {
   double step = 0;         // wall time
-  double oldest_wait = 0;  // age of the oldest request that still waits; 0: none does
+  double oldest_wait = 0;  // PressureReport's; 0: nobody waits
   std::span<const double>
       token_gaps;  // from a request's token to its next, where this step drew one
 };

@@ -66,7 +66,7 @@ absl::Status BlockLossTable::Open() {
   const uint64_t available = ReadMachineMemory().available;
   if (bytes > available) {
     return absl::ResourceExhaustedError(
-        fmt::format("what comes to each layer of {} tokens takes {} MiB, {} are available",
+        fmt::format("what comes to each layer of {} tokens takes {} MiB, {} MiB are available",
                     tokens(), bytes >> 20, available >> 20));
   }
   streams_.assign(config.layers + 1, std::vector<float>(floats));

@@ -6,6 +6,7 @@
 #include <limits>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -73,14 +74,14 @@ class Fields {
     Expected(name, "an odd whole number", value);
     return 1;
   }
-  std::vector<double> Numbers(const char* name, int count) {
+  std::vector<double> Numbers(const char* name, int count, double least = 0) {
     const Json& value = Find(name);
     if (!value.is_array() || value.size() != static_cast<size_t>(count)) {
       Expected(name, fmt::format("{} numbers", count), value);
       return {};
     }
     std::vector<double> numbers;
-    for (const Json& number : value) numbers.push_back(Within(name, number, 0, kMost));
+    for (const Json& number : value) numbers.push_back(Within(name, number, least, kMost));
     return numbers;
   }
   PressureBand Band(const char* name) {
@@ -159,9 +160,9 @@ RequestTraits TraitsOf(Fields* line) {
 }
 
 // A server's policy anew, and how far it decides alike.
-class Again {
+class Replay {
  public:
-  Again(const Options& options, Ladder ladder) : options_(options), ladder_(std::move(ladder)) {}
+  Replay(const Options& options, Ladder ladder) : options_(options), ladder_(std::move(ladder)) {}
 
   absl::Status Take(Fields* line) {
     if (policy_ == nullptr) return Make(line);
@@ -186,9 +187,11 @@ class Again {
   }
 
   bool made() const { return policy_ != nullptr; }
-  // What the last line was, if another than before, and what it is now; "" if they are alike.
-  std::string difference;
-  int64_t decisions = 0, changes = 0, choices = 0;
+  // What was decided for the last line, and what it says, if that is something else; else "".
+  std::string TakeDifference() { return std::exchange(difference_, ""); }
+  int64_t decisions() const { return decisions_; }
+  int64_t changes() const { return changes_; }  // of the level
+  int64_t choices() const { return choices_; }  // for requests
 
  private:
   absl::Status Make(Fields* line) {
@@ -232,13 +235,25 @@ class Again {
     if (!line->error().empty()) return;
     const int before = capped_->wanted();
     capped_->Observe(report, ladder_);
-    ++decisions;
-    changes += capped_->wanted() != before;
+    ++decisions_;
+    changes_ += capped_->wanted() != before;
     const Decided now{.rung = capped_->wanted(),
                       .hardest = capped_->hardest_open(),
                       .reason = std::string(capped_->reason()),
                       .refuses_behind_s = capped_->refuses_behind_s()};
-    if (now != logged) difference = fmt::format("{}, logged {}", now.Text(), logged.Text());
+    if (now != logged) difference_ = fmt::format("{}, logged {}", now.Text(), logged.Text());
+    if (line->Has("scores")) TakeScores(line);
+  }
+
+  // Another build's may differ in the last digits.
+  void TakeScores(Fields* line) {
+    const std::span<const float> scores = capped_->scores();
+    const std::vector<double> logged =
+        line->Numbers("scores", static_cast<int>(scores.size()), -1e12);
+    for (size_t i = 0; i < logged.size(); ++i) {
+      if (std::abs(scores[i] - logged[i]) <= 1e-3 * (1 + std::abs(logged[i]))) continue;
+      difference_ = fmt::format("scores[{}] {}, logged {}", i, scores[i], logged[i]);
+    }
   }
 
   void TakeChoice(Fields* line) {
@@ -246,9 +261,9 @@ class Again {
     const auto logged = static_cast<int>(line->Count("wanted", kMostRungs - 1));
     line->Count("rung", kMostRungs - 1);
     if (!line->error().empty()) return;
-    ++choices;
+    ++choices_;
     const int rung = capped_->ChooseRung(traits);
-    if (rung != logged) difference = fmt::format("rung {}, logged {}", rung, logged);
+    if (rung != logged) difference_ = fmt::format("rung {}, logged {}", rung, logged);
   }
 
   struct Decided {
@@ -269,6 +284,8 @@ class Again {
   std::unique_ptr<Policy> learned_, policy_;
   std::optional<PolicyFile> network_;
   std::optional<CappedPolicy> capped_;
+  std::string difference_;
+  int64_t decisions_ = 0, changes_ = 0, choices_ = 0;
 };
 
 absl::Status Run(const Options& options) {
@@ -276,7 +293,7 @@ absl::Status Run(const Options& options) {
   if (!ladder.ok()) return ladder.status();
   std::ifstream file(options.log);
   if (!file) return absl::NotFoundError(fmt::format("{}: cannot be read", options.log));
-  Again again(options, *std::move(ladder));
+  Replay replay(options, *std::move(ladder));
   int64_t differ = 0;
   std::string text, first;
   for (int number = 1; std::getline(file, text); ++number) {
@@ -286,19 +303,19 @@ absl::Status Run(const Options& options) {
     try {
       const Json line = Json::parse(text);
       Fields fields(line);
-      if (absl::Status status = again.Take(&fields); !status.ok()) {
+      if (absl::Status status = replay.Take(&fields); !status.ok()) {
         return {status.code(), at_line({status.message().data(), status.message().size()})};
       }
       if (!fields.error().empty()) return absl::InvalidArgumentError(at_line(fields.error()));
     } catch (const Json::exception& error) {
       return absl::InvalidArgumentError(at_line(error.what()));
     }
-    const std::string difference = std::exchange(again.difference, "");
+    const std::string difference = replay.TakeDifference();
     if (!difference.empty() && differ++ == 0) first = at_line(difference);
   }
-  if (!again.made()) return absl::InvalidArgumentError(fmt::format("{}: empty", options.log));
+  if (!replay.made()) return absl::InvalidArgumentError(fmt::format("{}: empty", options.log));
   fmt::print("{} decisions, {} changes of the level, {} rungs of requests, {} not as logged\n",
-             again.decisions, again.changes, again.choices, differ);
+             replay.decisions(), replay.changes(), replay.choices(), differ);
   return differ == 0 ? absl::OkStatus() : absl::FailedPreconditionError(first);
 }
 

@@ -49,6 +49,8 @@ class ShieldedDqn final : public Policy {
   std::string_view name() const override { return shield_.name(); }
   std::string_view reason() const override { return shield_.reason(); }
   double refuses_behind_s() const override { return shield_.refuses_behind_s(); }
+  int hardest_open() const override { return shield_.hardest_open(); }
+  std::span<const float> scores() const override { return shield_.scores(); }
 
  private:
   QNetwork network_;

@@ -187,11 +187,12 @@ void Scheduler::Expire(Instant now, std::vector<SequenceOutput>* expired) {
 
 void Scheduler::NoteTraffic(Instant now) {
   constexpr double kMeanSeconds = 2, kNew = 0.2;
-  if (arrivals_at_ != kNever) {
-    const double since_s = std::chrono::duration<double>(now - arrivals_at_).count();
-    arrivals_per_s_ *= std::exp(-std::max(0.0, since_s) / kMeanSeconds);
-  }
-  arrivals_per_s_ += std::exchange(arrived_, 0) / kMeanSeconds;
+  const double since_s =
+      arrivals_at_ == kNever ? 0 : std::chrono::duration<double>(now - arrivals_at_).count();
+  // As if they had come evenly since the last step, which may be long ago.
+  const double share = -std::expm1(-std::max(1e-6, since_s) / kMeanSeconds);
+  arrivals_per_s_ *= 1 - share;
+  arrivals_per_s_ += std::exchange(arrived_, 0) * share / std::max(1e-6, since_s);
   arrivals_at_ = now;
   for (const Instant arrival : first_tokens_) {
     const double took_s = std::chrono::duration<double>(now - arrival).count();
@@ -819,7 +820,7 @@ SchedulerStats Scheduler::stats() const {
           .recomputed_tokens = recomputed_tokens_,
           .wanted_rung = policy_->wanted(),
           .reason = policy_->reason(),
-          .refused_priority = refused_priority_,
+          .refused_priority = waiting_.empty() ? std::nullopt : refused_priority_,
           .rung_moves = rung_moves_,
           .prefix_queries = prefix_queries_,
           .prefix_hits = prefix_hits_,

@@ -61,6 +61,23 @@ TEST_F(MemoryKeeperTest, ABudgetIsWhatIsNoKvAndPages) {
   EXPECT_THAT(told_, ElementsAre(50, 51, 0, 100));
 }
 
+TEST_F(MemoryKeeperTest, AShareFollowsWhatThereIsUntilABudgetIsSet) {
+  MemoryKeeper keeper(
+      {.share = 0.25, .page_bytes = 10, .pages = 100, .other_bytes = 1000},
+      [this](int pages) { told_.push_back(pages); },
+      {.machine = [this] { return machine_; }, .resident = [this] { return resident_; }});
+  machine_ = {.total = 6000, .available = 5000};
+  keeper.Look();
+  EXPECT_EQ(keeper.budget(), 1500);
+  machine_.total = 4800;  // a container's limit, lowered
+  keeper.Look();
+  EXPECT_EQ(keeper.budget(), 1200);
+  keeper.SetBudget(1600);
+  keeper.Look();
+  EXPECT_EQ(keeper.budget(), 1600);
+  EXPECT_THAT(told_, ElementsAre(50, 20, 60));
+}
+
 TEST_F(MemoryKeeperTest, FollowsWhatOthersLeave) {
   MemoryKeeper keeper = Make(0);
   machine_.available = 1000 + 300;  // of which 1000 are left to others

@@ -182,6 +182,16 @@ TEST_F(OptionsTest, BytesDoNotWrapAround) {
   EXPECT_EQ(Read({"--kv-memory=auto"}).kv_memory, 0u);
 }
 
+TEST_F(OptionsTest, ABudgetIsBytesOrAShare) {
+  EXPECT_EQ(Read({"--memory-budget=1GiB"}).memory_budget, 1u << 30);
+  EXPECT_EQ(Read({"--memory-budget=1GiB"}).memory_share, 0);
+  EXPECT_EQ(Read({"--memory-budget=62.5%"}).memory_share, 0.625);
+  EXPECT_EQ(Read({"--memory-budget=62.5%"}).memory_budget, 0u);
+  for (const std::string value : {"0%", "101%", "%", "-5%", "nan%", "0.5"}) {
+    EXPECT_THAT(Refusal({"--memory-budget=" + value}), HasSubstr("1% to 100%")) << value;
+  }
+}
+
 TEST_F(OptionsTest, OddNumbersAreRefused) {
   for (const std::string value : {"nan", "inf", "-0.1", "1.01", "half"}) {
     EXPECT_THAT(Refusal({"--reserve-output=" + value}), HasSubstr("--reserve-output")) << value;

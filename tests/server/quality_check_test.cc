@@ -158,6 +158,8 @@ TEST_F(QualityCheckTest, ARungThatLosesFarMoreThanToldIsServedNoMoreUntilItDoesN
   EXPECT_DOUBLE_EQ(check_.losses()[1], 0.1) << "as calibrated";
   for (int i = 0; i < 10; ++i) check(0.3f);
   EXPECT_EQ(check_.hardest(), 2);
+  for (int i = 0; i < 20; ++i) check(-9);
+  EXPECT_EQ(check_.losses()[2], 1e-3) << "nothing lost is the full model's alone";
 }
 
 }  // namespace

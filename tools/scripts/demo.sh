@@ -86,12 +86,16 @@ $bin/espalier load --address "$address" --requests 32 --concurrency 32 --prompt-
   --max-tokens 256 --seed 2 --deadline 300 >$work/squeeze.txt &
 load=$!
 sleep 4
-echo "with all of it:       $($bin/espalier budget --address "$address")"
+resident() { sed 's/.*resident \([0-9]*\).*/\1/' <<<"$1"; }
+all=$($bin/espalier budget --address "$address")
+echo "with all of it:       $all"
 # What the process held without streams, less 10 MiB: weights that no rung needs have to leave.
-budget=$(sed 's/.*resident \([0-9]*\).*/\1/' <<<"$before")
-$bin/espalier budget --address "$address" $((budget - 10))MiB >/dev/null || fail "the budget was refused"
+$bin/espalier budget --address "$address" $(($(resident "$before") - 10))MiB >/dev/null ||
+  fail "the budget was refused"
 sleep 1
-echo "a second after less:  $($bin/espalier budget --address "$address")"
+less=$($bin/espalier budget --address "$address")
+echo "a second after less:  $less"
+[ "$(resident "$less")" -lt "$(resident "$all")" ] || fail "resident memory did not fall"
 sleep 3
 $bin/espalier budget --address "$address" 0 >/dev/null
 wait $load || fail "the squeezed streams failed"
@@ -102,6 +106,10 @@ sleep 3
 say "> Why is the sky blue?   (three seconds after)"
 $bin/espalier chat --address "$address" --deadline 120 --temperature 0 --max-tokens 24 \
   --once "Why is the sky blue?" || fail "no answer after the squeeze"
+if [ -n "$ladder" ]; then
+  $bin/espalier decisions --last 1 --address "$address" | tail -n 1 | tee $work/last
+  grep -q '"rung":0' $work/last || fail "it does not serve the full model again"
+fi
 
 say "Draining"
 kill -TERM $server
