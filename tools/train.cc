@@ -64,9 +64,8 @@ void AddTrain(CLI::App& root, Action* action) {
       ->capture_default_str();
   sub->add_option("--out", options->out,
                   "What to write: removal orders of rap, beside which what was measured lies as "
-                  "PATH.losses, PATH.sure-losses and PATH.other-losses, from which the same "
-                  "command goes on; the "
-                  "network of serve")
+                  "PATH.losses, PATH.confirm-losses and PATH.other-losses, from which the same "
+                  "command goes on; the network of serve")
       ->type_name("PATH")
       ->required();
   sub->add_option("--figures", options->figures,

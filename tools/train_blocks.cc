@@ -151,13 +151,13 @@ struct Judged {
 
 class Search {
  public:
-  // `sure`: null where nothing is confirmed.
+  // `confirm`: null where nothing is confirmed.
   Search(const TrainBlocksOptions& options, const BlockMemory& memory, BlockLossTable* seen,
-         BlockLossTable* sure, BlockLossTable* held_out)
+         BlockLossTable* confirm, BlockLossTable* held_out)
       : options_(options),
         memory_(memory),
         seen_(seen),
-        sure_(sure),
+        confirm_(confirm),
         held_out_(held_out),
         tasks_(HeldOutTasks(options)),
         random_(options.seed) {
@@ -192,16 +192,16 @@ class Search {
         bar.Update(done, static_cast<int64_t>(classes.size()));
         return seen_->Loss(removed);
       };
-      if (sure_ != nullptr) {
+      if (confirm_ != nullptr) {
         gsi.confirm = [&](const BlockSet& removed) {
           bar.Update(done, static_cast<int64_t>(classes.size()));
-          return sure_->Loss(removed);
+          return confirm_->Loss(removed);
         };
       }
       const auto path = GreedyPath(memory_, removable_, tokens, task.Budget(memory_), gsi, loss);
       const auto one_shot = OneShotOrder(memory_, removable_, tokens, loss);
       if (!path || !one_shot) {
-        return Stopped(sure_ != nullptr && !sure_->status().ok() ? *sure_ : *seen_);
+        return Stopped(confirm_ != nullptr && !confirm_->status().ok() ? *confirm_ : *seen_);
       }
       for (const BlockStep& step : *path) gsi_[tokens].push_back(step.block);
       paths_[tokens] = *path;
@@ -243,7 +243,7 @@ class Search {
   const TrainBlocksOptions& options_;
   const BlockMemory memory_;
   BlockLossTable* const seen_;
-  BlockLossTable* const sure_;
+  BlockLossTable* const confirm_;
   BlockLossTable* const held_out_;
   const std::vector<BlockTask> tasks_;
   std::mt19937_64 random_;
@@ -298,15 +298,18 @@ absl::Status Search::Judge() {
 }
 
 absl::StatusOr<std::string> Search::FirstRemovals() {
-  if (sure_ == nullptr) return "";
+  if (confirm_ == nullptr) return "";
   const auto& [tokens, path] = *paths_.begin();
-  const std::optional<double> seen = seen_->Loss({}), sure = sure_->Loss({}),
+  const std::optional<double> seen = seen_->Loss({}), confirm = confirm_->Loss({}),
                               other = held_out_->Loss({});
-  if (!seen || !sure || !other) return Stopped(!seen ? *seen_ : !sure ? *sure_ : *held_out_);
+  if (!seen || !confirm || !other)
+    return Stopped(!seen ? *seen_ : !confirm ? *confirm_ : *held_out_);
   std::string table = fmt::format(
-      "the first removals for {} resident tokens, nats/token: on {} tokens searched on, on {} to "
+      "the greedy search's first removals for {} resident tokens, nats/token: on {} tokens "
+      "searched "
+      "on, on {} to "
       "confirm by, on {} others\n",
-      tokens, seen_->tokens(), sure_->tokens(), held_out_->tokens());
+      tokens, seen_->tokens(), confirm_->tokens(), held_out_->tokens());
   BlockSet removed;
   for (const BlockStep& step : path) {
     if (!step.confirmed) break;
@@ -315,7 +318,7 @@ absl::StatusOr<std::string> Search::FirstRemovals() {
     if (!loss) return Stopped(*held_out_);
     table += fmt::format("{:>12} {:2}{:10.3f}{:10.3f}{:10.3f}\n",
                          step.block % 2 == 0 ? "attention" : "MLP", step.block / 2,
-                         step.loss - *seen, *step.confirmed - *sure, *loss - *other);
+                         step.loss - *seen, *step.confirmed - *confirm, *loss - *other);
   }
   return table;
 }
@@ -340,12 +343,6 @@ absl::Status Search::Write(const std::string& command) {
   table += fmt::format("the agent less GSI, task by task: {:+.3f} +- {:.3f}: the {}'s orders\n",
                        agent_over_gsi_.mean, agent_over_gsi_.error,
                        agent_ships_ ? "agent" : "greedy search");
-  const absl::StatusOr<std::string> first = FirstRemovals();
-  if (!first.ok()) return first.status();
-  table += *first;
-  table += fmt::format("{} sets of blocks measured on {} tokens, {} on {}, {} on the others\n",
-                       seen_->known(), seen_->tokens(), sure_ != nullptr ? sure_->known() : 0,
-                       sure_ != nullptr ? sure_->tokens() : 0, held_out_->known());
   BlockOrders orders{.layers = memory_.layers};
   for (const auto& [tokens, order] : gsi_) {
     std::vector<int> better = order;
@@ -358,6 +355,12 @@ absl::Status Search::Write(const std::string& command) {
     }
     orders.orders.push_back({.tokens = tokens, .blocks = better});
   }
+  const absl::StatusOr<std::string> first = FirstRemovals();
+  if (!first.ok()) return first.status();
+  table += *first;
+  table += fmt::format("{} sets of blocks measured on {} tokens, {} on {}, {} on the others\n",
+                       seen_->known(), seen_->tokens(), confirm_ != nullptr ? confirm_->known() : 0,
+                       confirm_ != nullptr ? confirm_->tokens() : 0, held_out_->known());
   std::ofstream file(options_.out);
   file << FormatBlockOrders(orders, command + "\n" + table);
   file.close();
@@ -394,14 +397,16 @@ absl::Status TrainBlocks(const TrainBlocksOptions& options) {
                           options.out + ".other-losses");
   status = held_out.Open();
   if (!status.ok()) return status;
-  std::optional<BlockLossTable> sure;
+  std::optional<BlockLossTable> confirm;
   if (!texts->confirm.empty()) {
-    sure.emplace(model->executor.get(), std::move(texts->confirm), kStepRows,
-                 options.out + ".sure-losses");
-    status = sure->Open();
-    if (!status.ok()) return status;
+    confirm.emplace(model->executor.get(), std::move(texts->confirm), kStepRows,
+                    options.out + ".confirm-losses");
+    status = confirm->Open();
+    if (!status.ok()) {
+      return {status.code(), fmt::format("--confirm-tokens: {}", std::string(status.message()))};
+    }
   }
-  Search search(options, model->executor->block_memory(), &seen, sure ? &*sure : nullptr,
+  Search search(options, model->executor->block_memory(), &seen, confirm ? &*confirm : nullptr,
                 &held_out);
   status = search.Run();
   if (!status.ok()) return status;

@@ -32,7 +32,7 @@ struct Tried {
 bool Confirm(const BlockMemory& memory, const BlockSet& removed, int64_t tokens, double now,
              const GsiOptions& options, std::vector<Tried>* round) {
   std::ranges::sort(*round, {}, [](const Tried& one) { return std::pair(one.score, one.block); });
-  round->resize(std::min<size_t>(round->size(), options.confirmed));
+  round->resize(std::min<size_t>(round->size(), std::max(1, options.confirm_best)));
   std::ranges::sort(*round, std::ranges::greater(), &Tried::block);  // as Descending
   for (Tried& one : *round) {
     one.confirmed = options.confirm(With(removed, one.block));
@@ -50,7 +50,7 @@ std::optional<BlockPath> GreedyPath(const BlockMemory& memory, const BlockSet& r
   BlockPath path;
   BlockSet removed;
   std::mt19937_64 random(options.seed);
-  std::optional<double> now = loss(removed), sure;  // on the text of `confirm`
+  std::optional<double> now = loss(removed), confirmed;  // on the text of `confirm`
   if (!now) return std::nullopt;
   // By loss per byte, of the last round that tried them.
   std::vector<std::pair<double, int>> ranked;
@@ -85,14 +85,15 @@ std::optional<BlockPath> GreedyPath(const BlockMemory& memory, const BlockSet& r
       ranked.insert(std::ranges::lower_bound(ranked, score), score);
     }
     if (options.confirm && memory.Bytes(removed, tokens) > options.confirm_above) {
-      if (!sure) sure = options.confirm(removed);
-      if (!sure || !Confirm(memory, removed, tokens, *sure, options, &round)) return std::nullopt;
+      if (!confirmed) confirmed = options.confirm(removed);
+      if (!confirmed || !Confirm(memory, removed, tokens, *confirmed, options, &round))
+        return std::nullopt;
     }
     const Tried& best = *std::ranges::min_element(
         round, {}, [](const Tried& one) { return std::pair(one.score, one.block); });
     removed.set(best.block);
     now = best.loss;
-    if (best.confirmed) sure = best.confirmed;
+    if (best.confirmed) confirmed = best.confirmed;
     path.push_back({.block = best.block, .loss = best.loss, .confirmed = best.confirmed});
   }
   return path;

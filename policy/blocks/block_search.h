@@ -32,8 +32,8 @@ struct GsiOptions {
   uint64_t seed = 1;
   // The best of a round are measured on more text, too, and by that the round is decided, for as
   // long as the model takes more than so many bytes: first removals are those that serve. Of ours.
-  BlockLoss confirm;  // empty: none are
-  int confirmed = 3;
+  BlockLoss confirm;     // empty: none are
+  int confirm_best = 3;  // of a round, at least 1
   int64_t confirm_above = 0;
 };
 

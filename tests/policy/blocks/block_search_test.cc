@@ -75,9 +75,10 @@ TEST(GreedyPath, TheBestOfARoundAreConfirmedOnMoreText) {
     return std::optional(7 + 2.0 * removed[0] + 1.0 * removed[1] + 9.0 * removed[2] +
                          0.0 * removed[5] + 3.0 * removed[3]);
   };
-  const auto path = GreedyPath(
-      memory, All(memory), kTokens, whole - 20,
-      {.shortlist = 100, .confirm = more, .confirmed = 2, .confirm_above = whole - 1}, Neighbours);
+  const auto path =
+      GreedyPath(memory, All(memory), kTokens, whole - 20,
+                 {.shortlist = 100, .confirm = more, .confirm_best = 2, .confirm_above = whole - 1},
+                 Neighbours);
   ASSERT_TRUE(path.has_value());
   EXPECT_EQ(BlocksOf(*path), (std::vector<int>{1, 3})) << "then by the first text alone";
   EXPECT_EQ(path->front().loss, 3 + 2);
