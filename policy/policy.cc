@@ -11,7 +11,9 @@ bool Allows(const PruneBounds& bounds, const Rung& rung) {
   // A bound below zero, or NaN, asks for no less than rung 0 gives: zero.
   const double most = std::max(0.0, bounds.max_prune_ratio);
   if (rung.int4_kv && most == 0) return false;  // who wants nothing left out wants no bits left out
-  return ratio <= most && rung.price.quality_loss_nats <= std::max(0.0, bounds.max_quality_loss);
+  // As the wire has both: a rung's told loss, given back as a bound, allows that rung.
+  const auto loss = static_cast<float>(rung.price.quality_loss_nats);
+  return ratio <= most && loss <= static_cast<float>(std::max(0.0, bounds.max_quality_loss));
 }
 
 RungSet AllowedRungs(const PruneBounds& bounds, const Ladder& ladder) {

@@ -58,13 +58,17 @@ absl::StatusOr<std::unique_ptr<DecisionLog>> DecisionLog::Create(const std::stri
           fmt::format("--decision-log: {}: is no decision log and would be written over", path));
     }
   }
+  // The log that tells why a server ended is not to be lost with its restart.
+  if (std::error_code none; std::filesystem::file_size(path, none) > 0 && !none) {
+    std::filesystem::rename(path, path + ".old", none);
+  }
   log->file_.open(path, std::ios::binary);
   log->file_ << log->first_line_;
   log->file_.flush();
   if (!log->file_) {
     return absl::UnavailableError(fmt::format("--decision-log: {}: cannot be written", path));
   }
-  log->waiting_.reserve(kMost + kLine);
+  for (std::string* lines : {&log->waiting_, &log->writing_}) lines->reserve(kMost + kLine);
   log->thread_ = std::thread([log = log.get()] { log->Run(); });
   pthread_setname_np(log->thread_.native_handle(), "decisions");
   return log;
@@ -181,21 +185,19 @@ void DecisionLog::AddCap(int hardest) {
 }
 
 void DecisionLog::Run() {
-  std::string taken;
-  taken.reserve(kMost + kLine);
   for (bool ended = false; !ended;) {
     int64_t dropped = 0;
     {
       std::unique_lock lock(mutex_);
       ending_.wait_for(lock, kEvery, [this] { return ended_; });
       ended = ended_;
-      taken.swap(waiting_);
+      writing_.swap(waiting_);
       dropped = std::exchange(dropped_, 0);
     }
-    file_ << taken;
+    file_ << writing_;
     if (dropped > 0) file_ << fmt::format("{{\"dropped\":{}}}\n", dropped);
     file_.flush();
-    taken.clear();
+    writing_.clear();
   }
 }
 

@@ -31,8 +31,8 @@ namespace espalier {
 class DecisionLog {
  public:
   // With a line for the policy first: the rule's options and, of a learned policy that it shields,
-  // PolicyFile::version. `path`: the file, which is begun anew; empty: none. Unavailable if it
-  // cannot be written.
+  // PolicyFile::version. `path`: the file, which is begun anew, and what was there is PATH.old from
+  // then on; empty: none. Unavailable if it cannot be written.
   static absl::StatusOr<std::unique_ptr<DecisionLog>> Create(const std::string& path,
                                                              const LadderPolicyOptions& options,
                                                              std::string_view learned = "");
@@ -71,7 +71,7 @@ class DecisionLog {
   // Of the file, if there is one.
   std::ofstream file_;
   std::condition_variable ending_;
-  std::string waiting_;
+  std::string waiting_, writing_;
   int64_t dropped_ = 0;
   bool ended_ = false;
   std::thread thread_;

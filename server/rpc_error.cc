@@ -21,6 +21,8 @@ constexpr milliseconds kMinRetry{50};
 constexpr milliseconds kMaxRetry{60'000};
 // Loading and draining take as long as they take; a balancer should ask others meanwhile.
 constexpr milliseconds kStateRetry{1'000};
+// Whether newcomers are refused is decided in each step, whatever the queue's length.
+constexpr milliseconds kOverloadRetry{2'000};
 
 // Collects the details of one status.
 class StatusBuilder {
@@ -125,7 +127,7 @@ RpcError Overloaded(const LoadSnapshot& load) {
                        fmt::format("overloaded: {} requests wait too long already, at rung {}, the "
                                    "hardest there may be",
                                    load.waiting(), load.stats.wanted_rung))
-      .RetryAfter(RetryDelay(load))
+      .RetryAfter(std::min(RetryDelay(load), kOverloadRetry))
       .Reason("OVERLOADED", {{"waiting", fmt::format("{}", load.waiting())},
                              {"rung", fmt::format("{}", load.stats.wanted_rung)}})
       .Build("overloaded");

@@ -2,8 +2,10 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <memory>
 #include <string>
+#include <thread>
 
 #include <CLI/CLI.hpp>
 
@@ -19,6 +21,8 @@ struct Options {
   bool sets = false;
 };
 
+constexpr int kLooks = 10;  // a tenth of a second each
+
 std::string MiB(uint64_t bytes) { return fmt::format("{:.1f} MiB", bytes / 1048576.0); }
 
 absl::Status Run(const Options& options) {
@@ -31,6 +35,15 @@ absl::Status Run(const Options& options) {
         UnaryCall(options.remote, &v1::EspalierService::Stub::SetMemoryBudget, request, &response);
     if (!status.ok()) return status;
     memory = response.memory();
+    // Weights leave between steps: until then there may seem to be nothing for KV.
+    for (int look = 0; look < kLooks && memory.kv_allowed() == 0; ++look) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      v1::GetLoadResponse load;
+      const absl::Status looked = UnaryCall(options.remote, &v1::EspalierService::Stub::GetLoad,
+                                            v1::GetLoadRequest(), &load);
+      if (!looked.ok()) return looked;
+      memory = load.memory();
+    }
   } else {
     v1::GetLoadResponse load;
     const absl::Status status =

@@ -259,10 +259,13 @@ class Replay {
   void TakeChoice(Fields* line) {
     const RequestTraits traits = TraitsOf(line);
     const auto logged = static_cast<int>(line->Count("wanted", kMostRungs - 1));
-    line->Count("rung", kMostRungs - 1);
+    const auto rung_served = static_cast<int>(line->Count("rung", kMostRungs - 1));
     if (!line->error().empty()) return;
     ++choices_;
     const int rung = capped_->ChooseRung(traits);
+    if ((traits.allowed >> rung_served & 1) == 0) {
+      difference_ = fmt::format("rung {} is none that was allowed", rung_served);
+    }
     if (rung != logged) difference_ = fmt::format("rung {}, logged {}", rung, logged);
   }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <memory>
@@ -126,6 +127,11 @@ absl::Status TrainServing(const TrainServingOptions& options) {
   const Interrupt interrupt([] {});
   const absl::StatusOr<SimulatedServer> server = MakeSimulatedServer(options.server);
   if (!server.ok()) return server.status();
+  const std::filesystem::path folder = std::filesystem::absolute(options.out).parent_path();
+  if (!std::filesystem::is_directory(folder)) {  // rather than when all is learned
+    return absl::NotFoundError(
+        fmt::format("{}: there is no folder {}", options.out, folder.string()));
+  }
   const int rungs = server->ladder.size();
   const LevelPolicyOptions level = LevelOf(options.server);
   const LadderPolicyOptions rule = RuleOf(options.server);

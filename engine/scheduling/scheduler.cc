@@ -285,7 +285,10 @@ RequestTraits Scheduler::TraitsOf(const Sequence& sequence) const {
 
 void Scheduler::NoteChoice(Sequence* sequence, int rung) {
   const bool admitted = sequence->state == Sequence::State::kWaiting;
-  if (admitted || rung > sequence->rung) sequence->reason = policy_->reason();
+  if (admitted || rung > sequence->rung) {
+    // Others are pruned, and it is not: it has no reason to tell.
+    sequence->reason = rung == 0 && policy_->wanted() > 0 ? "none" : policy_->reason();
+  }
   if (sequence->request.bounds.rung.has_value()) return;
   policy_->Chose(sequence->request.id, TraitsOf(*sequence), rung);
 }

@@ -68,6 +68,13 @@ TEST(Allows, FewerBitsAreNotNothing) {
   EXPECT_TRUE(Allows({}, rung));
 }
 
+TEST(Allows, ALossAsItIsTold) {
+  Rung rung = TestLadder().rung(1);
+  rung.price.quality_loss_nats = 0.1625;  // more than the float next to it
+  EXPECT_TRUE(Allows({.max_quality_loss = 0.1625F}, rung));
+  EXPECT_FALSE(Allows({.max_quality_loss = 0.16249F}, rung));
+}
+
 TEST(Allows, EveryBoundAllowsRungZero) {
   const Ladder ladder = TestLadder();
   EXPECT_TRUE(Allows({.max_prune_ratio = 0, .max_quality_loss = 0, .never = true}, ladder.rung(0)));

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstdio>
 #include <fstream>
 #include <iterator>
 #include <memory>
@@ -101,6 +102,18 @@ TEST(DecisionLog, IsReadWhileItIsWrittenAndItsFileHasAllUntilItIsClosed) {
   EXPECT_EQ(Lines(text), 1 + kChoices);
   EXPECT_THAT(text, Not(HasSubstr("cap")));
   EXPECT_THAT(log->Recent(1), EndsWith("{\"cap\":7}\n"));
+}
+
+TEST(DecisionLog, TheOneBeforeIsKept) {
+  const std::string path = testing::TempDir() + "decision_log_test_twice.log";
+  std::remove(path.c_str());
+  for (const int cap : {1, 2, 3}) Log(path)->AddCap(cap);
+  const auto read = [](const std::string& name) {
+    std::ifstream file(name);
+    return std::string((std::istreambuf_iterator<char>(file)), {});
+  };
+  EXPECT_THAT(read(path), EndsWith("{\"cap\":3}\n"));
+  EXPECT_THAT(read(path + ".old"), EndsWith("{\"cap\":2}\n"));
 }
 
 }  // namespace

@@ -80,6 +80,8 @@ TEST_F(ReplayTest, GoesByLossesAndCapsAndDecidesForRequests) {
   EXPECT_EQ(outcome.code, 0) << outcome.err;
   EXPECT_THAT(outcome.out, HasSubstr("2 rungs of requests, 0 not as logged"));
   EXPECT_EQ(Replay(head_, With(choice_, "priority", "-2147483648")).code, 0);
+  EXPECT_THAT(Replay(head_, With(choice_, "rung", "5")).err,
+              HasSubstr("line 2: rung 5 is none that was allowed"));
   EXPECT_THAT(
       Replay(head_, With(line_, "refuses_behind_s", "0.5")).err,
       HasSubstr("refusing behind 0.25 s, logged rung 1 of 1 by queue, refusing behind 0.5"));

@@ -842,6 +842,23 @@ TEST_F(SchedulerTest, TheReasonIsThatOfTheLastTimeItWasPruned) {
   EXPECT_EQ(outputs_.at(0).reason, "pressed");
 }
 
+TEST_F(SchedulerTest, WhoIsNotPrunedHasNoReason) {
+  Rung narrow = ladder_.rung(0);
+  narrow.decode.Keep(0, SiteKind::kChannels, 4);
+  ASSERT_TRUE(ladder_.Append(narrow));
+  Told told;
+  told.rung = 1;
+  policy_ = &told;
+  Make(64);
+  Request request = MakeRequest(1, {.prompt = 3});
+  request.bounds.never = true;
+  ASSERT_EQ(scheduler_->Submit(request), absl::OkStatus());
+  Submit(2, {.prompt = 3});
+  Step();
+  EXPECT_EQ(outputs_.at(0).reason, "none");
+  EXPECT_EQ(outputs_.at(1).reason, "told so");
+}
+
 TEST_F(SchedulerTest, ArrivalsAndFirstTokensAreToldAsMeans) {
   Make(64);
   const auto at = [](double seconds) {
