@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -104,19 +105,23 @@ absl::Status Scheduler::Submit(Request request) {
         "queue: {} requests wait already, the bound is {}", waiting_.size(), options_.max_waiting));
   }
 
-  const int64_t pages = PagesAtMost(request.prompt.size(), max_tokens);
   RungSet allowed = AllowedRungs(request.bounds, ladder_);
   if (request.bounds.rung.has_value()) {
     allowed = RungSet{1} << HardestIn(allowed, *request.bounds.rung);
   }
-  int most = most_pages_.empty() || (allowed & served_) != 0 ? pool_.total() : 0;
-  for (size_t rung = 0; rung < most_pages_.size(); ++rung) {
-    if ((allowed >> rung & 1) != 0) most = std::max(most, most_pages_[rung]);
+  bool fits = false;
+  int nearest = 0;  // the rung at which least is missing
+  const auto missing = [&](int rung) { return PagesAt(request, rung) - MostPages(rung); };
+  for (int rung = 0; rung < ladder_.size() && !fits; ++rung) {
+    if ((allowed >> rung & 1) == 0) continue;
+    if ((allowed >> nearest & 1) == 0 || missing(rung) < missing(nearest)) nearest = rung;
+    fits = missing(nearest) <= 0;
   }
-  if (pages > most) {
-    return absl::ResourceExhaustedError(
-        fmt::format("memory: {} + {} tokens take {} KV pages, and there may be {} at present of {}",
-                    request.prompt.size(), max_tokens, pages, most, geometry_.pages));
+  if (!fits) {
+    return absl::ResourceExhaustedError(fmt::format(
+        "memory: {} + {} tokens take {} KV pages at rung {}, and there may be {} at present of {}",
+        request.prompt.size(), max_tokens, PagesAt(request, nearest), nearest, MostPages(nearest),
+        geometry_.pages));
   }
 
   if (idle()) {
@@ -250,7 +255,7 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   }
   if (needed > *unpromised && !running_.empty()) return false;
   // It was accepted for what there would be without weights that it does not need.
-  const int64_t most = PagesAtMost(head->request.prompt.size(), head->request.stop.max_tokens);
+  const int64_t most = PagesAt(head->request, head->rung);
   if (most > pool_.total()) pool_.SetLimit(static_cast<int>(most));
 
   *unpromised -= needed;
@@ -287,7 +292,10 @@ void Scheduler::NoteChoice(Sequence* sequence, int rung) {
   const bool admitted = sequence->state == Sequence::State::kWaiting;
   if (admitted || rung > sequence->rung) {
     // Others are pruned, and it is not: it has no reason to tell.
-    sequence->reason = rung == 0 && policy_->wanted() > 0 ? "none" : policy_->reason();
+    const bool unpruned = rung == 0 && policy_->wanted() > 0;
+    sequence->reason = unpruned                       ? "none"
+                       : rung > WishedRung(*sequence) ? "memory"  // it fits at none milder
+                                                      : policy_->reason();
   }
   if (sequence->request.bounds.rung.has_value()) return;
   policy_->Chose(sequence->request.id, TraitsOf(*sequence), rung);
@@ -310,14 +318,29 @@ int Scheduler::WishedOf(const Sequence& sequence, RungSet rungs) const {
 }
 
 RungSet Scheduler::FittingRungs(const Sequence& sequence) const {
-  const int64_t pages =
-      PagesAtMost(sequence.request.prompt.size(), sequence.request.stop.max_tokens);
   RungSet fitting = 0;
-  for (size_t rung = 0; rung < most_pages_.size(); ++rung) {
-    if (pages <= most_pages_[rung]) fitting |= RungSet{1} << rung;
+  for (int rung = 0; rung < ladder_.size(); ++rung) {
+    if ((sequence.allowed >> rung & 1) == 0) continue;
+    if (PagesAt(sequence.request, rung) <= MostPages(rung)) fitting |= RungSet{1} << rung;
   }
-  fitting &= sequence.allowed;
   return fitting != 0 ? fitting : sequence.allowed;
+}
+
+int64_t Scheduler::MostPages(int rung) const {
+  if (most_pages_.empty()) return pool_.total();
+  const bool served = (served_ >> rung & 1) != 0;
+  return std::max(most_pages_[rung], served ? pool_.total() : 0);
+}
+
+int64_t Scheduler::LeastPages(const Sequence& sequence) const {
+  if (sequence.state == Sequence::State::kRunning) return PagesAt(sequence.request, sequence.rung);
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int rung = 0; rung < ladder_.size(); ++rung) {
+    if ((sequence.allowed >> rung & 1) != 0) {
+      least = std::min(least, PagesAt(sequence.request, rung));
+    }
+  }
+  return least;
 }
 
 RungSet Scheduler::Reachable(const Sequence& sequence) const {
@@ -385,10 +408,13 @@ RungUse Scheduler::rung_use() const {
   }
   if (!waiting_.empty()) {
     use.head = FittingRungs(*waiting_.front());
-    use.wished |= RungSet{1} << WishedOf(*waiting_.front(), use.head);
-    use.pages_of_head = PagesPromised(*waiting_.front());
+    const int rung = WishedOf(*waiting_.front(), use.head);
+    use.wished |= RungSet{1} << rung;
+    use.pages_of_head = PagesPromised(*waiting_.front(), rung);
   }
-  for (const Sequence* sequence : waiting_) use.pages_needed += PagesPromised(*sequence);
+  for (const Sequence* sequence : waiting_) {
+    use.pages_needed += PagesPromised(*sequence, WishedOf(*sequence, FittingRungs(*sequence)));
+  }
   return use;
 }
 
@@ -446,10 +472,7 @@ std::vector<std::pair<int32_t, int32_t>> Scheduler::LimitPages(int pages, Instan
   packings_.clear();
   int64_t least = 0;
   for (const Queue* queue : {&running_, &waiting_}) {
-    for (const Sequence* sequence : *queue) {
-      least = std::max(
-          least, PagesAtMost(sequence->request.prompt.size(), sequence->request.stop.max_tokens));
-    }
+    for (const Sequence* sequence : *queue) least = std::max(least, LeastPages(*sequence));
   }
   pages = static_cast<int>(std::clamp<int64_t>(pages, least, geometry_.pages));
   std::vector<std::pair<int32_t, int32_t>> moves;
@@ -757,11 +780,16 @@ int64_t Scheduler::PagesHeld(const Sequence& sequence) const {
          static_cast<int64_t>(kv_layers_[sequence.rung].size());
 }
 
-int64_t Scheduler::PagesPromised(const Sequence& sequence) const {
+int64_t Scheduler::PagesAt(const Request& request, int rung) const {
+  const int64_t tokens = static_cast<int64_t>(request.prompt.size()) + request.stop.max_tokens;
+  return TableLength(tokens, rung) * static_cast<int64_t>(kv_layers_[rung].size());
+}
+
+int64_t Scheduler::PagesPromised(const Sequence& sequence, int rung) const {
   const int to_come = sequence.request.stop.max_tokens - sequence.output_tokens();
   const auto reserved = static_cast<int64_t>(std::ceil(options_.reserve_output * to_come));
-  return static_cast<int64_t>(TableLength(sequence.size() + reserved, sequence.rung)) *
-         static_cast<int64_t>(kv_layers_[sequence.rung].size());
+  return static_cast<int64_t>(TableLength(sequence.size() + reserved, rung)) *
+         static_cast<int64_t>(kv_layers_[rung].size());
 }
 
 int64_t Scheduler::PagesAtMost(size_t prompt, int max_tokens) const {

@@ -89,7 +89,8 @@ struct SequenceOutput {
   Instant first_scheduled = kNever;  // kNever: never left the queue
   int rung = 0;                      // of this step's rows
   double rung_loss = 0;              // what it is taken to lose, nats per token
-  // Policy::reason when it was admitted, or last moved to a harder rung; or "weights": those of
+  // Policy::reason when it was admitted, or last moved to a harder rung; "memory" where it fits at
+  // none as mild as the policy's, "none" if others are pruned and it is not; or "weights": those of
   // the rung it chose are not in memory. Valid as long as the policy.
   std::string_view reason;
   StageRows stages;  // rows computed, again after preemptions
@@ -252,9 +253,14 @@ class Scheduler {
   int WishedRung(const Sequence& sequence) const;
   // That, or the nearest of the set, a harder one if there is any.
   int WishedOf(const Sequence& sequence, RungSet rungs) const;
-  // Rungs it may have: of those allowed the ones beside whose weights alone all of its pages fit,
-  // or all where they fit beside none.
+  // Of those allowed the rungs at which all of its pages fit, beside whose weights alone they need
+  // to; or all where it fits at none.
   RungSet FittingRungs(const Sequence& sequence) const;
+  // The pages there could be for who is at this rung.
+  int64_t MostPages(int rung) const;
+  // The fewest that a live sequence may have to have alone: at its rung if it runs, whose K and V
+  // never get larger, else at the rung of those allowed that takes least.
+  int64_t LeastPages(const Sequence& sequence) const;
   // The same for who runs: what it may move to. Who fits nowhere near stays within what is allowed.
   RungSet Reachable(const Sequence& sequence) const;
   // The rung that a waiting sequence is admitted at, that a running one goes to; -1 if weights of
@@ -289,7 +295,12 @@ class Scheduler {
   int TableLength(int64_t tokens, int rung) const;
   std::span<const int32_t> PageTokens(const Sequence& sequence, int page) const;
   int64_t PagesHeld(const Sequence& sequence) const;
-  int64_t PagesPromised(const Sequence& sequence) const;
+  int64_t PagesPromised(const Sequence& sequence) const {
+    return PagesPromised(sequence, sequence.rung);
+  }
+  int64_t PagesPromised(const Sequence& sequence, int rung) const;
+  // Of a whole request at a rung.
+  int64_t PagesAt(const Request& request, int rung) const;
 
   const SchedulerOptions options_;
   const KvGeometry geometry_;

@@ -222,8 +222,9 @@ TEST_F(WeightsTest, IsRefusedWhatDoesNotFitBesideItsOwnWeightsAlone) {
   ASSERT_EQ(weighty_engine_.Submit(Never(1, 40, 8)), absl::OkStatus());  // 24 pages: 12 and 12
   const absl::Status refused = weighty_engine_.Submit(Never(2, 40, 9));
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_THAT(std::string(refused.message()),
-              testing::HasSubstr("take 26 KV pages, and there may be 24 at present of 32"));
+  EXPECT_THAT(
+      std::string(refused.message()),
+      testing::HasSubstr("take 26 KV pages at rung 0, and there may be 24 at present of 32"));
   EXPECT_EQ(RunUntil(1), std::set{0});
 }
 

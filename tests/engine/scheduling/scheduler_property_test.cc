@@ -215,11 +215,26 @@ class Traffic : public Executor {
 
     const int waiting = engine_.scheduler().stats().waiting;
     const int total_tokens = prompt + request.stop.max_tokens;
-    const int room = engine_.scheduler().pages_total() / geometry_.layers * geometry_.page_tokens;
+    // It fits if it does at any rung that it may have, whose K and V may take fewer layers and
+    // bits.
+    bool fits = false;
+    RungSet allowed = AllowedRungs(request.bounds, ladder_);
+    if (request.bounds.rung.has_value()) {
+      allowed = RungSet{1} << HardestIn(allowed, *request.bounds.rung);
+    }
+    for (int rung = 0; rung < ladder_.size(); ++rung) {
+      int layers = 0;
+      for (int layer = 0; layer < geometry_.layers; ++layer) {
+        layers += ladder_.rung(rung).HoldsKv(layer);
+      }
+      const int page = geometry_.page_tokens * (ladder_.rung(rung).int4_kv ? 2 : 1);
+      const int pages = (total_tokens + page - 1) / page * layers;
+      fits = fits || ((allowed >> rung & 1) != 0 && pages <= engine_.scheduler().pages_total());
+    }
     const absl::StatusCode expected =
         request.prompt.empty() || live_.contains(request.id) ? absl::StatusCode::kInvalidArgument
         : total_tokens > longest                             ? absl::StatusCode::kOutOfRange
-        : room < total_tokens                                ? absl::StatusCode::kResourceExhausted
+        : !fits                                              ? absl::StatusCode::kResourceExhausted
         : waiting >= options_.max_waiting                    ? absl::StatusCode::kResourceExhausted
                                                              : absl::StatusCode::kOk;
     const absl::Status status = engine_.Submit(request);

@@ -512,16 +512,47 @@ TEST_F(SchedulerTest, LessMemoryDropsBlocksBeforeItPreempts) {
   EXPECT_EQ(limit(18), "18 18 0");
   EXPECT_EQ(limit(12), "12 9 0") << "one of two layers goes";
   EXPECT_EQ(limit(7), "7 6 1") << "the youngest";
-  EXPECT_EQ(limit(0), "6 6 1") << "what the first needs alone at rung 0";
+  EXPECT_EQ(limit(0), "3 3 2") << "what the first needs alone, at its rung";
   const absl::Status refused = scheduler_->Submit(MakeRequest(9, {.prompt = 12, .max_tokens = 1}));
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_THAT(std::string(refused.message()),
-              HasSubstr("12 + 1 tokens take 8 KV pages, and there may be 6 at present of 24"));
+  EXPECT_THAT(
+      std::string(refused.message()),
+      HasSubstr("12 + 1 tokens take 4 KV pages at rung 1, and there may be 3 at present of 24"));
   std::vector<int32_t> answer = puppet_->Answer(MakeRequest(3, {.prompt = 9, .max_tokens = 3}));
   answer.erase(answer.begin());  // told by the first step
   EXPECT_EQ(RunToEnd(3), answer);
-  EXPECT_EQ(limit(0), "0 0 1");
-  EXPECT_EQ(limit(99), "24 0 1");
+  EXPECT_EQ(limit(0), "0 0 2");
+  EXPECT_EQ(limit(99), "24 0 2");
+}
+
+TEST_F(SchedulerTest, WhatFitsAtSomeRungIsServedAtTheMildestSuch) {
+  Rung narrow = ladder_.rung(0);
+  narrow.decode.Keep(0, SiteKind::kChannels, 4);
+  ASSERT_TRUE(ladder_.Append(narrow));
+  Rung packed = narrow;
+  packed.int4_kv = true;
+  ASSERT_TRUE(ladder_.Append(packed));
+  narrow = packed;
+  narrow.decode.Keep(1, SiteKind::kChannels, 4);
+  ASSERT_TRUE(ladder_.Append(narrow));
+  Make(8, {.max_batch_tokens = 32});
+  scheduler_->LimitPages(4 * kLayers, Instant{0});
+  Request request = MakeRequest(1, {.prompt = 20, .max_tokens = 4});  // 6 pages a layer, or 3
+  request.bounds.never = true;
+  const absl::Status refused = scheduler_->Submit(request);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(refused.message()),
+              HasSubstr("20 + 4 tokens take 12 KV pages at rung 0, and there may be 8 at present"));
+  request.bounds.never = false;
+  ASSERT_EQ(scheduler_->Submit(request), absl::OkStatus());
+  scheduler_->LimitPages(0, Instant{0});
+  EXPECT_EQ(scheduler_->pages_total(), 3 * kLayers)
+      << "what it needs at the rungs that it may have";
+  Step();
+  EXPECT_EQ(outputs_.at(0).rung, 2) << "the policy's is 0";
+  EXPECT_EQ(outputs_.at(0).reason, "memory");
+  RunToEnd(1);
+  EXPECT_EQ(scheduler_->stats().preemptions, 0u);
 }
 
 TEST_F(SchedulerTest, TellsThePolicyHowLongStepsTake) {
