@@ -33,7 +33,8 @@ void AddDecisions(CLI::App& root, Action* action) {
   CLI::App* sub = root.add_subcommand(
       "decisions",
       "Print a server's last decisions on pruning, with what its policy saw: lines of JSON");
-  sub->add_option("--last", options->last, "Lines, at most; 0: all that are kept, some thousands")
+  sub->add_option("--last", options->last,
+                  "Lines, at most; 0: all that are kept, a thousand or more")
       ->type_name("COUNT")
       ->check(CLI::Range(0, 1'000'000))
       ->capture_default_str();

@@ -88,8 +88,7 @@ void AddTrain(CLI::App& root, Action* action) {
   rap("--tokens", blocks.tokens, "TOKENS", 256, 10'000'000, "To measure losses on while searching");
   rap("--confirm-tokens", blocks.confirm_tokens, "TOKENS", 0, 10'000'000,
       "To decide on among the best, until 0.8 of the memory is left: a few say too little of "
-      "losses; "
-      "0: by --tokens, too");
+      "losses; 0: by --tokens, too");
   rap("--held-out-tokens", blocks.held_out_tokens, "TOKENS", 256, 10'000'000,
       "Others, to measure what was found on");
   rap("--tasks", blocks.tasks, "COUNT", 2, 10'000, "Batch, length and budget to compare on");

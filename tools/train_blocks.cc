@@ -302,13 +302,12 @@ absl::StatusOr<std::string> Search::FirstRemovals() {
   const auto& [tokens, path] = *paths_.begin();
   const std::optional<double> seen = seen_->Loss({}), confirm = confirm_->Loss({}),
                               other = held_out_->Loss({});
-  if (!seen || !confirm || !other)
+  if (!seen || !confirm || !other) {
     return Stopped(!seen ? *seen_ : !confirm ? *confirm_ : *held_out_);
+  }
   std::string table = fmt::format(
       "the greedy search's first removals for {} resident tokens, nats/token: on {} tokens "
-      "searched "
-      "on, on {} to "
-      "confirm by, on {} others\n",
+      "searched on, on {} to confirm by, on {} others\n",
       tokens, seen_->tokens(), confirm_->tokens(), held_out_->tokens());
   BlockSet removed;
   for (const BlockStep& step : path) {
@@ -317,7 +316,7 @@ absl::StatusOr<std::string> Search::FirstRemovals() {
     const std::optional<double> loss = held_out_->Loss(removed);
     if (!loss) return Stopped(*held_out_);
     table += fmt::format("{:>12} {:2}{:10.3f}{:10.3f}{:10.3f}\n",
-                         step.block % 2 == 0 ? "attention" : "MLP", step.block / 2,
+                         IsAttention(step.block) ? "attention" : "MLP", LayerOfBlock(step.block),
                          step.loss - *seen, *step.confirmed - *confirm, *loss - *other);
   }
   return table;

@@ -155,7 +155,6 @@ bool Scheduler::Cancel(RequestId id) {
 const Batch& Scheduler::Schedule(Instant now, std::vector<SequenceOutput>* expired) {
   Invariant(batch_.empty(), "Schedule while a batch is out");
   packings_.clear();
-  refused_priority_.reset();
   Expire(now, expired);
   if (idle()) return batch_;
   if (last_step_ != kNever) {

@@ -46,6 +46,13 @@ class SchedulerTest : public testing::Test {
     puppet_.emplace(geometry, ladder_);
   }
 
+  // A rung of fewer channels for decode rows.
+  void AddNarrowRung() {
+    Rung narrow = ladder_.rung(ladder_.size() - 1);
+    narrow.decode.Keep(0, SiteKind::kChannels, 4);
+    ASSERT_TRUE(ladder_.Append(narrow));
+  }
+
   // A rung at four bits, and prefixes are shared.
   void AddPackedRung() {
     Rung packed = ladder_.rung(ladder_.size() - 1);
@@ -837,9 +844,7 @@ TEST_F(SchedulerTest, PressureIsInSharesOfTheLimits) {
 }
 
 TEST_F(SchedulerTest, ToldIsWhatARequestIsChosenByAndWhatBecomesOfIt) {
-  Rung narrow = ladder_.rung(0);
-  narrow.decode.Keep(0, SiteKind::kChannels, 4);
-  ASSERT_TRUE(ladder_.Append(narrow));
+  AddNarrowRung();
   Told told;
   policy_ = &told;
   Make(64);
@@ -854,9 +859,7 @@ TEST_F(SchedulerTest, ToldIsWhatARequestIsChosenByAndWhatBecomesOfIt) {
 }
 
 TEST_F(SchedulerTest, TheReasonIsThatOfTheLastTimeItWasPruned) {
-  Rung narrow = ladder_.rung(0);
-  narrow.decode.Keep(0, SiteKind::kChannels, 4);
-  ASSERT_TRUE(ladder_.Append(narrow));
+  AddNarrowRung();
   Told told;
   policy_ = &told;
   Make(64);
@@ -874,9 +877,7 @@ TEST_F(SchedulerTest, TheReasonIsThatOfTheLastTimeItWasPruned) {
 }
 
 TEST_F(SchedulerTest, WhoIsNotPrunedHasNoReason) {
-  Rung narrow = ladder_.rung(0);
-  narrow.decode.Keep(0, SiteKind::kChannels, 4);
-  ASSERT_TRUE(ladder_.Append(narrow));
+  AddNarrowRung();
   Told told;
   told.rung = 1;
   policy_ = &told;
