@@ -109,15 +109,12 @@ absl::Status Scheduler::Submit(Request request) {
   if (request.bounds.rung.has_value()) {
     allowed = RungSet{1} << HardestIn(allowed, *request.bounds.rung);
   }
-  bool fits = false;
-  int nearest = 0;  // the rung at which least is missing
-  const auto missing = [&](int rung) { return PagesAt(request, rung) - MostPages(rung); };
-  for (int rung = 0; rung < ladder_.size() && !fits; ++rung) {
-    if ((allowed >> rung & 1) == 0) continue;
-    if ((allowed >> nearest & 1) == 0 || missing(rung) < missing(nearest)) nearest = rung;
-    fits = missing(nearest) <= 0;
-  }
-  if (!fits) {
+  if (FittingRungs(request, allowed) == 0) {
+    int nearest = std::countr_zero(allowed);  // the rung at which least is missing
+    const auto missing = [&](int rung) { return PagesAt(request, rung) - MostPages(rung); };
+    for (int rung = nearest + 1; rung < ladder_.size(); ++rung) {
+      if ((allowed >> rung & 1) != 0 && missing(rung) < missing(nearest)) nearest = rung;
+    }
     return absl::ResourceExhaustedError(fmt::format(
         "memory: {} + {} tokens take {} KV pages at rung {}, and there may be {} at present of {}",
         request.prompt.size(), max_tokens, PagesAt(request, nearest), nearest, MostPages(nearest),
@@ -316,12 +313,16 @@ int Scheduler::WishedOf(const Sequence& sequence, RungSet rungs) const {
   return harder != 0 ? rung + std::countr_zero(harder) : HardestIn(rungs, rung);
 }
 
-RungSet Scheduler::FittingRungs(const Sequence& sequence) const {
+RungSet Scheduler::FittingRungs(const Request& request, RungSet allowed) const {
   RungSet fitting = 0;
   for (int rung = 0; rung < ladder_.size(); ++rung) {
-    if ((sequence.allowed >> rung & 1) == 0) continue;
-    if (PagesAt(sequence.request, rung) <= MostPages(rung)) fitting |= RungSet{1} << rung;
+    if (PagesAt(request, rung) <= MostPages(rung)) fitting |= RungSet{1} << rung;
   }
+  return fitting & allowed;
+}
+
+RungSet Scheduler::FittingRungs(const Sequence& sequence) const {
+  const RungSet fitting = FittingRungs(sequence.request, sequence.allowed);
   return fitting != 0 ? fitting : sequence.allowed;
 }
 

@@ -254,7 +254,9 @@ class Scheduler {
   // That, or the nearest of the set, a harder one if there is any.
   int WishedOf(const Sequence& sequence, RungSet rungs) const;
   // Of those allowed the rungs at which all of its pages fit, beside whose weights alone they need
-  // to; or all where it fits at none.
+  // to.
+  RungSet FittingRungs(const Request& request, RungSet allowed) const;
+  // The same of who was accepted; or all allowed where it fits at none.
   RungSet FittingRungs(const Sequence& sequence) const;
   // The pages there could be for who is at this rung.
   int64_t MostPages(int rung) const;
