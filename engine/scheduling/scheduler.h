@@ -50,20 +50,13 @@
 
 #include "absl/status/status.h"
 #include "engine/scheduling/batch.h"
-#include "engine/scheduling/page_pool.h"
-#include "engine/scheduling/prefix_cache.h"
+#include "engine/scheduling/kv_pages.h"
+#include "engine/scheduling/rung_chooser.h"
 #include "engine/scheduling/sequence.h"
+#include "engine/scheduling/traffic_meter.h"
 #include "policy/policy.h"
 
 namespace espalier {
-
-// What the pool and the model can hold.
-struct KvGeometry {
-  int layers = 0;
-  int pages = 0;         // of the whole pool, all layers
-  int page_tokens = 16;  // twice as many at rungs of four bits
-  int context = 0;       // longest sequence, tokens
-};
 
 struct SchedulerOptions {
   int max_batch_tokens = 128;  // >= 1; rows of a step; newcomers wait while decodes take them all
@@ -176,7 +169,7 @@ class Scheduler {
   // preempted, and what is left beyond moves: the pairs (from, to) of pages to copy, before
   // anything else is computed. Not while a batch is out.
   std::vector<std::pair<int32_t, int32_t>> LimitPages(int pages, Instant now);
-  int pages_total() const { return pool_.total(); }
+  int pages_total() const { return pool().total(); }
 
   // KV pages of a whole sequence at rung 0, and of all that live.
   int64_t PagesAtMost(size_t prompt, int max_tokens) const;
@@ -191,9 +184,7 @@ class Scheduler {
   RungUse rung_use() const;
   // The most pages there could be for who may have no rung but this one, [rungs]. Submit goes by it
   // in place of those there are, and who fits beside the weights of some rungs is served at these.
-  void set_most_pages(std::span<const int> pages) {
-    most_pages_.assign(pages.begin(), pages.end());
-  }
+  void set_most_pages(std::span<const int> pages) { rungs_.set_most_pages(pages); }
 
   // What rungs lose, [rungs], nats per token, in place of what their price tags say: for bounds,
   // for the policy, and as answers are told. Not while anybody is live, who was let in by the
@@ -203,7 +194,7 @@ class Scheduler {
   // The machine's memory was looked at.
   void SawMemory(const MemoryView& memory) { memory_ = memory; }
   // So many came since this was last told, whether they were let in or not.
-  void CountArrivals(int requests) { arrived_ += requests; }
+  void CountArrivals(int requests) { traffic_.CountArrivals(requests); }
 
   PressureReport Pressure(Instant now) const;
   SchedulerStats stats() const;
@@ -225,17 +216,13 @@ class Scheduler {
   void AddDecodes(Instant now);
   void AddPrefills(Instant now);
 
+  const PagePool& pool() const { return pages_.pool(); }
+
   // Running sequences to the rungs that the policy now wants. What shapes their KV may only shrink:
-  // no rung that keeps K and V of more layers, or at more bits; of fewer layers, the pages of the
-  // others are free at once, and so is half of the pages at fewer bits.
+  // no rung that keeps K and V of more layers, or at more bits.
   void MoveRunning();
   // Stays where it is if pages have to be copied, and none are available.
   void MoveTo(Sequence* sequence, int rung);
-  // Two pages of a layer that `rung` keeps become one, at fewer bits. Two shared ones stay what
-  // they are to others, and a page more is taken: PagesToPack must be available.
-  void Pack(Sequence* sequence, int rung);
-  int64_t PagesToPack(const Sequence& sequence, int rung) const;
-  int32_t TakePage(int layer);  // a free page, or one of the prefix cache
 
   // Moves the head of the queue to running_[place]; false if it has to wait. `unpromised` is free
   // and cached pages less what the running were promised beyond what they hold.
@@ -244,33 +231,8 @@ class Scheduler {
   // behind: those before them are served sooner.
   std::optional<int> RefusedPriority(Instant now) const;
 
-  // What arrived, and who drew a first token, since the last step.
-  void NoteTraffic(Instant now);
-  RequestTraits TraitsOf(const Sequence& sequence) const;
   // It is to be served at the rung: notes why, and tells the policy.
   void NoteChoice(Sequence* sequence, int rung);
-  // The policy's choice, or the rung that was named.
-  int WishedRung(const Sequence& sequence) const;
-  // That, or the nearest of the set, a harder one if there is any.
-  int WishedOf(const Sequence& sequence, RungSet rungs) const;
-  // Of those allowed the rungs at which all of its pages fit, beside whose weights alone they need
-  // to.
-  RungSet FittingRungs(const Request& request, RungSet allowed) const;
-  // The same of who was accepted; or all allowed where it fits at none.
-  RungSet FittingRungs(const Sequence& sequence) const;
-  // The pages there could be for who is at this rung.
-  int64_t MostPages(int rung) const;
-  // The fewest that a live sequence may have to have alone: at its rung if it runs, whose K and V
-  // never get larger, else at the rung of those allowed that takes least.
-  int64_t LeastPages(const Sequence& sequence) const;
-  // The same for who runs: what it may move to. Who fits nowhere near stays within what is allowed.
-  RungSet Reachable(const Sequence& sequence) const;
-  // The rung that a waiting sequence is admitted at, that a running one goes to; -1 if weights of
-  // none that it may have are in memory.
-  int ChooseRung(const Sequence& sequence) const;
-  int MoveOf(const Sequence& sequence) const;
-  // Whether it is at its rung because weights of another are not in memory.
-  bool HeldByWeights(const Sequence& sequence) const;
   SequenceOutput Describe(const Sequence& sequence, FinishReason finish) const;
 
   // Gives `sequence` pages for all its tokens, preempting those after it. False if it was the last
@@ -281,55 +243,29 @@ class Scheduler {
   StageRows Stages(const BatchSpan& span, const ProbeUse& probe) const;
   FinishReason Append(const TokenResult& drawn, Sequence* sequence, SequenceOutput* output);
 
-  // Fills hits_ with the nodes that hold what `sequence` would compute first.
-  void FindPrefix(const Sequence& sequence);
-  void AdoptPrefix(Sequence* sequence);  // the nodes of hits_
-  void SharePages(Sequence* sequence);   // those that are full, but not in the prefix cache yet
-  void TakePages(Sequence* sequence, int table_length);
-  void ReturnPages(Sequence* sequence);
   void Insert(Sequence* sequence, Queue* queue);
   void Remove(Sequence* sequence, Queue* queue);
   void End(Sequence* sequence);  // destroys it
 
-  int page_tokens(int rung) const {
-    return geometry_.page_tokens * (ladder_.rung(rung).int4_kv ? 2 : 1);
-  }
-  int TableLength(int64_t tokens, int rung) const;
-  std::span<const int32_t> PageTokens(const Sequence& sequence, int page) const;
-  int64_t PagesHeld(const Sequence& sequence) const;
   int64_t PagesPromised(const Sequence& sequence) const {
     return PagesPromised(sequence, sequence.rung);
   }
   int64_t PagesPromised(const Sequence& sequence, int rung) const;
-  // Of a whole request at a rung.
-  int64_t PagesAt(const Request& request, int rung) const;
 
   const SchedulerOptions options_;
-  const KvGeometry geometry_;
   Ladder ladder_;
   Policy* const policy_;
-  std::vector<std::vector<int>> kv_layers_;  // [rungs]: layers that keep K and V
-  std::vector<int> mildest_;                 // [rungs]: the first whose K and V are as large
-  RungSet served_;                           // whose weights are in memory
-  std::vector<int> most_pages_;              // [rungs], or empty: as many as there are
 
-  PagePool pool_;
-  PrefixCache cache_;
-  std::vector<int32_t> hits_;  // scratch of one admission
+  KvPages pages_;
+  RungChooser rungs_;
+  TrafficMeter traffic_;
   std::unordered_map<RequestId, std::unique_ptr<Sequence>>
       sequences_;  // never walked for decisions
   Queue waiting_;
   Queue running_;
   uint64_t arrivals_ = 0;
   Instant next_deadline_ = kNever;  // no live sequence has an earlier one
-  Instant last_step_ = kNever;      // Schedule's; kNever: nothing was there to do since
-  double step_s_ = 0;               // mean of the last ones, from 0 after a pause
   MemoryView memory_;
-  int arrived_ = 0;                      // since the last Schedule
-  double arrivals_per_s_ = 0;            // mean, as of arrivals_at_
-  Instant arrivals_at_ = kNever;         // kNever: none so far
-  std::vector<Instant> first_tokens_;    // arrivals of who drew its first one in the last step
-  double first_token_s_ = 0;             // mean of the last ones, from 0 after a pause
   std::optional<int> refused_priority_;  // SchedulerStats's
   uint64_t preemptions_ = 0;
   uint64_t recomputed_tokens_ = 0;

@@ -53,6 +53,10 @@ struct Sequence {
   bool decoding() const { return output_tokens() > 0 && computed + 1 == size(); }
 };
 
+inline RequestTraits TraitsOf(const Sequence& sequence) {
+  return {.allowed = sequence.allowed, .priority = sequence.request.priority};
+}
+
 // Service order: higher priority first, then the older one. Preemption takes from the other end.
 inline bool ServedBefore(const Sequence& a, const Sequence& b) {
   if (a.request.priority != b.request.priority) return a.request.priority > b.request.priority;
