@@ -55,7 +55,7 @@ void Engine::FitMemory(Instant now) {
     if (helps) Invariant(Exchange(least, now), "rungs {:b} are not all that are run at", least);
   }
   SetPages(Pages(coming_ != 0 ? coming_ : keeper_.present()), now);
-  const std::pair of(pages_wanted_, keeper_.present());
+  const std::pair of(pages_wanted_, executor_->ReleasablePages(0));
   if (std::exchange(most_pages_of_, of) == of) return;
   most_pages_.clear();
   for (RungSet rung = 1; rung != 0 && (rung & keeper_.all()) != 0; rung <<= 1) {

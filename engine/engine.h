@@ -105,7 +105,7 @@ class Engine {
   absl::Status lost_;  // weights that cannot come back
   // As Scheduler::set_most_pages, and what it was made for.
   std::vector<int> most_pages_;
-  std::pair<int, RungSet> most_pages_of_ = {0, 0};
+  std::pair<int, int> most_pages_of_ = {0, 0};
   StepResult result_;
   StepReport report_;
 };

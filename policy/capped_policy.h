@@ -2,41 +2,33 @@
 #pragma once
 
 #include <algorithm>
-#include <span>
 #include <string_view>
 
 #include "policy/policy.h"
 
 namespace espalier {
 
-class CappedPolicy final : public Policy {
+class CappedPolicy final : public ForwardingPolicy {
  public:
-  // `policy` must outlive it. No cap at first.
-  explicit CappedPolicy(Policy* policy) : policy_(policy) {}
+  // No cap at first.
+  using ForwardingPolicy::ForwardingPolicy;
 
-  // From now on rungs beyond `hardest` >= 0 are served to those alone who ask for them by number.
+  // From now on rungs beyond `hardest` >= 0 are served to those alone who ask for them by number,
+  // and to who runs, and has no K and V for a milder one.
   void set_hardest(int hardest) { hardest_ = hardest; }
 
-  void Observe(const PressureReport& report, const Ladder& ladder) override {
-    policy_->Observe(report, ladder);
-  }
   int ChooseRung(const RequestTraits& traits) const override {
-    return HardestIn(traits.allowed, std::min(hardest_, policy_->ChooseRung(traits)));
+    return HardestIn(traits.allowed, std::min(hardest_, policy().ChooseRung(traits)));
   }
-  std::string_view name() const override { return policy_->name(); }
   std::string_view reason() const override {
-    return policy_->wanted() > hardest_ ? "quality" : policy_->reason();
+    return policy().wanted() > hardest_ ? "quality" : policy().reason();
   }
-  int hardest_open() const override { return std::min(hardest_, policy_->hardest_open()); }
-  std::span<const float> scores() const override { return policy_->scores(); }
-  void Chose(uint64_t request, const RequestTraits& traits, int rung) override {
-    policy_->Chose(request, traits, rung);
-  }
-  double refuses_behind_s() const override { return policy_->refuses_behind_s(); }
+  int hardest_open() const override { return std::min(hardest_, policy().hardest_open()); }
+  int hardest_served() const override { return std::min(hardest_, policy().hardest_served()); }
+  int wanted() const override { return std::min(hardest_, policy().wanted()); }
 
  private:
-  Policy* const policy_;
-  int hardest_ = kMostRungs;
+  int hardest_ = kMostRungs - 1;
 };
 
 }  // namespace espalier

@@ -19,7 +19,7 @@ namespace espalier {
 struct PressureReport {
   double time_s = 0;         // of this report, since an epoch of the driver's; never falls
   double kv_used = 0;        // KV pages held by running sequences / pages there may be
-  double kv_promised = 0;    // KV pages the waiting will need / pages there may be
+  double kv_promised = 0;    // that the waiting may need, newcomers as of rung 0 / there may be
   double queue_length = 0;   // waiting requests / queue bound
   double oldest_wait_s = 0;  // the longest, since arrival or, of the preempted, since then
   double step_s = 0;         // mean of the last steps, from 0 after a pause: a decode row's time
@@ -85,6 +85,9 @@ class Policy {
   static constexpr double kNobody = std::numeric_limits<double>::infinity();
   // The hardest rung that what presses may raise requests to now.
   virtual int hardest_open() const { return kMostRungs - 1; }
+  // Beyond this rung nobody is served who did not name one, even where it would fit into memory at
+  // no other: it waits, or is refused.
+  virtual int hardest_served() const { return kMostRungs - 1; }
   // Of what was learned: what each open rung is thought to be worth, [rungs], as of its last
   // decision. Empty: it weighs none.
   virtual std::span<const float> scores() const { return {}; }
@@ -103,30 +106,48 @@ class FixedPolicy final : public Policy {
     return HardestIn(traits.allowed, rung_);
   }
   std::string_view name() const override { return "fixed"; }
+  int hardest_served() const override { return rung_; }
 
  private:
   int rung_;
 };
 
-// Lets another policy look and serves the full model: what it would have done is seen, not felt.
-class ShadowPolicy final : public Policy {
+// Says what another policy says, for those that change some of it.
+class ForwardingPolicy : public Policy {
  public:
-  explicit ShadowPolicy(Policy* policy) : policy_(policy) {}
+  // `policy` must outlive it.
+  explicit ForwardingPolicy(Policy* policy) : policy_(policy) {}
+
   void Observe(const PressureReport& report, const Ladder& ladder) override {
     policy_->Observe(report, ladder);
   }
-  int ChooseRung(const RequestTraits& /*traits*/) const override { return 0; }
-  std::string_view name() const override { return "shadow"; }
+  int ChooseRung(const RequestTraits& traits) const override { return policy_->ChooseRung(traits); }
+  std::string_view name() const override { return policy_->name(); }
   std::string_view reason() const override { return policy_->reason(); }
+  double refuses_behind_s() const override { return policy_->refuses_behind_s(); }
   int hardest_open() const override { return policy_->hardest_open(); }
+  int hardest_served() const override { return policy_->hardest_served(); }
   std::span<const float> scores() const override { return policy_->scores(); }
   void Chose(uint64_t request, const RequestTraits& traits, int rung) override {
     policy_->Chose(request, traits, rung);
   }
   int wanted() const override { return policy_->wanted(); }
 
+ protected:
+  const Policy& policy() const { return *policy_; }
+
  private:
-  Policy* policy_;
+  Policy* const policy_;
+};
+
+// Lets another policy look and serves the full model: what it would have done is seen, not felt.
+class ShadowPolicy final : public ForwardingPolicy {
+ public:
+  using ForwardingPolicy::ForwardingPolicy;
+  int ChooseRung(const RequestTraits& /*traits*/) const override { return 0; }
+  std::string_view name() const override { return "shadow"; }
+  double refuses_behind_s() const override { return kNobody; }
+  int hardest_served() const override { return 0; }
 };
 
 }  // namespace espalier

@@ -78,27 +78,19 @@ class DecisionLog {
 };
 
 // Another policy's choices, told to a log.
-class LoggedPolicy final : public Policy {
+class LoggedPolicy final : public ForwardingPolicy {
  public:
-  LoggedPolicy(Policy* policy, DecisionLog* log) : policy_(policy), log_(log) {}
+  LoggedPolicy(Policy* policy, DecisionLog* log) : ForwardingPolicy(policy), log_(log) {}
   void Observe(const PressureReport& report, const Ladder& ladder) override {
-    policy_->Observe(report, ladder);
-    log_->AddReport(report, ladder, *policy_);
+    ForwardingPolicy::Observe(report, ladder);
+    log_->AddReport(report, ladder, policy());
   }
   void Chose(uint64_t request, const RequestTraits& traits, int rung) override {
-    log_->AddChoice(request, traits, policy_->ChooseRung(traits), rung);
-    policy_->Chose(request, traits, rung);
+    log_->AddChoice(request, traits, ChooseRung(traits), rung);
+    ForwardingPolicy::Chose(request, traits, rung);
   }
-  int ChooseRung(const RequestTraits& traits) const override { return policy_->ChooseRung(traits); }
-  std::string_view name() const override { return policy_->name(); }
-  std::string_view reason() const override { return policy_->reason(); }
-  double refuses_behind_s() const override { return policy_->refuses_behind_s(); }
-  int hardest_open() const override { return policy_->hardest_open(); }
-  std::span<const float> scores() const override { return policy_->scores(); }
-  int wanted() const override { return policy_->wanted(); }
 
  private:
-  Policy* const policy_;
   DecisionLog* const log_;
 };
 

@@ -47,13 +47,13 @@ void EnginePair::Retire(Instant now) {
 }
 
 int64_t EnginePair::PagesOf(const Request& request) const {
-  return current_->scheduler().PagesAtMost(request.prompt.size(), request.stop.max_tokens);
+  return current_->scheduler().LeastPages(request);
 }
 
 bool EnginePair::MustWait(const Request& request) const {
   if (left_ == nullptr) return false;
   const int64_t pages = PagesOf(request);
-  return pages > current_->scheduler().pages_total() && pages <= pages_;
+  return pages > current_->scheduler().page_limit() && pages <= pages_;
 }
 
 absl::StatusOr<const StepReport*> EnginePair::Step(Instant now) {

@@ -38,19 +38,13 @@ struct Options {
 };
 
 // In its shield, as a server has it.
-class ShieldedDqn final : public Policy {
+class ShieldedDqn final : public ForwardingPolicy {
  public:
   ShieldedDqn(QNetwork network, const LevelPolicyOptions& level, const LadderPolicyOptions& rule)
-      : network_(std::move(network)), dqn_(level, &network_), shield_(&dqn_, rule) {}
-  void Observe(const PressureReport& report, const Ladder& ladder) override {
-    shield_.Observe(report, ladder);
-  }
-  int ChooseRung(const RequestTraits& traits) const override { return shield_.ChooseRung(traits); }
-  std::string_view name() const override { return shield_.name(); }
-  std::string_view reason() const override { return shield_.reason(); }
-  double refuses_behind_s() const override { return shield_.refuses_behind_s(); }
-  int hardest_open() const override { return shield_.hardest_open(); }
-  std::span<const float> scores() const override { return shield_.scores(); }
+      : ForwardingPolicy(&shield_),
+        network_(std::move(network)),
+        dqn_(level, &network_),
+        shield_(&dqn_, rule) {}
 
  private:
   QNetwork network_;

@@ -57,36 +57,37 @@ void KvPages::Reserve(Sequence* sequence) const {
   if (prefix_cache_) sequence->nodes.reserve(longest);
 }
 
-int64_t KvPages::FindPrefix(const Sequence& sequence) {
+int64_t KvPages::FindPrefix(const Sequence& sequence, int rung) {
   hits_.clear();
-  if (!prefix_cache_ || layers(sequence.rung) == 0) return 0;
+  if (!prefix_cache_ || layers(rung) == 0) return 0;
   int reusable = sequence.size() - 1;
   if (sequence.request.prompt_logprobs && sequence.scored + 1 < sequence.prompt_tokens()) {
     reusable = sequence.scored;
   }
   int64_t in_use = 0;
   int32_t node = PrefixCache::kNone;
-  for (int page = 0; (page + 1) * page_tokens(sequence.rung) <= reusable; ++page) {
-    node = cache_.Find(sequence.rung, node, PageTokens(sequence, page));
+  for (int page = 0; (page + 1) * page_tokens(rung) <= reusable; ++page) {
+    node = cache_.Find(rung, node, PageTokens(sequence, rung, page));
     if (node == PrefixCache::kNone) break;
     hits_.push_back(node);
-    if (cache_.users(node) > 0) in_use += layers(sequence.rung);
+    if (cache_.users(node) > 0) in_use += layers(rung);
   }
   return in_use;
 }
 
-void KvPages::AdoptPrefix(Sequence* sequence) {
+void KvPages::AdoptPrefix(Sequence* sequence, int rung) {
+  sequence->rung = rung;
+  sequence->node_rung = rung;
+  sequence->moved = false;
   for (const int32_t node : hits_) {
     cache_.Use(node);
     sequence->nodes.push_back(node);
-    for (const int layer : rungs_[sequence->rung].layers) {
+    for (const int layer : rungs_[rung].layers) {
       sequence->page_tables[layer].push_back(cache_.pages(node)[layer]);
     }
   }
-  sequence->node_rung = sequence->rung;
-  sequence->moved = false;
   sequence->table_length = static_cast<int>(hits_.size());
-  sequence->computed = sequence->table_length * page_tokens(sequence->rung);
+  sequence->computed = sequence->table_length * page_tokens(rung);
 }
 
 void KvPages::Grow(Sequence* sequence, int length) {
@@ -114,7 +115,7 @@ void KvPages::Share(Sequence* sequence) {
   for (int page = static_cast<int>(nodes.size()); (page + 1) * page_tokens(rung) <= shared;
        ++page) {
     const int32_t parent = nodes.empty() ? PrefixCache::kNone : nodes.back();
-    const std::span<const int32_t> tokens = PageTokens(*sequence, page);
+    const std::span<const int32_t> tokens = PageTokens(*sequence, rung, page);
     int32_t node = cache_.Find(rung, parent, tokens);
     if (node == PrefixCache::kNone) {
       node = cache_.Insert(rung, parent, tokens, sequence->page_tables, page);
@@ -205,8 +206,8 @@ std::vector<std::pair<int32_t, int32_t>> KvPages::SetLimit(int pages,
   return moves;
 }
 
-std::span<const int32_t> KvPages::PageTokens(const Sequence& sequence, int page) const {
-  const int tokens = page_tokens(sequence.rung);
+std::span<const int32_t> KvPages::PageTokens(const Sequence& sequence, int rung, int page) const {
+  const int tokens = page_tokens(rung);
   return std::span(sequence.tokens).subspan(static_cast<size_t>(page) * tokens, tokens);
 }
 
@@ -232,7 +233,8 @@ void KvPages::CheckInvariants(std::span<Sequence* const> running) const {
     for (int page = 0; page < shared; ++page) {
       const int32_t node = sequence->nodes[page];
       const int32_t parent = page == 0 ? PrefixCache::kNone : sequence->nodes[page - 1];
-      Invariant(cache_.Find(sequence->node_rung, parent, PageTokens(*sequence, page)) == node,
+      Invariant(cache_.Find(sequence->node_rung, parent,
+                            PageTokens(*sequence, sequence->rung, page)) == node,
                 "request {}: page {} is not that of its tokens", id, page);
       ++users[node];
     }

@@ -55,15 +55,23 @@ class KvPages {
   int64_t PagesHeld(const Sequence& sequence) const {
     return int64_t{sequence.table_length} * layers(sequence.rung);
   }
+  // That a running sequence may come to have in use if it never moves again: with shared ones of
+  // layers that its rung has no K and V of, which it keeps from others until it ends.
+  int64_t PagesAlone(const Sequence& sequence) const {
+    const int64_t shared = static_cast<int64_t>(sequence.nodes.size());
+    const int dropped = shared > 0 ? layers(sequence.node_rung) - layers(sequence.rung) : 0;
+    return Pages(sequence.request, sequence.rung) + shared * dropped;
+  }
 
   // Room for all of its tokens, so that nothing is allocated afterwards.
   void Reserve(Sequence* sequence) const;
 
-  // Looks for what the sequence, which holds nothing, would compute first at its rung; of the pages
+  // Looks for what the sequence, which holds nothing, would compute first at the rung; of the pages
   // found, how many are in use. Its last token, and what it wants scores of, is not found.
-  int64_t FindPrefix(const Sequence& sequence);
-  // Gives it what FindPrefix, the last call before, found: computed is as far as that goes.
-  void AdoptPrefix(Sequence* sequence);
+  int64_t FindPrefix(const Sequence& sequence, int rung);
+  // Gives it what FindPrefix, the last call before, found: it is at that rung, and computed as far
+  // as that goes.
+  void AdoptPrefix(Sequence* sequence, int rung);
   // Gives pages until its tables have `length`; so many must be available.
   void Grow(Sequence* sequence, int length);
   // Shares what is full and computed, in the prefix cache.
@@ -77,8 +85,9 @@ class KvPages {
   }
   // Pages of others that have to be copied, for they cannot be packed in place.
   int64_t PagesToMove(const Sequence& sequence, int rung) const;
-  // The pages of layers that `rung` has no K and V of are free, and two become one where it has
-  // fewer bits: `packings` is added to, to be done before anything else is computed.
+  // The pages of layers that `rung` has no K and V of are free, but for shared ones, and two become
+  // one where it has fewer bits: `packings` is added to, to be done before anything else is
+  // computed.
   void Move(Sequence* sequence, int rung, std::vector<PagePacking>* packings);
 
   // Frees the page least recently used of those only cached; false if there is none.
@@ -103,7 +112,7 @@ class KvPages {
   // At most so many nodes fit into the pool: each takes a page in every layer that keeps K and V.
   int MostNodes() const;
   bool Holds(int rung, int layer) const;
-  std::span<const int32_t> PageTokens(const Sequence& sequence, int page) const;
+  std::span<const int32_t> PageTokens(const Sequence& sequence, int rung, int page) const;
   int32_t TakePage(int layer);  // a free page, or one of the prefix cache
   void Pack(Sequence* sequence, int rung, std::vector<PagePacking>* packings);
 

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <limits>
 
 #include "engine/scheduling/invariant.h"
 
@@ -13,13 +12,26 @@ namespace {
 
 bool Has(RungSet set, int rung) { return (set >> rung & 1) != 0; }
 
+// `rung`, or the nearest of the set, a harder one if there is any.
+int NearestUp(RungSet set, int rung) {
+  const RungSet harder = set >> rung;
+  return harder != 0 ? rung + std::countr_zero(harder) : HardestIn(set, rung);
+}
+
+// The same, a milder one if there is any.
+int NearestDown(RungSet set, int rung) {
+  const int milder = HardestIn(set, rung);
+  return milder >= 0 ? milder : std::countr_zero(set);
+}
+
 }  // namespace
 
 RungChooser::RungChooser(const Ladder& ladder, const KvPages& pages, const Policy& policy)
     : ladder_(ladder),
       pages_(pages),
       policy_(policy),
-      served_(~RungSet{0} >> (kMostRungs - ladder.size())) {
+      served_(~RungSet{0} >> (kMostRungs - ladder.size())),
+      limit_(pages.pool().total()) {
   for (int rung = 0; rung < ladder.size(); ++rung) {
     const bool same = rung > 0 && pages.layers(rung) == pages.layers(rung - 1) &&  // nested
                       pages.page_tokens(rung) == pages.page_tokens(rung - 1);
@@ -33,30 +45,50 @@ RungSet RungChooser::Allowed(const PruneBounds& bounds) const {
   return bounds.rung.has_value() ? RungSet{1} << HardestIn(allowed, *bounds.rung) : allowed;
 }
 
-int64_t RungChooser::MostPages(int rung) const {
-  if (most_pages_.empty()) return pages_.pool().total();
-  return std::max(most_pages_[rung], Has(served_, rung) ? pages_.pool().total() : 0);
+int RungChooser::MostPages(int rung) const {
+  if (most_pages_.empty()) return limit_;
+  return std::max(most_pages_[rung], Has(served_, rung) ? limit_ : 0);
 }
 
-RungSet RungChooser::Fitting(const Request& request, RungSet allowed) const {
+RungSet RungChooser::Fitting(const Request& request, RungSet rungs) const {
+  // KV falls along the ladder. Every running sequence asks, before each step.
+  const int mildest = std::countr_zero(rungs);
+  if ((rungs & ~served_) == 0 && pages_.Pages(request, mildest) <= limit_) return rungs;
   RungSet fitting = 0;
-  for (int rung = 0; rung < ladder_.size(); ++rung) {
+  for (RungSet left = rungs; left != 0; left &= left - 1) {
+    const int rung = std::countr_zero(left);
     if (pages_.Pages(request, rung) <= MostPages(rung)) fitting |= RungSet{1} << rung;
   }
-  return fitting & allowed;
+  return fitting;
+}
+
+RungSet RungChooser::Served(const Request& request, RungSet rungs) const {
+  if (request.bounds.rung.has_value()) return rungs;
+  return rungs &
+         (~RungSet{0} >> (kMostRungs - 1 - std::min(policy_.hardest_served(), kMostRungs - 1)));
+}
+
+RungSet RungChooser::LeastKv(RungSet rungs) const {
+  return rungs & (~RungSet{0} << mildest_[std::bit_width(rungs) - 1]);  // nested
 }
 
 absl::Status RungChooser::CheckFits(const Request& request, RungSet allowed) const {
-  if (Fitting(request, allowed) != 0) return absl::OkStatus();
+  const RungSet rungs = Served(request, allowed);
+  if (Fitting(request, rungs) != 0) return absl::OkStatus();
   const auto missing = [&](int rung) { return pages_.Pages(request, rung) - MostPages(rung); };
-  int nearest = std::countr_zero(allowed);
+  int nearest = std::countr_zero(rungs);
   for (int rung = nearest + 1; rung < ladder_.size(); ++rung) {
-    if (Has(allowed, rung) && missing(rung) < missing(nearest)) nearest = rung;
+    if (Has(rungs, rung) && missing(rung) < missing(nearest)) nearest = rung;
   }
   return absl::ResourceExhaustedError(fmt::format(
       "memory: {} + {} tokens take {} KV pages at rung {}, and there may be {} at present of {}",
       request.prompt.size(), request.stop.max_tokens, pages_.Pages(request, nearest), nearest,
       MostPages(nearest), pages_.geometry().pages));
+}
+
+int64_t RungChooser::LeastPages(const Request& request) const {
+  const RungSet rungs = Served(request, Allowed(request.bounds));
+  return pages_.Pages(request, std::bit_width(rungs) - 1);
 }
 
 int RungChooser::PolicyRung(const Sequence& sequence) const {
@@ -69,41 +101,36 @@ int RungChooser::PolicyRung(const Sequence& sequence) const {
   return rung;
 }
 
-int RungChooser::Nearest(const Sequence& sequence, RungSet rungs) const {
-  const int rung = PolicyRung(sequence);
-  const RungSet harder = rungs >> rung;
-  return harder != 0 ? rung + std::countr_zero(harder) : HardestIn(rungs, rung);
+RungSet RungChooser::Reach(const Sequence& sequence) const {
+  const bool runs = sequence.state == Sequence::State::kRunning;
+  const RungSet rungs = sequence.allowed & (~RungSet{0} << (runs ? mildest_[sequence.rung] : 0));
+  const RungSet served = Served(sequence.request, rungs);
+  return served != 0 ? served : rungs;
 }
 
 RungSet RungChooser::Open(const Sequence& sequence) const {
-  RungSet fitting = Fitting(sequence.request, sequence.allowed);
-  if (sequence.state == Sequence::State::kWaiting) return fitting != 0 ? fitting : sequence.allowed;
-  // Who fits nowhere near stays within what is allowed.
-  if (!Has(fitting, sequence.rung)) fitting = sequence.allowed;
-  return fitting & (~RungSet{0} << mildest_[sequence.rung]);
+  const RungSet reach = Reach(sequence), fitting = Fitting(sequence.request, reach);
+  return fitting != 0 ? fitting : LeastKv(reach);
+}
+
+int RungChooser::Wished(const Sequence& sequence) const {
+  return NearestUp(Open(sequence), PolicyRung(sequence));
 }
 
 int RungChooser::Choose(const Sequence& sequence) const {
   const RungSet open = Open(sequence), served = open & served_;
-  const int rung = Nearest(sequence, open);
-  const int milder = HardestIn(served, rung);
-  return milder >= 0 || served == 0 ? milder : std::countr_zero(served);
+  if (served != 0) return NearestDown(served, NearestUp(open, PolicyRung(sequence)));
+  const bool stays = sequence.state == Sequence::State::kRunning && Has(served_, sequence.rung);
+  return stays ? sequence.rung : -1;
+}
+
+bool RungChooser::HeldByMemory(const Sequence& sequence) const {
+  return Wished(sequence) != NearestUp(Reach(sequence), PolicyRung(sequence));
 }
 
 bool RungChooser::HeldByWeights(const Sequence& sequence) const {
   return std::popcount(served_) < ladder_.size() && sequence.state == Sequence::State::kRunning &&
          sequence.rung != Wished(sequence);
-}
-
-int64_t RungChooser::LeastPages(const Sequence& sequence) const {
-  if (sequence.state == Sequence::State::kRunning) {
-    return pages_.Pages(sequence.request, sequence.rung);
-  }
-  int64_t least = std::numeric_limits<int64_t>::max();
-  for (int rung = 0; rung < ladder_.size(); ++rung) {
-    if (Has(sequence.allowed, rung)) least = std::min(least, pages_.Pages(sequence.request, rung));
-  }
-  return least;
 }
 
 }  // namespace espalier

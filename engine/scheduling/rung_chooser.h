@@ -1,8 +1,8 @@
 // Which rung a sequence is served at: the policy's, or the nearest at which its bounds, its pages
 // and the weights in memory let it be.
 //
-// Nearest among those open is a harder one, if there is any; nearest among those whose weights are
-// in memory is a milder one, if there is any: these come back, and memory may not.
+// Nearest of those at which it fits is a harder one, if there is any, and of those whose weights
+// are in memory a milder one, if there is any: more memory may never come, weights do.
 #pragma once
 
 #include <cstdint>
@@ -23,46 +23,57 @@ class RungChooser {
 
   // Those that the bounds allow; the one alone that they name, or the hardest milder one allowed.
   RungSet Allowed(const PruneBounds& bounds) const;
-  // Of those, all at which the whole request fits, beside whose weights alone it needs to.
-  RungSet Fitting(const Request& request, RungSet allowed) const;
-  // ResourceExhausted if there are none; it names the rung at which least is missing.
+  // ResourceExhausted if the request, of which these are allowed, fits as a whole at none that the
+  // policy serves; it names the rung at which least is missing.
   absl::Status CheckFits(const Request& request, RungSet allowed) const;
+  // The fewest pages that it takes at any of those.
+  int64_t LeastPages(const Request& request) const;
 
   // The policy's choice, or the rung that was named.
   int PolicyRung(const Sequence& sequence) const;
-  // What it would be served at if all weights were in memory. Who runs never goes where K and V are
+  // Those that it is served at, were their weights in memory: at which it fits, or, who was
+  // accepted when there was more memory, those of least KV. Who runs never goes where K and V are
   // larger.
-  int Wished(const Sequence& sequence) const { return Nearest(sequence, Open(sequence)); }
+  RungSet Open(const Sequence& sequence) const;
+  // Of those the policy's, or the nearest.
+  int Wished(const Sequence& sequence) const;
   // What it is served at; -1 if weights of none that it may have are in memory.
   int Choose(const Sequence& sequence) const;
-  // Those that Wished is one of: at which it fits, or all if there are none.
-  RungSet Open(const Sequence& sequence) const;
-  // Whether it runs where it does because weights of another rung are not in memory.
+  // Why it is not served as the policy has it: for it fits only elsewhere; for weights of another
+  // rung are not in memory.
+  bool HeldByMemory(const Sequence& sequence) const;
   bool HeldByWeights(const Sequence& sequence) const;
 
-  // The fewest pages that a live sequence may have to have alone: at its rung if it runs, whose K
-  // and V never get larger, else at the one allowed that takes least.
-  int64_t LeastPages(const Sequence& sequence) const;
-
+  // The pages there may be. At first all of the pool.
+  int limit() const { return limit_; }
+  void set_limit(int pages) { limit_ = pages; }
   // Rungs whose weights are in memory.
   RungSet served() const { return served_; }
   void Serve(RungSet rungs) { served_ = rungs; }
-  // The most pages there could be for who may have no rung but this one, [rungs].
+  // The pages there may be for who has no rung but this one, [rungs], where that is more than the
+  // limit: by what weights of other rungs leave.
   void set_most_pages(std::span<const int> pages) {
     most_pages_.assign(pages.begin(), pages.end());
   }
 
  private:
-  int64_t MostPages(int rung) const;
-  // The policy's rung, or the nearest of the set.
-  int Nearest(const Sequence& sequence, RungSet rungs) const;
+  int MostPages(int rung) const;
+  // Of those the ones at which the whole request fits.
+  RungSet Fitting(const Request& request, RungSet rungs) const;
+  // Of those the ones that the policy serves, unless they are named.
+  RungSet Served(const Request& request, RungSet rungs) const;
+  // Those that it could be at by what is allowed, by the policy, and by the K and V that it has.
+  RungSet Reach(const Sequence& sequence) const;
+  // Of those the ones of least KV.
+  RungSet LeastKv(RungSet rungs) const;
 
   const Ladder& ladder_;
   const KvPages& pages_;
   const Policy& policy_;
   std::vector<int> mildest_;     // [rungs]: the first whose K and V are as large
   RungSet served_;               // whose weights are in memory
-  std::vector<int> most_pages_;  // [rungs], or empty: as many as there are
+  int limit_;                    // pages
+  std::vector<int> most_pages_;  // [rungs], or empty: no more than the limit
 };
 
 }  // namespace espalier

@@ -163,11 +163,11 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   const bool newcomer = head->first_scheduled == kNever;
   const int rung = rungs_.Choose(*head);
   if (rung < 0) return false;
-  head->rung = rung;
-  const int64_t needed = PagesPromised(*head) - pages_.FindPrefix(*head);
-  if (needed > *unpromised && !running_.empty()) return false;
-  // It was accepted for what there would be without weights that it does not need.
+  const int64_t needed = PagesPromised(*head, rung) - pages_.FindPrefix(*head, rung);
   const int64_t most = pages_.Pages(head->request, rung);
+  if ((needed > *unpromised || most > rungs_.limit()) && !running_.empty()) return false;
+  // It was accepted when there were more, or for what there would be without weights that it does
+  // not need.
   if (most > pool().total()) pages_.SetLimit(static_cast<int>(most), running_);
 
   *unpromised -= needed;
@@ -175,7 +175,7 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
     head->first_scheduled = now;
     pages_.Reserve(head);
   }
-  pages_.AdoptPrefix(head);
+  pages_.AdoptPrefix(head, rung);
   if (newcomer) {
     head->cached_tokens = head->computed;
     if (options_.prefix_cache && !head->request.prompt_logprobs) {
@@ -196,11 +196,13 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
 void Scheduler::NoteChoice(Sequence* sequence, int rung) {
   const bool admitted = sequence->state == Sequence::State::kWaiting;
   if (admitted || rung > sequence->rung) {
-    // Others are pruned, and it is not: it has no reason to tell.
-    const bool unpruned = rung == 0 && policy_->wanted() > 0;
-    sequence->reason = unpruned                              ? "none"
-                       : rung > rungs_.PolicyRung(*sequence) ? "memory"  // it fits at none milder
-                                                             : policy_->reason();
+    if (rungs_.HeldByMemory(*sequence)) {
+      sequence->reason = "memory";
+    } else if (rung == 0 && policy_->wanted() > 0) {
+      sequence->reason = "none";  // others are pruned, and it is not: it has no reason to tell
+    } else if (admitted || rung <= rungs_.PolicyRung(*sequence)) {
+      sequence->reason = policy_->reason();
+    }
   }
   if (sequence->request.bounds.rung.has_value()) return;
   policy_->Chose(sequence->request.id, TraitsOf(*sequence), rung);
@@ -274,28 +276,29 @@ void Scheduler::MoveTo(Sequence* sequence, int rung) {
 std::vector<std::pair<int32_t, int32_t>> Scheduler::LimitPages(int pages, Instant now) {
   Invariant(batch_.empty(), "pages limited while a batch is out");
   packings_.clear();
-  int64_t least = 0;
-  for (const Queue* queue : {&running_, &waiting_}) {
-    for (const Sequence* sequence : *queue) least = std::max(least, rungs_.LeastPages(*sequence));
-  }
-  pages = static_cast<int>(std::clamp<int64_t>(pages, least, pages_.geometry().pages));
-  if (pages < pool().total()) {
-    const auto is_held = [this] { return pool().used() + pool().cached(); };
-    while (is_held() > pages && pages_.Evict()) {
+  pages = std::clamp(pages, 0, pages_.geometry().pages);
+  const bool fewer = pages < rungs_.limit();
+  rungs_.set_limit(pages);
+  const auto is_held = [this] { return pool().used() + pool().cached(); };
+  // Whoever runs can end, alone at last.
+  const auto needed = [this] {
+    int64_t alone = rungs_.limit();
+    for (const Sequence* sequence : running_) alone = std::max(alone, pages_.PagesAlone(*sequence));
+    return static_cast<int>(alone);
+  };
+  if (rungs_.limit() < pool().total()) {
+    while (is_held() > rungs_.limit() && pages_.Evict()) {
     }
-    for (int rung = 1; rung < ladder_.size() && pool().used() > pages; ++rung) {
-      PressureReport report = Pressure(now);
-      const double grown = static_cast<double>(pool().total()) / std::max(pages, 1);
-      report.kv_used *= grown;
-      report.kv_promised *= grown;
-      policy_->Observe(report, ladder_);
+    MoveRunning();  // who does not fit any more
+    for (int rung = 1; fewer && rung < ladder_.size() && pool().used() > rungs_.limit(); ++rung) {
+      policy_->Observe(Pressure(now), ladder_);
       MoveRunning();
     }
-    while (is_held() > pages) {
+    while (is_held() > needed()) {
       if (!pages_.Evict()) Preempt(running_.back(), now);
     }
   }
-  return pages_.SetLimit(pages, running_);
+  return pages_.SetLimit(needed(), running_);
 }
 
 SequenceOutput Scheduler::Describe(const Sequence& sequence, FinishReason finish) const {
@@ -499,8 +502,8 @@ int Scheduler::max_sequence_tokens() const {
 }
 
 PressureReport Scheduler::Pressure(Instant now) const {
-  const auto share = [](int64_t part, int64_t whole) {
-    return whole == 0 ? 0.0 : static_cast<double>(part) / static_cast<double>(whole);
+  const auto share = [](int64_t part, int whole) {
+    return static_cast<double>(part) / std::max(whole, 1);
   };
   int64_t promised = 0;
   Instant oldest = now;
@@ -510,8 +513,8 @@ PressureReport Scheduler::Pressure(Instant now) const {
   }
   return {
       .time_s = std::chrono::duration<double>(now).count(),
-      .kv_used = share(pool().used(), pool().total()),
-      .kv_promised = share(promised, pool().total()),
+      .kv_used = share(pool().used(), rungs_.limit()),
+      .kv_promised = share(promised, rungs_.limit()),
       .queue_length = share(static_cast<int64_t>(waiting_.size()), options_.max_waiting),
       .oldest_wait_s = std::chrono::duration<double>(now - oldest).count(),
       .step_s = traffic_.step_s(),

@@ -82,9 +82,9 @@ struct SequenceOutput {
   Instant first_scheduled = kNever;  // kNever: never left the queue
   int rung = 0;                      // of this step's rows
   double rung_loss = 0;              // what it is taken to lose, nats per token
-  // Policy::reason when it was admitted, or last moved to a harder rung; "memory" where it fits at
-  // none as mild as the policy's, "none" if others are pruned and it is not; or "weights": those of
-  // the rung it chose are not in memory. Valid as long as the policy.
+  // Policy::reason when it was admitted, or last moved to a harder rung for it; "memory" where it
+  // fits only elsewhere, "none" if others are pruned and it is not; or "weights", while those of
+  // the rung that it would be at are not in memory. Valid as long as the policy.
   std::string_view reason;
   StageRows stages;  // rows computed, again after preemptions
 };
@@ -114,7 +114,7 @@ struct SchedulerStats {
 // Who needs which rungs' weights, and what there must be beside them.
 struct RungUse {
   RungSet running = 0;  // that running sequences are at
-  RungSet wished = 0;   // that they would be at if all weights were in memory, and who is next
+  RungSet wished = 0;   // that they are to be at, whether weights are in memory, and who is next
   RungSet head = 0;     // that who is next may be served at
   int64_t pages_used = 0;
   int64_t pages_of_head = 0;  // promised to who is next
@@ -163,15 +163,19 @@ class Scheduler {
   // The batch that is out was not computed: every sequence stands where it stood before it.
   void Discard();
 
-  // Makes the pool one of `pages`, or of as many as the largest live sequence needs alone, so that
-  // whoever was accepted can finish. Where that is less than before: what is only cached goes, the
-  // policy is shown the want and may drop attention blocks, the last in service order are
-  // preempted, and what is left beyond moves: the pairs (from, to) of pages to copy, before
-  // anything else is computed. Not while a batch is out.
+  // There may be so many pages: newcomers and the policy go by that. The pool has as many, or what
+  // the largest running sequence needs alone, so that it ends; who waits and needs more is admitted
+  // when nobody runs. Where fewer are left than before: what is only cached goes, running sequences
+  // to a rung at which they fit, the policy is shown the want and may move more of them to less KV,
+  // the last in service order are preempted, and what is left beyond moves: the pairs (from, to) of
+  // pages to copy, before anything else is computed. Not while a batch is out.
   std::vector<std::pair<int32_t, int32_t>> LimitPages(int pages, Instant now);
   int pages_total() const { return pool().total(); }
+  int page_limit() const { return rungs_.limit(); }
 
-  // KV pages of a whole sequence at rung 0, and of all that live.
+  // KV pages of a whole sequence at the rung that takes least, of those that bounds and policy
+  // leave it; at rung 0; and of all that live at rung 0.
+  int64_t LeastPages(const Request& request) const { return rungs_.LeastPages(request); }
   int64_t PagesAtMost(size_t prompt, int max_tokens) const;
   int64_t PagesAtMost() const;
 
@@ -182,8 +186,8 @@ class Scheduler {
   // waits on, and those behind.
   bool ServeRungs(RungSet rungs);
   RungUse rung_use() const;
-  // The most pages there could be for who may have no rung but this one, [rungs]. Submit goes by it
-  // in place of those there are, and who fits beside the weights of some rungs is served at these.
+  // The pages there could be for who has no rung but this one, [rungs], where that is more than
+  // there may be: who fits beside the weights of some rungs alone is accepted, and served at these.
   void set_most_pages(std::span<const int> pages) { rungs_.set_most_pages(pages); }
 
   // What rungs lose, [rungs], nats per token, in place of what their price tags say: for bounds,

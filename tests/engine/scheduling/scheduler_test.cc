@@ -388,12 +388,14 @@ class Told final : public Policy {
   std::string_view reason() const override { return why; }
 
   double refuses_behind_s() const override { return behind_s; }
+  int hardest_served() const override { return hardest; }
   void Chose(uint64_t request, const RequestTraits& traits, int at) override {
     chosen.push_back(
         fmt::format("{} at {} of {:b}, priority {}", request, at, traits.allowed, traits.priority));
   }
 
   int rung = 0;
+  int hardest = kMostRungs - 1;
   std::string_view why = "told so";
   double behind_s = 1e9;
   std::vector<std::string> chosen;
@@ -519,7 +521,7 @@ TEST_F(SchedulerTest, LessMemoryDropsBlocksBeforeItPreempts) {
   EXPECT_EQ(limit(18), "18 18 0");
   EXPECT_EQ(limit(12), "12 9 0") << "one of two layers goes";
   EXPECT_EQ(limit(7), "7 6 1") << "the youngest";
-  EXPECT_EQ(limit(0), "3 3 2") << "what the first needs alone, at its rung";
+  EXPECT_EQ(limit(3), "3 3 2") << "what the first needs alone, at its rung";
   const absl::Status refused = scheduler_->Submit(MakeRequest(9, {.prompt = 12, .max_tokens = 1}));
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(
@@ -528,7 +530,7 @@ TEST_F(SchedulerTest, LessMemoryDropsBlocksBeforeItPreempts) {
   std::vector<int32_t> answer = puppet_->Answer(MakeRequest(3, {.prompt = 9, .max_tokens = 3}));
   answer.erase(answer.begin());  // told by the first step
   EXPECT_EQ(RunToEnd(3), answer);
-  EXPECT_EQ(limit(0), "0 0 2");
+  EXPECT_EQ(limit(0), "0 0 2") << "nobody runs";
   EXPECT_EQ(limit(99), "24 0 2");
 }
 
@@ -542,24 +544,63 @@ TEST_F(SchedulerTest, WhatFitsAtSomeRungIsServedAtTheMildestSuch) {
   narrow = packed;
   narrow.decode.Keep(1, SiteKind::kChannels, 4);
   ASSERT_TRUE(ladder_.Append(narrow));
+  Told told;
+  policy_ = &told;
   Make(8, {.max_batch_tokens = 32});
   scheduler_->LimitPages(4 * kLayers, Instant{0});
   Request request = MakeRequest(1, {.prompt = 20, .max_tokens = 4});  // 6 pages a layer, or 3
+  const auto refused = [&] { return std::string(scheduler_->Submit(request).message()); };
+  constexpr char kMissing[] =
+      "20 + 4 tokens take 12 KV pages at rung 0, and there may be 8 at present of 16";
   request.bounds.never = true;
-  const absl::Status refused = scheduler_->Submit(request);
-  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
-  EXPECT_THAT(std::string(refused.message()),
-              HasSubstr("20 + 4 tokens take 12 KV pages at rung 0, and there may be 8 at present"));
+  EXPECT_THAT(refused(), HasSubstr(kMissing));
   request.bounds.never = false;
+  told.hardest = 0;
+  EXPECT_THAT(refused(), HasSubstr(kMissing)) << "the policy never goes beyond";
+  EXPECT_EQ(scheduler_->LeastPages(request), 12);
+  told.hardest = 2;
+  EXPECT_EQ(scheduler_->LeastPages(request), 6);
   ASSERT_EQ(scheduler_->Submit(request), absl::OkStatus());
   scheduler_->LimitPages(0, Instant{0});
-  EXPECT_EQ(scheduler_->pages_total(), 3 * kLayers)
-      << "what it needs at the rungs that it may have";
+  EXPECT_EQ(scheduler_->pages_total(), 0) << "nobody runs";
   Step();
+  EXPECT_EQ(scheduler_->pages_total(), 3 * kLayers) << "of its rungs, the one of least KV";
   EXPECT_EQ(outputs_.at(0).rung, 2) << "the policy's is 0";
   EXPECT_EQ(outputs_.at(0).reason, "memory");
   RunToEnd(1);
   EXPECT_EQ(scheduler_->stats().preemptions, 0u);
+}
+
+TEST_F(SchedulerTest, WhoRunsBeyondTheLimitMovesToLessKvAndHandsNothingOn) {
+  AddPackedRung();
+  prefix_cache_ = false;
+  Told told;
+  policy_ = &told;
+  Make(12, {.max_batch_tokens = 32});
+  Submit(1, {.prompt = 24, .max_tokens = 8});  // 8 pages a layer, or 4
+  Step();
+  const auto limit = [&](int pages) {
+    const auto moves = scheduler_->LimitPages(pages, Instant{0});
+    puppet_->PackPages(scheduler_->packings());
+    puppet_->FitPages(moves, scheduler_->pages_total());
+    scheduler_->CheckInvariants();
+    return scheduler_->pages_total();
+  };
+  told.hardest = 0;
+  EXPECT_EQ(limit(3 * kLayers), 8 * kLayers) << "the policy lets nobody have four bits";
+  told.hardest = 1;
+  told.seen = {};
+  EXPECT_EQ(limit(3 * kLayers), 4 * kLayers);
+  EXPECT_EQ(told.seen.kv_used, 0) << "which took no more than looking at what fits";
+  Step();
+  EXPECT_EQ(outputs_.at(0).reason, "memory");
+  Step();
+  EXPECT_DOUBLE_EQ(told.seen.kv_used, 4.0 / 3) << "of the pages that there may be";
+  const absl::Status refused = scheduler_->Submit(MakeRequest(2, {.prompt = 25, .max_tokens = 8}));
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("and there may be 6 at present"));
+  Submit(3, {.prompt = 20, .max_tokens = 4});  // 3 pages a layer at four bits
+  EXPECT_EQ(RunToEnd(3), puppet_->Answer(MakeRequest(3, {.prompt = 20, .max_tokens = 4})));
+  EXPECT_EQ(limit(3 * kLayers), 3 * kLayers);
 }
 
 TEST_F(SchedulerTest, TellsThePolicyHowLongStepsTake) {
@@ -636,6 +677,32 @@ class PrefixCacheTest : public SchedulerTest {
     return RunToEnd(id);
   }
 };
+
+TEST_F(PrefixCacheTest, SharedPagesOfADroppedBlockStayItsOwnUntilItEnds) {
+  Rung dropped = ladder_.rung(0);
+  for (KeepProfile* profile : {&dropped.prefill, &dropped.decode}) {
+    profile->Keep(1, SiteKind::kHeads, 0);
+  }
+  ASSERT_TRUE(ladder_.Append(dropped));
+  for (const int prompt : {8, 16}) {
+    Told told;
+    policy_ = &told;
+    Make(8, {.max_batch_tokens = 32});
+    const Asked asked{.prompt = prompt, .max_tokens = 16};
+    Submit(1, asked);
+    Step();
+    told.rung = 1;
+    Step();
+    const int shared = prompt / 4, all = (prompt + 16) / 4;
+    scheduler_->LimitPages(0, Instant{0});
+    EXPECT_EQ(scheduler_->pages_total(), shared + all)
+        << "both layers of these, and one of the rest";
+    std::vector<int32_t> answer = puppet_->Answer(MakeRequest(1, asked));
+    answer.erase(answer.begin(), answer.begin() + 2);  // told by the first steps
+    EXPECT_EQ(RunToEnd(1), answer);
+    EXPECT_EQ(scheduler_->stats().preemptions, 0u);
+  }
+}
 
 TEST_F(PrefixCacheTest, ARequestStartsBehindThePagesAnotherStillUses) {
   Make(16);
