@@ -46,6 +46,14 @@ void Engine::SetPages(int pages, Instant now) {
 }
 
 void Engine::FitMemory(Instant now) {
+  const std::pair of(pages_wanted_, executor_->ReleasablePages(0));
+  if (std::exchange(most_pages_of_, of) != of) {
+    most_pages_.clear();
+    for (RungSet rung = 1; rung != 0 && (rung & keeper_.all()) != 0; rung <<= 1) {
+      most_pages_.push_back(Pages(rung));
+    }
+    scheduler_.set_most_pages(most_pages_);
+  }
   const RungUse use = scheduler_.rung_use();
   if (use.pages_used > Pages(coming_ != 0 ? coming_ : keeper_.present())) {
     const RungSet least = keeper_.Least(use);
@@ -55,13 +63,6 @@ void Engine::FitMemory(Instant now) {
     if (helps) Invariant(Exchange(least, now), "rungs {:b} are not all that are run at", least);
   }
   SetPages(Pages(coming_ != 0 ? coming_ : keeper_.present()), now);
-  const std::pair of(pages_wanted_, executor_->ReleasablePages(0));
-  if (std::exchange(most_pages_of_, of) == of) return;
-  most_pages_.clear();
-  for (RungSet rung = 1; rung != 0 && (rung & keeper_.all()) != 0; rung <<= 1) {
-    most_pages_.push_back(Pages(rung));
-  }
-  scheduler_.set_most_pages(most_pages_);
 }
 
 bool Engine::Exchange(RungSet rungs, Instant now) {
@@ -88,7 +89,12 @@ void Engine::Changed(RungSet rungs, Instant now, double seconds) {
   keeper_.Done(rungs, now, seconds);
 }
 
+bool Engine::overruns() const {
+  return scheduler_.pages_total() > Pages(coming_ != 0 ? coming_ : keeper_.present());
+}
+
 Instant Engine::TendWeights(Instant now) {
+  if (scheduler_.idle() && overruns()) FitMemory(now);  // who needed the pages was cancelled
   const bool settled = all_weights() && coming_ == 0 &&
                        (pages_wanted_ >= pages_whole_ || executor_->ReleasablePages(0) == 0);
   if (!lost_.ok() || settled) return kNever;
@@ -147,7 +153,7 @@ absl::StatusOr<const StepReport*> Engine::Step(Instant now) {
     report_.phases = result_.phases;
     report_.probe = result_.probe;
   }
-  if (scheduler_.pages_total() > Pages(coming_ != 0 ? coming_ : keeper_.present())) FitMemory(now);
+  if (overruns()) FitMemory(now);
 #ifndef NDEBUG
   scheduler_.CheckInvariants();
 #endif

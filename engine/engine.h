@@ -55,7 +55,7 @@ class Engine {
   // means that the device is lost: the engine must not be stepped again, but may be cancelled on.
   absl::StatusOr<const StepReport*> Step(Instant now);
 
-  // At most `pages` KV pages from now on, or as few as those who were accepted allow: as
+  // At most `pages` KV pages from now on, or as few as those who run allow: as
   // Scheduler::LimitPages, and then again after each step until it is so. And so many more as
   // weights that have left memory are worth: they leave where that is needed, first of all, and
   // where `pages` is below 0.
@@ -88,6 +88,8 @@ class Engine {
   // Pages there may be while weights of `rungs` are in memory.
   int Pages(RungSet rungs) const;
   void SetPages(int pages, Instant now);
+  // There are more pages than there may be.
+  bool overruns() const;
   // Lets weights go where pages in use do not fit, and makes the pool what there may be.
   void FitMemory(Instant now);
   // Weights of these and no others, at once. False if somebody runs who could not.

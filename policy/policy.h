@@ -112,7 +112,8 @@ class FixedPolicy final : public Policy {
   int rung_;
 };
 
-// Says what another policy says, for those that change some of it.
+// Says what another policy says, for those that change some of it: who changes ChooseRung changes
+// `wanted`, too.
 class ForwardingPolicy : public Policy {
  public:
   // `policy` must outlive it.

@@ -47,12 +47,12 @@ void EnginePair::Retire(Instant now) {
 }
 
 int64_t EnginePair::PagesOf(const Request& request) const {
-  return current_->scheduler().LeastPages(request);
+  return current_->scheduler().PagesAtMost(request.prompt.size(), request.stop.max_tokens);
 }
 
 bool EnginePair::MustWait(const Request& request) const {
   if (left_ == nullptr) return false;
-  const int64_t pages = PagesOf(request);
+  const int64_t pages = current_->scheduler().LeastPages(request);
   return pages > current_->scheduler().page_limit() && pages <= pages_;
 }
 
@@ -106,7 +106,7 @@ void EnginePair::Share(Instant now, int64_t late) {
     if (*given != pages) engine->LimitPages(pages, now);
     *given = pages;
   };
-  // More than it was given where the largest of its requests needs that.
+  // More than it was given where the largest that runs needs that.
   const auto takes = [](const Engine& engine, int given) {
     return std::max(given, engine.pages_beside_weights());
   };

@@ -25,7 +25,7 @@ class EnginePair {
 
   // Whether a newcomer has to wait for pages that the engine before holds.
   bool MustWait(const Request& request) const;
-  // KV pages that those who wait so will need.
+  // KV pages that those who wait so may need.
   void set_awaited_pages(int64_t pages) { awaited_ = pages; }
   int64_t PagesOf(const Request& request) const;
 

@@ -51,8 +51,7 @@ int KvPages::TableLength(int64_t tokens, int rung) const {
 }
 
 void KvPages::Reserve(Sequence* sequence) const {
-  const int longest =
-      TableLength(int64_t{sequence->prompt_tokens()} + sequence->request.stop.max_tokens, 0);
+  const int longest = TableLength(sequence->request.tokens(), 0);
   for (std::vector<int32_t>& table : sequence->page_tables) table.reserve(longest);
   if (prefix_cache_) sequence->nodes.reserve(longest);
 }

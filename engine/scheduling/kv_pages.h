@@ -49,14 +49,12 @@ class KvPages {
     return int64_t{TableLength(tokens, rung)} * layers(rung);
   }
   // Of a whole request, prompt and output.
-  int64_t Pages(const Request& request, int rung) const {
-    return Pages(static_cast<int64_t>(request.prompt.size()) + request.stop.max_tokens, rung);
-  }
+  int64_t Pages(const Request& request, int rung) const { return Pages(request.tokens(), rung); }
   int64_t PagesHeld(const Sequence& sequence) const {
     return int64_t{sequence.table_length} * layers(sequence.rung);
   }
   // That a running sequence may come to have in use if it never moves again: with shared ones of
-  // layers that its rung has no K and V of, which it keeps from others until it ends.
+  // layers that its rung has no K and V of, which stay in use until it ends.
   int64_t PagesAlone(const Sequence& sequence) const {
     const int64_t shared = static_cast<int64_t>(sequence.nodes.size());
     const int dropped = shared > 0 ? layers(sequence.node_rung) - layers(sequence.rung) : 0;

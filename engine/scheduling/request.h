@@ -53,6 +53,8 @@ struct Request {
   Instant arrival{0};
   Instant deadline = kNever;
   bool prompt_logprobs = false;  // also log p(prompt[i+1] | prompt[..i]): Score
+
+  int64_t tokens() const { return static_cast<int64_t>(prompt.size()) + stop.max_tokens; }
 };
 
 }  // namespace espalier

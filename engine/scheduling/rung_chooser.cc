@@ -30,7 +30,7 @@ RungChooser::RungChooser(const Ladder& ladder, const KvPages& pages, const Polic
     : ladder_(ladder),
       pages_(pages),
       policy_(policy),
-      served_(~RungSet{0} >> (kMostRungs - ladder.size())),
+      in_memory_(~RungSet{0} >> (kMostRungs - ladder.size())),
       limit_(pages.pool().total()) {
   for (int rung = 0; rung < ladder.size(); ++rung) {
     const bool same = rung > 0 && pages.layers(rung) == pages.layers(rung - 1) &&  // nested
@@ -47,22 +47,22 @@ RungSet RungChooser::Allowed(const PruneBounds& bounds) const {
 
 int RungChooser::MostPages(int rung) const {
   if (most_pages_.empty()) return limit_;
-  return std::max(most_pages_[rung], Has(served_, rung) ? limit_ : 0);
+  return std::max(most_pages_[rung], Has(in_memory_, rung) ? limit_ : 0);
 }
 
-RungSet RungChooser::Fitting(const Request& request, RungSet rungs) const {
+RungSet RungChooser::Fitting(int64_t tokens, RungSet rungs) const {
   // KV falls along the ladder. Every running sequence asks, before each step.
   const int mildest = std::countr_zero(rungs);
-  if ((rungs & ~served_) == 0 && pages_.Pages(request, mildest) <= limit_) return rungs;
+  if ((rungs & ~in_memory_) == 0 && pages_.Pages(tokens, mildest) <= limit_) return rungs;
   RungSet fitting = 0;
   for (RungSet left = rungs; left != 0; left &= left - 1) {
     const int rung = std::countr_zero(left);
-    if (pages_.Pages(request, rung) <= MostPages(rung)) fitting |= RungSet{1} << rung;
+    if (pages_.Pages(tokens, rung) <= MostPages(rung)) fitting |= RungSet{1} << rung;
   }
   return fitting;
 }
 
-RungSet RungChooser::Served(const Request& request, RungSet rungs) const {
+RungSet RungChooser::WithinPolicy(const Request& request, RungSet rungs) const {
   if (request.bounds.rung.has_value()) return rungs;
   return rungs &
          (~RungSet{0} >> (kMostRungs - 1 - std::min(policy_.hardest_served(), kMostRungs - 1)));
@@ -73,8 +73,8 @@ RungSet RungChooser::LeastKv(RungSet rungs) const {
 }
 
 absl::Status RungChooser::CheckFits(const Request& request, RungSet allowed) const {
-  const RungSet rungs = Served(request, allowed);
-  if (Fitting(request, rungs) != 0) return absl::OkStatus();
+  const RungSet rungs = WithinPolicy(request, allowed);
+  if (Fitting(request.tokens(), rungs) != 0) return absl::OkStatus();
   const auto missing = [&](int rung) { return pages_.Pages(request, rung) - MostPages(rung); };
   int nearest = std::countr_zero(rungs);
   for (int rung = nearest + 1; rung < ladder_.size(); ++rung) {
@@ -87,7 +87,7 @@ absl::Status RungChooser::CheckFits(const Request& request, RungSet allowed) con
 }
 
 int64_t RungChooser::LeastPages(const Request& request) const {
-  const RungSet rungs = Served(request, Allowed(request.bounds));
+  const RungSet rungs = WithinPolicy(request, Allowed(request.bounds));
   return pages_.Pages(request, std::bit_width(rungs) - 1);
 }
 
@@ -104,12 +104,14 @@ int RungChooser::PolicyRung(const Sequence& sequence) const {
 RungSet RungChooser::Reach(const Sequence& sequence) const {
   const bool runs = sequence.state == Sequence::State::kRunning;
   const RungSet rungs = sequence.allowed & (~RungSet{0} << (runs ? mildest_[sequence.rung] : 0));
-  const RungSet served = Served(sequence.request, rungs);
-  return served != 0 ? served : rungs;
+  const RungSet served = WithinPolicy(sequence.request, rungs);
+  return served != 0 ? served : rungs & -rungs;  // the mildest
 }
 
 RungSet RungChooser::Open(const Sequence& sequence) const {
-  const RungSet reach = Reach(sequence), fitting = Fitting(sequence.request, reach);
+  const bool runs = sequence.state == Sequence::State::kRunning;
+  const RungSet reach = Reach(sequence);
+  const RungSet fitting = Fitting(runs ? sequence.size() : sequence.request.tokens(), reach);
   return fitting != 0 ? fitting : LeastKv(reach);
 }
 
@@ -118,10 +120,14 @@ int RungChooser::Wished(const Sequence& sequence) const {
 }
 
 int RungChooser::Choose(const Sequence& sequence) const {
-  const RungSet open = Open(sequence), served = open & served_;
-  if (served != 0) return NearestDown(served, NearestUp(open, PolicyRung(sequence)));
-  const bool stays = sequence.state == Sequence::State::kRunning && Has(served_, sequence.rung);
-  return stays ? sequence.rung : -1;
+  const RungSet open = Open(sequence), there = open & in_memory_;
+  const int rung = PolicyRung(sequence);
+  if (there != 0) return NearestDown(there, NearestUp(open, rung));
+  if (sequence.state == Sequence::State::kWaiting) return -1;
+  if (const RungSet others = Reach(sequence) & in_memory_; others != 0) {
+    return NearestUp(LeastKv(others), rung);
+  }
+  return (in_memory_ >> sequence.rung & 1) != 0 ? sequence.rung : -1;
 }
 
 bool RungChooser::HeldByMemory(const Sequence& sequence) const {
@@ -129,8 +135,8 @@ bool RungChooser::HeldByMemory(const Sequence& sequence) const {
 }
 
 bool RungChooser::HeldByWeights(const Sequence& sequence) const {
-  return std::popcount(served_) < ladder_.size() && sequence.state == Sequence::State::kRunning &&
-         sequence.rung != Wished(sequence);
+  return std::popcount(in_memory_) < ladder_.size() &&
+         sequence.state == Sequence::State::kRunning && sequence.rung != Wished(sequence);
 }
 
 }  // namespace espalier

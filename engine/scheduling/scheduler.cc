@@ -54,8 +54,7 @@ absl::Status Scheduler::Submit(Request request) {
   if (sequences_.contains(request.id)) {
     return absl::InvalidArgumentError(fmt::format("id: request {} is live already", request.id));
   }
-  const size_t total = request.prompt.size() + static_cast<size_t>(max_tokens);
-  if (total > static_cast<size_t>(max_sequence_tokens())) {
+  if (request.tokens() > max_sequence_tokens()) {
     return absl::OutOfRangeError(fmt::format(
         "prompt + max_tokens: {} + {} tokens can never fit, the longest sequence is {} tokens",
         request.prompt.size(), max_tokens, max_sequence_tokens()));
@@ -74,7 +73,7 @@ absl::Status Scheduler::Submit(Request request) {
   sequence->arrival_order = arrivals_++;
   sequence->waits_since = request.arrival;
   sequence->page_tables.resize(pages_.geometry().layers);
-  sequence->tokens.reserve(total);
+  sequence->tokens.reserve(static_cast<size_t>(request.tokens()));
   sequence->tokens = request.prompt;
   next_deadline_ = std::min(next_deadline_, request.deadline);
   sequence->request = std::move(request);
@@ -141,7 +140,7 @@ void Scheduler::AddDecodes(Instant now) {
 }
 
 void Scheduler::AddPrefills(Instant now) {
-  int64_t unpromised = pool().available();
+  int64_t unpromised = int64_t{rungs_.limit()} - pool().used();
   for (const Sequence* sequence : running_) {
     unpromised -= PagesPromised(*sequence) - pages_.PagesHeld(*sequence);
   }
@@ -164,10 +163,10 @@ bool Scheduler::AdmitHead(size_t place, Instant now, int64_t* unpromised) {
   const int rung = rungs_.Choose(*head);
   if (rung < 0) return false;
   const int64_t needed = PagesPromised(*head, rung) - pages_.FindPrefix(*head, rung);
-  const int64_t most = pages_.Pages(head->request, rung);
-  if ((needed > *unpromised || most > rungs_.limit()) && !running_.empty()) return false;
+  if (needed > *unpromised && !running_.empty()) return false;
   // It was accepted when there were more, or for what there would be without weights that it does
   // not need.
+  const int64_t most = pages_.Pages(head->request, rung);
   if (most > pool().total()) pages_.SetLimit(static_cast<int>(most), running_);
 
   *unpromised -= needed;
@@ -220,8 +219,8 @@ void Scheduler::MoveRunning() {
 bool Scheduler::ServeRungs(RungSet rungs) {
   Invariant(batch_.empty(), "rungs changed while a batch is out");
   packings_.clear();
-  const RungSet before = rungs_.served();
-  rungs_.Serve(rungs);
+  const RungSet before = rungs_.in_memory();
+  rungs_.set_in_memory(rungs);
   int64_t copies = 0;
   const auto stays = [rungs](const Sequence& sequence) {
     return (rungs >> sequence.rung & 1) != 0;
@@ -231,7 +230,7 @@ bool Scheduler::ServeRungs(RungSet rungs) {
     const int rung = rungs_.Choose(*sequence);
     if (rung >= 0) copies += pages_.PagesToMove(*sequence, rung);
     if (rung < 0 || copies > pool().available()) {
-      rungs_.Serve(before);
+      rungs_.set_in_memory(before);
       return false;
     }
   }
@@ -291,7 +290,11 @@ std::vector<std::pair<int32_t, int32_t>> Scheduler::LimitPages(int pages, Instan
     }
     MoveRunning();  // who does not fit any more
     for (int rung = 1; fewer && rung < ladder_.size() && pool().used() > rungs_.limit(); ++rung) {
-      policy_->Observe(Pressure(now), ladder_);
+      PressureReport report = Pressure(now);
+      const double to_limit = static_cast<double>(pool().total()) / std::max(rungs_.limit(), 1);
+      report.kv_used *= to_limit;
+      report.kv_promised *= to_limit;
+      policy_->Observe(report, ladder_);
       MoveRunning();
     }
     while (is_held() > needed()) {
@@ -502,8 +505,8 @@ int Scheduler::max_sequence_tokens() const {
 }
 
 PressureReport Scheduler::Pressure(Instant now) const {
-  const auto share = [](int64_t part, int whole) {
-    return static_cast<double>(part) / std::max(whole, 1);
+  const auto share = [](int64_t part, int64_t whole) {
+    return whole == 0 ? 0.0 : static_cast<double>(part) / static_cast<double>(whole);
   };
   int64_t promised = 0;
   Instant oldest = now;
@@ -513,8 +516,8 @@ PressureReport Scheduler::Pressure(Instant now) const {
   }
   return {
       .time_s = std::chrono::duration<double>(now).count(),
-      .kv_used = share(pool().used(), rungs_.limit()),
-      .kv_promised = share(promised, rungs_.limit()),
+      .kv_used = share(pool().used(), pool().total()),
+      .kv_promised = share(promised, pool().total()),
       .queue_length = share(static_cast<int64_t>(waiting_.size()), options_.max_waiting),
       .oldest_wait_s = std::chrono::duration<double>(now - oldest).count(),
       .step_s = traffic_.step_s(),

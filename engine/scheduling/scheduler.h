@@ -15,10 +15,11 @@
 // never stalls half-way, and only if its promise fits beside everyone else's:
 //   promise(s)  = pages(size + ceil(reserve_output * (max_tokens - output_tokens)))
 //   admitted if   promise(head) - pages it finds in use
-//                   <= free + cached - sum over running of (promise(s) - pages held by s)
+//                   <= limit - used - sum over running of (promise(s) - pages held by s)
 //   pages(n)    = ceil(n / tokens of a page at the rung) * layers that keep K and V at the rung
-// With reserve_output = 1 growth never fails and nothing is preempted. When nothing runs the head
-// is admitted unasked: no page is in use then, and Submit has refused what they cannot hold.
+// With reserve_output = 1 growth never fails and nothing is preempted, unless the limit falls. When
+// nothing runs the head is admitted unasked, and the pool grows for it if it was accepted when
+// there were more: no page is in use then.
 //
 // Only the head of the queue is tried. Nobody overtakes a request that waits for room, whatever the
 // size, so at equal priority none starves; the price is room left empty while a long one waits.
@@ -114,7 +115,7 @@ struct SchedulerStats {
 // Who needs which rungs' weights, and what there must be beside them.
 struct RungUse {
   RungSet running = 0;  // that running sequences are at
-  RungSet wished = 0;   // that they are to be at, whether weights are in memory, and who is next
+  RungSet wished = 0;   // that they are to be at, weights in memory or not, and who is next
   RungSet head = 0;     // that who is next may be served at
   int64_t pages_used = 0;
   int64_t pages_of_head = 0;  // promised to who is next
@@ -163,12 +164,12 @@ class Scheduler {
   // The batch that is out was not computed: every sequence stands where it stood before it.
   void Discard();
 
-  // There may be so many pages: newcomers and the policy go by that. The pool has as many, or what
-  // the largest running sequence needs alone, so that it ends; who waits and needs more is admitted
-  // when nobody runs. Where fewer are left than before: what is only cached goes, running sequences
-  // to a rung at which they fit, the policy is shown the want and may move more of them to less KV,
-  // the last in service order are preempted, and what is left beyond moves: the pairs (from, to) of
-  // pages to copy, before anything else is computed. Not while a batch is out.
+  // There may be so many pages: newcomers go by that. The pool has as many, or what the largest
+  // running sequence needs alone, so that it ends. While it has more: what is only cached goes, who
+  // holds more than there may be moves to a rung at which it does not, where the limit has fallen
+  // the policy is shown the want and may move more of them to less KV, the last in service order
+  // are preempted, and what is left beyond moves: the pairs (from, to) of pages to copy, before
+  // anything else is computed. Not while a batch is out.
   std::vector<std::pair<int32_t, int32_t>> LimitPages(int pages, Instant now);
   int pages_total() const { return pool().total(); }
   int page_limit() const { return rungs_.limit(); }

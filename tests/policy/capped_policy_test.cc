@@ -11,6 +11,8 @@ TEST(CappedPolicy, ServesNoHarderThanItsCap) {
   constexpr RungSet kAll = ~RungSet{0};
   EXPECT_EQ(policy.ChooseRung({.allowed = kAll}), 3);
   EXPECT_EQ(policy.wanted(), 3);
+  EXPECT_EQ(policy.hardest_served(), 3) << "the fixed one's";
+  EXPECT_EQ(ShadowPolicy(&policy).hardest_served(), 0);
   EXPECT_EQ(policy.reason(), inner.reason());
   policy.set_hardest(1);
   EXPECT_EQ(policy.ChooseRung({.allowed = kAll}), 1);
@@ -20,6 +22,7 @@ TEST(CappedPolicy, ServesNoHarderThanItsCap) {
   policy.set_hardest(0);
   EXPECT_EQ(policy.ChooseRung({.allowed = kAll}), 0);
   EXPECT_EQ(policy.hardest_open(), 0);
+  EXPECT_EQ(policy.hardest_served(), 0);
   policy.set_hardest(kMostRungs);
   EXPECT_EQ(policy.ChooseRung({.allowed = kAll}), 3);
 }

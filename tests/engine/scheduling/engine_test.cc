@@ -345,5 +345,27 @@ TEST_F(WeightsTest, WhoCanBeServedAsThingsAreCostsNoExchange) {
   EXPECT_EQ(weighty_engine_.weights().returns, 0u);
 }
 
+TEST_F(WeightsTest, WhoHoldsTooMuchIsJudgedByTheLimitAsItIs) {
+  const Ladder packed = Rungs(2, /*int4_kv=*/1);
+  Told policy(0);
+  Weighty executor(packed, {});
+  Engine engine({.max_batch_tokens = 64, .prefix_cache = false}, kGeometry, packed, &executor,
+                &policy);
+  const int page = kGeometry.page_tokens;
+  ASSERT_EQ(engine.Submit(MakeRequest(1, 4 * page - 1, 9)), absl::OkStatus());
+  ASSERT_TRUE(engine.Step(now_).ok());
+  const auto used = [&] { return engine.scheduler().stats().pages_used; };
+  ASSERT_EQ(used(), 8);
+  engine.LimitPages(9, now_);
+  EXPECT_EQ(used(), 8);
+  engine.LimitPages(7, now_);
+  EXPECT_EQ(used(), 4) << "at once";
+  engine.LimitPages(3, now_);
+  EXPECT_GT(engine.scheduler().pages_total(), 3) << "it ends";
+  ASSERT_TRUE(engine.Cancel(1));
+  engine.TendWeights(now_);
+  EXPECT_EQ(engine.scheduler().pages_total(), 3) << "though nobody steps";
+}
+
 }  // namespace
 }  // namespace espalier

@@ -521,12 +521,12 @@ TEST_F(SchedulerTest, LessMemoryDropsBlocksBeforeItPreempts) {
   EXPECT_EQ(limit(18), "18 18 0");
   EXPECT_EQ(limit(12), "12 9 0") << "one of two layers goes";
   EXPECT_EQ(limit(7), "7 6 1") << "the youngest";
-  EXPECT_EQ(limit(3), "3 3 2") << "what the first needs alone, at its rung";
+  EXPECT_EQ(limit(0), "3 3 2") << "what the first needs alone, at its rung";
   const absl::Status refused = scheduler_->Submit(MakeRequest(9, {.prompt = 12, .max_tokens = 1}));
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(
       std::string(refused.message()),
-      HasSubstr("12 + 1 tokens take 4 KV pages at rung 1, and there may be 3 at present of 24"));
+      HasSubstr("12 + 1 tokens take 4 KV pages at rung 1, and there may be 0 at present of 24"));
   std::vector<int32_t> answer = puppet_->Answer(MakeRequest(3, {.prompt = 9, .max_tokens = 3}));
   answer.erase(answer.begin());  // told by the first step
   EXPECT_EQ(RunToEnd(3), answer);
@@ -563,44 +563,50 @@ TEST_F(SchedulerTest, WhatFitsAtSomeRungIsServedAtTheMildestSuch) {
   ASSERT_EQ(scheduler_->Submit(request), absl::OkStatus());
   scheduler_->LimitPages(0, Instant{0});
   EXPECT_EQ(scheduler_->pages_total(), 0) << "nobody runs";
+  ASSERT_TRUE(scheduler_->ServeRungs(0b1100));
   Step();
   EXPECT_EQ(scheduler_->pages_total(), 3 * kLayers) << "of its rungs, the one of least KV";
   EXPECT_EQ(outputs_.at(0).rung, 2) << "the policy's is 0";
-  EXPECT_EQ(outputs_.at(0).reason, "memory");
+  EXPECT_EQ(outputs_.at(0).reason, "memory") << "the others' weights would be of no use";
   RunToEnd(1);
   EXPECT_EQ(scheduler_->stats().preemptions, 0u);
 }
 
-TEST_F(SchedulerTest, WhoRunsBeyondTheLimitMovesToLessKvAndHandsNothingOn) {
+TEST_F(SchedulerTest, WhoHoldsMoreThanThereMayBeMovesToLessKvAndHandsNothingOn) {
   AddPackedRung();
   prefix_cache_ = false;
   Told told;
   policy_ = &told;
-  Make(12, {.max_batch_tokens = 32});
-  Submit(1, {.prompt = 24, .max_tokens = 8});  // 8 pages a layer, or 4
+  Make(12, {.max_batch_tokens = 32, .reserve_output = 0});
+  Submit(1, {.prompt = 12, .max_tokens = 20});  // 8 pages a layer, or 4
   Step();
+  Step();  // and now 4, or 2
   const auto limit = [&](int pages) {
-    const auto moves = scheduler_->LimitPages(pages, Instant{0});
+    const auto moves = scheduler_->LimitPages(pages * kLayers, Instant{0});
     puppet_->PackPages(scheduler_->packings());
     puppet_->FitPages(moves, scheduler_->pages_total());
     scheduler_->CheckInvariants();
-    return scheduler_->pages_total();
+    return fmt::format("{} of {}", scheduler_->stats().pages_used / kLayers,
+                       scheduler_->pages_total() / kLayers);
   };
+  EXPECT_EQ(limit(4), "4 of 8") << "what it holds may be";
+  Submit(2, {.prompt = 3, .max_tokens = 1});
+  EXPECT_EQ(Step(), "1@13") << "the rest of its eight are nobody else's";
   told.hardest = 0;
-  EXPECT_EQ(limit(3 * kLayers), 8 * kLayers) << "the policy lets nobody have four bits";
+  EXPECT_EQ(limit(3), "4 of 8") << "the policy lets nobody have four bits";
   told.hardest = 1;
   told.seen = {};
-  EXPECT_EQ(limit(3 * kLayers), 4 * kLayers);
-  EXPECT_EQ(told.seen.kv_used, 0) << "which took no more than looking at what fits";
-  Step();
+  EXPECT_EQ(limit(3), "2 of 4");
+  EXPECT_EQ(told.seen.kv_used, 0) << "the policy was not asked for more";
+  EXPECT_EQ(Step(), "1@14 2[0,3)");
+  EXPECT_EQ(outputs_.at(0).rung, 1);
   EXPECT_EQ(outputs_.at(0).reason, "memory");
-  Step();
-  EXPECT_DOUBLE_EQ(told.seen.kv_used, 4.0 / 3) << "of the pages that there may be";
-  const absl::Status refused = scheduler_->Submit(MakeRequest(2, {.prompt = 25, .max_tokens = 8}));
-  EXPECT_THAT(std::string(refused.message()), HasSubstr("and there may be 6 at present"));
-  Submit(3, {.prompt = 20, .max_tokens = 4});  // 3 pages a layer at four bits
-  EXPECT_EQ(RunToEnd(3), puppet_->Answer(MakeRequest(3, {.prompt = 20, .max_tokens = 4})));
-  EXPECT_EQ(limit(3 * kLayers), 3 * kLayers);
+  const absl::Status refused = scheduler_->Submit(MakeRequest(3, {.prompt = 12, .max_tokens = 20}));
+  EXPECT_THAT(std::string(refused.message()),
+              HasSubstr("take 8 KV pages at rung 1, and there may be 6"));
+  RunToEnd(1);
+  EXPECT_EQ(limit(3), "0 of 3");
+  EXPECT_EQ(scheduler_->stats().preemptions, 0u);
 }
 
 TEST_F(SchedulerTest, TellsThePolicyHowLongStepsTake) {
