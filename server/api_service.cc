@@ -57,6 +57,15 @@ v1::MemoryLedger WireLedger(const Backstage& stage, const Ledger& ledger) {
   return wire;
 }
 
+std::optional<RpcError> CheckBudget(const v1::SetMemoryBudgetRequest& asked) {
+  if (asked.share() == 0) return std::nullopt;
+  if (!(asked.share() >= 0.01 && asked.share() <= 1)) {
+    return BadFields({{"share", fmt::format("expected 0, or 0.01 to 1, got {}", asked.share())}});
+  }
+  if (asked.bytes() > 0) return BadFields({{"share", "expected no bytes beside it"}});
+  return std::nullopt;
+}
+
 // Paths that may stand in a status: errors name them.
 std::optional<RpcError> CheckReload(const v1::ReloadModelRequest& asked) {
   constexpr size_t kLongest = 1024;
@@ -213,7 +222,8 @@ grpc::ServerUnaryReactor* ApiService::SetMemoryBudget(grpc::CallbackServerContex
       [&](const v1::SetMemoryBudgetRequest& asked,
           v1::SetMemoryBudgetResponse* answer) -> std::optional<RpcError> {
         if (!options_.admin || stage->memory == nullptr) return NotAdmin();
-        stage->memory->SetBudget(asked.bytes());
+        if (auto error = CheckBudget(asked); error.has_value()) return error;
+        stage->memory->SetBudget(asked.bytes(), asked.share());
         *answer->mutable_memory() = WireLedger(*stage, stage->engine->load().ledger);
         return std::nullopt;
       });

@@ -234,9 +234,10 @@ ServedModel LoadedModel::Describe() const {
   model.device = backend_->Describe();
   model.ladder = executor_->ladder();
   model.decisions = decisions_;
-  model.policy = options_.policy == ServerOptions::PolicyKind::kFixed
-                     ? fmt::format("{}:{}", policy_->name(), options_.fixed_rung)
-                     : std::string(policy_->name());
+  model.policy = policy_->name();
+  if (model.policy == "fixed") {
+    model.policy = options_.fixed_rung == 0 ? "off" : fmt::format("fixed:{}", options_.fixed_rung);
+  }
   return model;
 }
 

@@ -28,10 +28,10 @@ std::optional<MemoryKeeper::Shares> MemoryKeeper::Look() {
   return LookLocked(std::max(1, options_.pages / 20));
 }
 
-void MemoryKeeper::SetBudget(uint64_t bytes) {
+void MemoryKeeper::SetBudget(uint64_t bytes, double share) {
   std::lock_guard lock(mutex_);
   budget_ = bytes;
-  share_ = 0;
+  share_ = share;
   LookLocked(1);
 }
 

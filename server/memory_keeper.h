@@ -50,9 +50,8 @@ class MemoryKeeper {
   // machine says is available, four times as much is left to others, until it is a fiftieth.
   std::optional<Shares> Look();
 
-  // Bytes for the process from now on, in place of any share; 0: what the machine has. Looks, and
-  // tells the pages even if they are few more. Any thread.
-  void SetBudget(uint64_t bytes);
+  // As Options from now on. Looks, and tells the pages even if they are few more. Any thread.
+  void SetBudget(uint64_t bytes, double share = 0);
 
   // Bytes that are no KV from now on, and the pages that those weights among them are worth which
   // may leave: weights came or went. Looks. Any thread.

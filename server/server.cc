@@ -363,7 +363,10 @@ class Server {
   }
 
   void LimitPages(int pages) {
-    Log(LogLevel::kInfo, "memory", {{"kv_pages", pages}, {"of", kv_.pages}});
+    Log(LogLevel::kInfo, "memory",
+        {{"kv_pages", std::max(pages, 0)},
+         {"of", kv_.pages},
+         {"pages_of_weights_to_leave", std::max(-pages, 0)}});
     thread_->LimitPages(pages);
   }
 

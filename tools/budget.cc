@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <charconv>
 #include <chrono>
 #include <memory>
 #include <string>
@@ -17,8 +18,8 @@ namespace {
 
 struct Options {
   RemoteOptions remote;
-  uint64_t bytes = 0;
-  bool sets = false;
+  std::string size;  // empty: only looks
+  v1::SetMemoryBudgetRequest budget;
 };
 
 constexpr int kLooks = 10;  // a tenth of a second each
@@ -27,12 +28,10 @@ std::string MiB(uint64_t bytes) { return fmt::format("{:.1f} MiB", bytes / 10485
 
 absl::Status Run(const Options& options) {
   v1::MemoryLedger memory;
-  if (options.sets) {
-    v1::SetMemoryBudgetRequest request;
-    request.set_bytes(options.bytes);
+  if (!options.size.empty()) {
     v1::SetMemoryBudgetResponse response;
-    const absl::Status status =
-        UnaryCall(options.remote, &v1::EspalierService::Stub::SetMemoryBudget, request, &response);
+    const absl::Status status = UnaryCall(
+        options.remote, &v1::EspalierService::Stub::SetMemoryBudget, options.budget, &response);
     if (!status.ok()) return status;
     memory = response.memory();
     // Weights leave between steps: until then there may seem to be nothing for KV.
@@ -67,17 +66,29 @@ absl::Status Run(const Options& options) {
   return absl::OkStatus();
 }
 
-// CLI11 wraps a negative size and cuts a large one. Looked at before it is read.
-CLI::Validator IsSize() {
-  const auto check = [](std::string& text) -> std::string {
-    constexpr size_t kMostDigits = 15;  // a petabyte
-    const auto digits = std::ranges::count_if(text, [](char c) { return c >= '0' && c <= '9'; });
-    const bool plain = text.find_first_of("-+.") == std::string::npos;
-    return plain && digits >= 1 && digits <= static_cast<int64_t>(kMostDigits)
-               ? ""
-               : fmt::format("expected whole bytes or a size such as 180MB, got {}", text);
-  };
-  return CLI::Validator(check, "");
+// Into `budget`: bytes with a unit, a share with %, or 0.
+bool ReadBudget(std::string text, v1::SetMemoryBudgetRequest* budget) {
+  constexpr uint64_t kLeast = 1 << 20;  // 180 is 180MB, mistyped
+  constexpr size_t kMostDigits = 15;    // CLI11 wraps a negative size and cuts a large one
+  const auto digits =
+      static_cast<size_t>(std::ranges::count_if(text, [](char c) { return c >= '0' && c <= '9'; }));
+  if (digits == 0 || digits > kMostDigits || text.find_first_of("-+") != text.npos) return false;
+  if (text.ends_with('%')) {
+    double percent = 0;
+    const char* const end = text.data() + text.size() - 1;
+    const auto read = std::from_chars(text.data(), end, percent);
+    if (read.ec != std::errc() || read.ptr != end || !(percent >= 1 && percent <= 100))
+      return false;
+    budget->set_share(percent / 100);
+    return true;
+  }
+  uint64_t bytes = 0;
+  if (text.find('.') != text.npos || !CLI::AsSizeValue(false)(text).empty() ||
+      !CLI::detail::lexical_cast(text, bytes) || (bytes > 0 && bytes < kLeast)) {
+    return false;
+  }
+  budget->set_bytes(bytes);
+  return true;
 }
 
 }  // namespace
@@ -86,18 +97,20 @@ void AddBudget(CLI::App& root, Action* action) {
   auto options = std::make_shared<Options>();
   CLI::App* sub = root.add_subcommand(
       "budget", "Print what memory a server has; with SIZE: change its budget while it serves");
-  CLI::Option* size =
-      sub->add_option("size", options->bytes,
-                      "Memory for the server's process, e.g. 180MB; 0: what the machine has. The "
-                      "server must run with --admin")
-          ->type_name("SIZE")
-          ->transform(CLI::AsSizeValue(false))
-          ->transform(IsSize());
+  sub->add_option("size", options->size,
+                  "Memory for the server's process, e.g. 180MB; 60%: of what the machine, or the "
+                  "container, has; 0: all of that. The server must run with --admin")
+      ->type_name("SIZE")
+      ->check([options](const std::string& text) -> std::string {
+        return ReadBudget(text, &options->budget)
+                   ? ""
+                   : fmt::format(
+                         "expected a size such as 180MB, from 1MiB, a share of 1% to 100%, "
+                         "or 0, got {}",
+                         text);
+      });
   AddRemoteOptions(*sub, &options->remote);
-  sub->final_callback([options, action, size] {
-    options->sets = size->count() > 0;
-    *action = [options] { return Run(*options); };
-  });
+  sub->final_callback([options, action] { *action = [options] { return Run(*options); }; });
 }
 
 }  // namespace espalier

@@ -169,6 +169,10 @@ void AddLoad(CLI::App& root, Action* action) {
       ->type_name("RUNG")
       ->check(CLI::Range(-1, kMostRungs - 1))
       ->capture_default_str();
+  sub->add_option("--priority", shape.priority, "Of each call; higher is served first")
+      ->type_name("NUMBER")
+      ->check(CLI::Range(-100, 100))
+      ->capture_default_str();
   const auto target = [&](const char* name, double& value, const char* description) {
     sub->add_option(name, value, description)
         ->type_name("SECONDS")

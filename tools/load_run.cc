@@ -122,6 +122,7 @@ v1::GenerateRequest Generator::RandomRequest() {
   }
   request.mutable_sampling()->set_temperature(0);
   request.mutable_stop()->set_max_tokens(shape_.max_tokens);
+  request.set_priority(shape_.priority);
   if (shape_.rung >= 0) request.mutable_prune()->set_rung(shape_.rung);
   request.mutable_stop()->set_ignore_eos(true);
   return request;
@@ -240,7 +241,8 @@ bool MayBeGood(const LoadShape& shape, double age, double first_token) {
 std::string TrafficOf(const LoadShape& shape) {
   std::string text;
   for (const double at : ArrivalsOf(shape)) {
-    text += fmt::format("call {:.6f} {} {}\n", at, shape.prompt_tokens, shape.max_tokens);
+    text += fmt::format("call {:.6f} {} {} {}\n", at, shape.prompt_tokens, shape.max_tokens,
+                        shape.priority);
   }
   return text;
 }

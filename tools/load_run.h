@@ -22,6 +22,7 @@ struct LoadShape {
   int prompt_tokens = 128;  // random ids
   int max_tokens = 128;     // drawn by each, end tokens ignored
   int rung = -1;            // of the ladder; -1: as the server's policy says
+  int priority = 0;         // of each; higher is served first
   double ttft_target = 0;   // seconds a call may wait for its first token; 0: any time
   double tpot_target = 0;   // seconds a token after it may take, mean of a call; 0: any time
   // After the last call began, those that run are cancelled once none can come within the targets.

@@ -227,29 +227,33 @@ void AddSimulate(CLI::App& root, Action* action) {
   sub->add_option("--policy-file", options->policy_file,
                   "The dqn policy's network; default: beside the ladder, with .dqn")
       ->type_name("PATH");
-  sub->add_option("--traffic", options->traffic,
-                  "Calls and memory from a file: lines call SECONDS PROMPT OUTPUT [PRIORITY] and "
-                  "memory SECONDS SHARE; in place of what the options below make up")
-      ->type_name("PATH");
-  sub->add_option("--scenario", options->scenario,
-                  "RAP's: a batch of so many sequences of so many tokens, in a KV pool that just "
-                  "holds it, then in 0.8 and in 0.6 of that; in place of calls and --kv-memory")
-      ->type_name("NAME")
-      ->check(CLI::IsMember(ScenarioNames()))
-      ->excludes("--traffic");
-  sub->add_option("--arrivals", options->arrivals,
-                  "poisson; bursts: nine times as many for a quarter of each period; diurnal: a "
-                  "sine")
-      ->type_name("NAME")
-      ->check(CLI::IsMember(
-          std::vector<std::string>(std::begin(kArrivalNames), std::end(kArrivalNames))))
-      ->capture_default_str();
+  CLI::Option* traffic =
+      sub->add_option(
+             "--traffic", options->traffic,
+             "Calls and memory from a file: lines call SECONDS PROMPT OUTPUT [PRIORITY] and "
+             "memory SECONDS SHARE; in place of what the options below make up")
+          ->type_name("PATH");
+  CLI::Option* scenario =
+      sub->add_option(
+             "--scenario", options->scenario,
+             "RAP's: a batch of so many sequences of so many tokens, in a KV pool that just "
+             "holds it, then in 0.8 and in 0.6 of that; in place of calls and --kv-memory")
+          ->type_name("NAME")
+          ->check(CLI::IsMember(ScenarioNames()))
+          ->excludes(traffic);
+  const auto made_up = [&](CLI::Option* option) {
+    option->capture_default_str()->excludes(scenario)->excludes(traffic);
+  };
+  made_up(sub->add_option(
+                 "--arrivals", options->arrivals,
+                 "poisson; bursts: nine times as many for a quarter of each period; diurnal: a "
+                 "sine")
+              ->type_name("NAME")
+              ->check(CLI::IsMember(
+                  std::vector<std::string>(std::begin(kArrivalNames), std::end(kArrivalNames)))));
   const auto number = [&](const char* name, double& value, double least, double most,
                           const char* unit, const char* description) {
-    sub->add_option(name, value, description)
-        ->type_name(unit)
-        ->check(Within(least, most))
-        ->capture_default_str();
+    made_up(sub->add_option(name, value, description)->type_name(unit)->check(Within(least, most)));
   };
   TrafficOptions& made = options->made;
   number("--rate", made.rate, 1e-3, 1e6, "CALLS/S", "Calls a second, mean");
@@ -265,10 +269,9 @@ void AddSimulate(CLI::App& root, Action* action) {
   number("--shock-every", made.shock_every_s, 0, 1e6, "SECONDS",
          "Mean time between memory being taken and given back; 0: never");
   number("--most-taken", made.most_taken, 0, 1, "SHARE", "Of the KV pool, at most");
-  sub->add_option("--seed", made.seed, "Of the traffic")
-      ->type_name("NUMBER")
-      ->check(Unsigned64())
-      ->capture_default_str();
+  made_up(sub->add_option("--seed", made.seed, "Of the traffic")
+              ->type_name("NUMBER")
+              ->check(Unsigned64()));
   sub->add_flag("--json", options->json, "The report as JSON");
   sub->final_callback([options, action] { *action = [options] { return Run(*options); }; });
 }

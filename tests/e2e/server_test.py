@@ -73,7 +73,22 @@ class Memory(unittest.TestCase):
                 return done.stdout, done.stderr
 
             self.assertIn("budget none", told()[0])
-            out, warned = told("1")
+            for wrong in ("5", "-1", "1.5GB", "0%", "101%", "x%", "%", "9" * 16):
+                refused = subprocess.run(
+                    [pathlib.Path(BINARY).with_name("espalier"), "budget", "--address",
+                     server.address, "--", wrong], capture_output=True, text=True)
+                self.assertNotEqual(refused.returncode, 0, wrong)
+                self.assertIn("from 1MiB", refused.stderr)
+            budgets = []
+            for share in ("50%", "100%"):
+                told(share)
+                budgets.append(server.load().memory.budget)
+            self.assertAlmostEqual(budgets[0] / budgets[1], 0.5, places=6)
+            with self.assertRaises(grpc.RpcError) as refused:
+                server.stub.SetMemoryBudget(pb.SetMemoryBudgetRequest(share=0.5, bytes=1))
+            self.assertEqual(refused.exception.code(), grpc.StatusCode.INVALID_ARGUMENT)
+            self.assertIn("share", refused.exception.details())
+            out, warned = told("1MiB")
             self.assertIn("KV 0.0 MiB of 0.0 MiB", out)
             self.assertIn("new requests are refused", warned)
             with self.assertRaises(grpc.RpcError) as refused:

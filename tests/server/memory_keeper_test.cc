@@ -75,7 +75,9 @@ TEST_F(MemoryKeeperTest, AShareFollowsWhatThereIsUntilABudgetIsSet) {
   keeper.SetBudget(1600);
   keeper.Look();
   EXPECT_EQ(keeper.budget(), 1600);
-  EXPECT_THAT(told_, ElementsAre(50, 20, 60));
+  keeper.SetBudget(0, 0.5);
+  EXPECT_EQ(keeper.budget(), 2400);
+  EXPECT_THAT(told_, ElementsAre(50, 20, 60, 100));
 }
 
 TEST_F(MemoryKeeperTest, FollowsWhatOthersLeave) {
