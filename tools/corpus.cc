@@ -74,6 +74,10 @@ absl::StatusOr<std::vector<TextKind>> ReadKinds(const std::vector<std::string>& 
       tokens = FolderTokens(path, tokenizer, kKindTokens, &error);
     } else if (fs::is_regular_file(path, error)) {
       tokens = FileTokens(path, kKindBytes, tokenizer);
+      if (const uintmax_t bytes = fs::file_size(path, error); !error && bytes > kKindBytes) {
+        fmt::print(stderr, "warning: {}: of {:.1f} MiB the first {} are read\n", name,
+                   static_cast<double>(bytes) / (1 << 20), kKindBytes >> 20);
+      }
     }
     if (error) return absl::NotFoundError(fmt::format("{}: {}", name, error.message()));
     if (!tokens.ok()) {

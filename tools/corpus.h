@@ -15,10 +15,10 @@ struct TextKind {
   std::vector<std::vector<int32_t>> windows;  // all of the same length
 };
 
-// Each path is a kind: a file, or a folder, of which all files that are text count, in the order of
-// their names and those below, with 16 KiB of each at most. Windows of `window` tokens lie
-// end to end; at most `most` of them, spread over the whole kind. Errors name the path; a kind
-// without a whole window is InvalidArgument.
+// Each path is a kind: a file, of which 8 MiB count (a warning tells where it has more), or a
+// folder, of which all files that are text count, in the order of their names and those below, with
+// 16 KiB of each at most. Windows of `window` tokens lie end to end; at most `most` of them, spread
+// over the whole kind. Errors name the path; a kind without a whole window is InvalidArgument.
 absl::StatusOr<std::vector<TextKind>> ReadKinds(const std::vector<std::string>& paths,
                                                 const Tokenizer& tokenizer, int window, int most);
 
