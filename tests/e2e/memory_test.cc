@@ -116,7 +116,7 @@ class SqueezedServer {
     request.mutable_logprobs()->set_enabled(true);
     request.mutable_prune()->set_never(true);
     grpc::ClientContext context;
-    context.set_deadline(std::chrono::system_clock::now() + std::chrono::seconds(60));
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::minutes(5));
     const auto stream = stub_->Generate(&context, request);
     std::vector<std::pair<int32_t, float>> answer;
     v1::GenerateResponse message;
