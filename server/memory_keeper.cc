@@ -99,7 +99,8 @@ std::optional<MemoryKeeper::Shares> MemoryKeeper::LookLocked(int worth_it) {
   if (budget_ > 0) bytes = std::min(bytes, budget_);
   // What has been added to the process since is no KV either, beyond what the pool can hold.
   const uint64_t held = resident + released;
-  const uint64_t most_kv = options_.page_bytes * static_cast<uint64_t>(KvPagesLocked(released));
+  const int kv_pages = std::max(KvPagesLocked(released), sources_.kv_pages());
+  const uint64_t most_kv = options_.page_bytes * static_cast<uint64_t>(kv_pages);
   const uint64_t other = std::max(other_, held - std::min(held, most_kv));
   const uint64_t fit = (bytes - std::min(bytes, other)) / options_.page_bytes;
   const uint64_t missing =

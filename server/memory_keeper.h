@@ -27,6 +27,8 @@ class MemoryKeeper {
     std::function<MachineMemory()> machine = [] { return ReadMachineMemory(); };
     std::function<uint64_t()> resident = [] { return ResidentMemoryBytes(); };
     std::function<uint64_t()> released = [] { return uint64_t{0}; };  // weights, out of memory
+    // That hold K and V, which may be more than were told: who runs keeps what it has.
+    std::function<int()> kv_pages = [] { return 0; };
   };
 
   // What was seen.

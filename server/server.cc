@@ -247,9 +247,14 @@ class Server {
                               .pages = kv_.pages,
                               .other_bytes = ResidentMemoryBytes(),
                               .weight_pages = weight_pages},
-        [this](int pages) { LimitPages(pages); }, MemoryKeeper::Sources{.released = [this] {
-          return released_.load(std::memory_order_relaxed);
-        }});
+        [this](int pages) { LimitPages(pages); },
+        MemoryKeeper::Sources{
+            .released = [this] { return released_.load(std::memory_order_relaxed); },
+            .kv_pages =
+                [this] {
+                  const SchedulerStats stats = thread_->load().stats;
+                  return stats.pages_used + stats.pages_cached;
+                }});
     thread_->SawMemory({.at = SteadyNow()});  // or from now on it has not been
     TendMemory();
     MakeReloader(ledger.weights + ledger.workspace);

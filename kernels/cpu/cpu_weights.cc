@@ -40,8 +40,15 @@ struct WholePages {
         end((reinterpret_cast<intptr_t>(from) + static_cast<intptr_t>(size)) / MachinePage() *
             MachinePage()) {}
   size_t bytes() const { return begin < end ? end - begin : 0; }
+  // And not to come back by themselves: where a part of a huge page is still in use, the kernel
+  // would make it whole again with zeros, some seconds later.
   void GiveBack() const {
-    if (bytes() > 0) madvise(reinterpret_cast<void*>(begin), bytes(), MADV_DONTNEED);
+    Advise(MADV_NOHUGEPAGE);
+    Advise(MADV_DONTNEED);
+  }
+  void TakeBack() const { Advise(MADV_HUGEPAGE); }
+  void Advise(int advice) const {
+    if (bytes() > 0) madvise(reinterpret_cast<void*>(begin), bytes(), advice);  // only a wish
   }
 
   intptr_t begin;
@@ -217,6 +224,7 @@ void CpuBackend::ReleaseWeight(Weight* weight) {
 }
 
 absl::Status CpuBackend::RefillWeight(const WeightSource& source, Weight* weight) {
+  WholePages(weight->storage.get(), weight->bytes).TakeBack();
   if (absl::Status status = Pack(source, weight); !status.ok()) {
     ReleaseWeight(weight);
     return status;
@@ -242,6 +250,9 @@ absl::Status CpuBackend::GatherRows(const Weight& weight, std::span<const int32_
       NewWeight(allocate, output_rows || IsFloat(weight.type) ? weight.type : WeightType::kInt8,
                 weight.layout, count, weight.cols, output_rows ? weight.groups : GroupsOf(count));
   if (!made.ok()) return made.status();
+  if (panel->blocks == nullptr && made->storage == panel->storage) {  // it was released
+    WholePages(panel->storage.get(), panel->bytes).TakeBack();
+  }
   output_rows ? GatherOutputRows(weight, rows, *made) : GatherInputRows(weight, rows, *made);
   if (made->storage == panel->storage) {
     made->bytes = panel->bytes;
@@ -309,6 +320,7 @@ void CpuBackend::FitKvPool(std::span<const std::pair<int32_t, int32_t>> moves, i
     return pool->data + page * static_cast<int64_t>(bytes);
   };
   for (const auto& [from, to] : moves) std::memcpy(at(to), at(from), bytes);
+  WholePages(at(0), bytes * pages).TakeBack();
   WholePages(at(pages), bytes * (pool->shape.pages - pages)).GiveBack();
 }
 

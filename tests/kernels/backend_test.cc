@@ -2,8 +2,12 @@
 #include <algorithm>
 #include <cfloat>
 #include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
 #include <iostream>
 #include <limits>
+#include <string>
 
 #include "gmock/gmock.h"
 #include "tests/kernels/kernel_cases.h"
@@ -363,6 +367,20 @@ TEST_P(BackendTest, GroupsAndTheirValuesMultiplyAlike) {
   }
 }
 
+// The kernel may fill huge pages that cover `at` by itself ("hg"), or never ("nh").
+bool HasFlag(const void* at, const char* flag) {
+  std::ifstream maps("/proc/self/smaps");
+  bool here = false;
+  for (std::string line; std::getline(maps, line);) {
+    uintptr_t begin = 0, end = 0;
+    if (std::sscanf(line.c_str(), "%lx-%lx ", &begin, &end) == 2) {
+      here = begin <= reinterpret_cast<uintptr_t>(at) && reinterpret_cast<uintptr_t>(at) < end;
+    }
+    if (here && line.starts_with("VmFlags:")) return line.find(flag) != line.npos;
+  }
+  return false;
+}
+
 TEST_P(BackendTest, AReleasedWeightIsGoneAndComesBackToTheBit) {
   constexpr int kRows = 200, kCols = 3 * kQuantGroup;
   bool fails = false;
@@ -378,6 +396,9 @@ TEST_P(BackendTest, AReleasedWeightIsGoneAndComesBackToTheBit) {
   EXPECT_EQ(weight.blocks, nullptr);
   const auto* const memory = static_cast<const uint8_t*>(weight.storage.get());
   EXPECT_TRUE(std::all_of(memory, memory + weight.bytes, [](uint8_t byte) { return byte == 0; }));
+  const bool huge = std::filesystem::exists("/sys/kernel/mm/transparent_hugepage");
+  const uint8_t* const within = memory + weight.bytes / 2;
+  EXPECT_EQ(HasFlag(within, " nh"), huge) << "or khugepaged brings it back, full of zeros";
   const std::vector<int32_t> rows = {1};
   Weight panel;
   EXPECT_DEATH((void)backend_->GatherRows(weight, rows, &panel), "released weight");
@@ -387,6 +408,7 @@ TEST_P(BackendTest, AReleasedWeightIsGoneAndComesBackToTheBit) {
   fails = false;
   ASSERT_TRUE(backend_->RefillWeight(source, &weight).ok());
   EXPECT_EQ(weight.blocks, memory);
+  EXPECT_FALSE(HasFlag(within, " nh"));
   EXPECT_TRUE(std::equal(before.begin(), before.end(), memory));
 }
 

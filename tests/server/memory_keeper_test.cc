@@ -156,6 +156,18 @@ TEST_F(MemoryKeeperTest, CountsWhatTheProcessHasGrownBy) {
   EXPECT_THAT(told_, ElementsAre(80));
 }
 
+TEST_F(MemoryKeeperTest, PagesInUseBeyondTheLimitAreNoOtherMemory) {
+  int kv_pages = 60;
+  MemoryKeeper keeper{{.page_bytes = 10, .pages = 100, .other_bytes = 1000},
+                      [this](int pages) { told_.push_back(pages); },
+                      {.machine = [this] { return machine_; },
+                       .resident = [&] { return 1000 + 10 * uint64_t(kv_pages); },
+                       .kv_pages = [&] { return kv_pages; }}};
+  keeper.SetBudget(1400);
+  for (; kv_pages < 90; kv_pages += 10) keeper.Look();  // it grows on
+  EXPECT_THAT(told_, ElementsAre(40));
+}
+
 TEST_F(MemoryKeeperTest, AMachineThatSaysNothingTakesNothing) {
   machine_ = {};
   MemoryKeeper keeper = Make(0);
