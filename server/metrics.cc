@@ -272,6 +272,14 @@ struct Metrics::Instruments : prometheus::Collectable {
   Gauge& kv_free = Memory("kv_free");
   Gauge& workspace = Memory("workspace");
   Gauge& foreign = Memory("foreign");
+  // As the convention has it, and as other exporters do.
+  Gauge& resident = AddGauge(r, "process_resident_memory_bytes", "Resident memory of the process.");
+  Gauge& memory_budget = AddGauge(r, "espalier_memory_budget_bytes",
+                                  "What the process may hold; 0: what the machine has left.");
+  Gauge& kv_allowed = AddGauge(
+      r, "espalier_kv_allowed_bytes",
+      "What KV may hold beside the rest of the process; 0: new requests are refused, unless "
+      "weights can leave for them.");
 
   // Once per request.
   Histogram& first_token = AddHistogram(
@@ -445,6 +453,14 @@ void Metrics::OnFinished(const RequestSummary& summary) {
   }
   if (summary.output_tokens > 1) m.per_token.Observe(summary.per_token_s());
 }
+
+void Metrics::OnMemory(uint64_t resident, uint64_t budget, uint64_t kv_allowed) {
+  instruments_->resident.Set(static_cast<double>(resident));
+  instruments_->memory_budget.Set(static_cast<double>(budget));
+  instruments_->kv_allowed.Set(static_cast<double>(kv_allowed));
+}
+
+void Metrics::OnLadder(int rungs) { instruments_->hardest_rung.Set(rungs - 1); }
 
 void Metrics::OnDeviceMemory(uint64_t total, uint64_t free) {
   instruments_->DeviceMemory("total").Set(static_cast<double>(total));

@@ -49,6 +49,9 @@ class Metrics {
   // Engine thread: after each of its checks.
   void OnCheck(const QualityCheck& quality, int rungs);
 
+  // All of the ladder's rungs may be served, before any check.
+  void OnLadder(int rungs);
+
   // Engine thread: the model was reloaded. `build` tells it from now on, all of its `rungs` rungs
   // may be served, and what those of the one before, `rungs_before`, were seen to lose is
   // forgotten. vLLM's series keep the name that they began with.
@@ -59,6 +62,10 @@ class Metrics {
 
   // When the engine begins and ceases to be stuck (Watchdog). Thread-safe.
   void OnStall(bool stuck);
+
+  // Of the process, whenever it was looked at: what it holds, may hold (0: what the machine has),
+  // and may hold of K and V. Thread-safe.
+  void OnMemory(uint64_t resident, uint64_t budget, uint64_t kv_allowed);
 
   // Of a device that NVML knows, whenever it was looked at. Thread-safe.
   void OnDeviceMemory(uint64_t total, uint64_t free);

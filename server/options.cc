@@ -105,7 +105,9 @@ Value Bytes(uint64_t ServerOptions::* field, uint64_t low, uint64_t high, std::s
             bool zero_is_auto) {
   return {
       "BYTES",
-      fmt::format("{}bytes or with KiB, MiB, GiB, TiB; {}", zero_is_auto ? "auto, or " : "", range),
+      fmt::format("{}a whole number, of bytes or with KiB, MiB, GiB, TiB, or kB, MB, GB, TB of a "
+                  "thousand; {}",
+                  zero_is_auto ? "auto, or " : "", range),
       [=](std::string_view text, ServerOptions* options) {
         if (zero_is_auto && (text == "auto" || text == "0")) return options->*field = 0, true;
         const auto quantity = ReadQuantity<uint64_t>(text, {{"", 1},
@@ -113,7 +115,15 @@ Value Bytes(uint64_t ServerOptions::* field, uint64_t low, uint64_t high, std::s
                                                             {"KiB", 1ll << 10},
                                                             {"MiB", 1ll << 20},
                                                             {"GiB", 1ll << 30},
-                                                            {"TiB", 1ll << 40}});
+                                                            {"TiB", 1ll << 40},
+                                                            {"Ki", 1ll << 10},
+                                                            {"Mi", 1ll << 20},
+                                                            {"Gi", 1ll << 30},
+                                                            {"kB", 1'000},
+                                                            {"KB", 1'000},
+                                                            {"MB", 1'000'000},
+                                                            {"GB", 1'000'000'000},
+                                                            {"TB", 1'000'000'000'000}});
         // Divided, not multiplied: a product could wrap around into the range.
         if (!quantity || quantity->first > high / quantity->second) return false;
         const uint64_t bytes = quantity->first * quantity->second;

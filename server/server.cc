@@ -221,6 +221,7 @@ class Server {
     const int weight_pages = loaded_->engine()->weight_pages();
 
     hardest_ = models_->of(0)->ladder.size() - 1;
+    metrics_->OnLadder(hardest_ + 1);
     if (loaded_->quality() != nullptr) metrics_->OnCheck(*loaded_->quality(), hardest_ + 1);
     ready_ = std::make_unique<ReadyQueue>(kWriters);
     NextEngine first = EngineOf(loaded_.get());
@@ -410,6 +411,7 @@ class Server {
     if (const auto seen = memory_->Look()) {
       thread_->SawMemory({.at = SteadyNow(), .free = seen->free, .foreign = seen->foreign});
     }
+    metrics_->OnMemory(ResidentMemoryBytes(), memory_->budget(), memory_->kv_bytes());
   }
 
   // Until a signal comes, health follows the engine's progress, and KV memory what there is.

@@ -59,9 +59,10 @@ absl::Status Run(const Options& options) {
              MiB(memory.weights()), released, MiB(memory.workspace()),
              MiB(memory.kv_used() + memory.kv_reusable()), MiB(memory.kv_allowed()));
   if (memory.kv_allowed() == 0) {
-    fmt::print(stderr,
-               "espalier: no memory is left for KV beside weights and workspace: new requests are "
-               "refused\n");
+    fmt::print(
+        stderr,
+        "espalier: no memory is left for KV beside the weights that are there and workspace: "
+        "new requests are refused, unless weights can leave for them\n");
   }
   return absl::OkStatus();
 }
@@ -83,7 +84,7 @@ bool ReadBudget(std::string text, v1::SetMemoryBudgetRequest* budget) {
     return true;
   }
   uint64_t bytes = 0;
-  if (text.find('.') != text.npos || !CLI::AsSizeValue(false)(text).empty() ||
+  if (text.find('.') != text.npos || !CLI::AsSizeValue(/*kb_is_1000=*/true)(text).empty() ||
       !CLI::detail::lexical_cast(text, bytes) || (bytes > 0 && bytes < kLeast)) {
     return false;
   }
@@ -105,8 +106,8 @@ void AddBudget(CLI::App& root, Action* action) {
         return ReadBudget(text, &options->budget)
                    ? ""
                    : fmt::format(
-                         "expected a size such as 180MB, from 1MiB, a share of 1% to 100%, "
-                         "or 0, got {}",
+                         "expected a whole size such as 180MB or 180MiB, from 1MiB, a share of 1% "
+                         "to 100%, or 0, got {}",
                          text);
       });
   AddRemoteOptions(*sub, &options->remote);

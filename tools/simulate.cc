@@ -74,8 +74,8 @@ absl::StatusOr<std::unique_ptr<Policy>> MakePolicy(const Options& options, const
     const std::string number = options.policy.substr(std::string_view("fixed:").size());
     rung = std::stoi(number);
     if (rung >= ladder.size()) {
-      return absl::InvalidArgumentError(
-          fmt::format("--policy: rung {} of {}", rung, ladder.size()));
+      return absl::InvalidArgumentError(fmt::format(
+          "--policy: fixed:{}, and the ladder has rungs 0 to {}", rung, ladder.size() - 1));
     }
   }
   return std::make_unique<FixedPolicy>(rung);
@@ -240,7 +240,8 @@ void AddSimulate(CLI::App& root, Action* action) {
              "holds it, then in 0.8 and in 0.6 of that; in place of calls and --kv-memory")
           ->type_name("NAME")
           ->check(CLI::IsMember(ScenarioNames()))
-          ->excludes(traffic);
+          ->excludes(traffic)
+      ->excludes("--kv-memory");
   const auto made_up = [&](CLI::Option* option) {
     option->capture_default_str()->excludes(scenario)->excludes(traffic);
   };

@@ -111,6 +111,8 @@ std::string Get(int port, const std::string& target) {
 TEST(MetricsTest, AStepShowsInGaugesCountersAndHistograms) {
   Metrics metrics = MakeMetrics();
   constexpr double kGaps[] = {0.04, 0.5};
+  metrics.OnLadder(9);
+  metrics.OnMemory(900, 1000, 300);
   metrics.OnStep(Step(), Load(), {.step = 0.3, .oldest_wait = 1.5, .token_gaps = kGaps});
   const std::string text = metrics.Text();
   for (const std::string& line : {
@@ -142,6 +144,10 @@ TEST(MetricsTest, AStepShowsInGaugesCountersAndHistograms) {
            std::string("espalier_memory_bytes{part=\"workspace\"} 9\n"),
            std::string("espalier_memory_bytes{part=\"foreign\"} 777\n"),
            std::string("espalier_memory_bytes{part=\"weights_released\"} 40\n"),
+           std::string("process_resident_memory_bytes 900\n"),
+           std::string("espalier_memory_budget_bytes 1000\n"),
+           std::string("espalier_kv_allowed_bytes 300\n"),
+           std::string("espalier_hardest_rung 8\n"),
            std::string("espalier_weights_return_seconds 0.25\n"),
            std::string("espalier_weights_returns_total 1\n"),
            std::string("espalier_weights_releases_total 2\n"),
