@@ -241,7 +241,7 @@ void AddSimulate(CLI::App& root, Action* action) {
           ->type_name("NAME")
           ->check(CLI::IsMember(ScenarioNames()))
           ->excludes(traffic)
-      ->excludes("--kv-memory");
+          ->excludes("--kv-memory");
   const auto made_up = [&](CLI::Option* option) {
     option->capture_default_str()->excludes(scenario)->excludes(traffic);
   };
