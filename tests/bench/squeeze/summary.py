@@ -76,11 +76,13 @@ def ratios(cells, seconds):
     if errors:
         figures["simulator_error"] = errors[-1]
         figures["simulator_error_median"] = errors[len(errors) // 2]
-    # Below the capacity nobody queues, and all lines finish everything.
-    llama = [goodput(LADDER, cell) / goodput(LLAMA, cell) for cell, lines in cells.items()
-             if LLAMA in lines and cell[0] == worst and cell[1] >= 1]
-    if llama:
-        figures["goodput_vs_llamaserver"] = min(llama)
+    # Below the capacity nobody queues, and at it the rule may finish all calls that there are.
+    llama = {cell[1]: goodput(LADDER, cell) / goodput(LLAMA, cell)
+             for cell, lines in cells.items() if LLAMA in lines and cell[0] == worst}
+    if beyond := [ratio for times, ratio in llama.items() if times > 1]:
+        figures["goodput_vs_llamaserver"] = min(beyond)
+    if 1 in llama:
+        figures["goodput_vs_llamaserver_at_capacity"] = llama[1]
     learned = [goodput(DQN, cell) / goodput(LADDER, cell) for cell, lines in cells.items()
                if DQN in lines]
     if learned:
