@@ -337,7 +337,8 @@ const std::vector<Setting>& Settings() {
        Nats(&O::load_loss)},
       {kPruning, "decision-log",
        "Where the policy's decisions go, a line a step with what it saw and one\n"
-       "for each request's rung, for `espalier replay`",
+       "for each request's rung, for `espalier replay`; the file of the run before\n"
+       "is kept as PATH.old. Not with --policy off or fixed, which decide nothing",
        Text(&O::decision_log, "PATH", "a path; empty: none")},
       {kPruning, "quality-check",
        "Share of time, while nobody waits, in which texts just served are scored\n"
