@@ -311,7 +311,12 @@ absl::Status Run(const Options& options) {
       }
       if (!fields.error().empty()) return absl::InvalidArgumentError(at_line(fields.error()));
     } catch (const Json::exception& error) {
-      return absl::InvalidArgumentError(at_line(error.what()));
+      if (!replay.made()) {
+        return absl::InvalidArgumentError(fmt::format("{}: is no decision log", options.log));
+      }
+      if (!file.eof()) return absl::InvalidArgumentError(at_line(error.what()));
+      fmt::print(stderr, "warning: {}\n", at_line("is cut, and left out"));
+      break;
     }
     const std::string difference = replay.TakeDifference();
     if (!difference.empty() && differ++ == 0) first = at_line(difference);
