@@ -26,6 +26,14 @@ constexpr int kLooks = 10;  // a tenth of a second each
 
 std::string MiB(uint64_t bytes) { return fmt::format("{:.1f} MiB", bytes / 1048576.0); }
 
+absl::Status Look(const RemoteOptions& remote, v1::MemoryLedger* memory) {
+  v1::GetLoadResponse load;
+  const absl::Status status =
+      UnaryCall(remote, &v1::EspalierService::Stub::GetLoad, v1::GetLoadRequest(), &load);
+  *memory = load.memory();
+  return status;
+}
+
 absl::Status Run(const Options& options) {
   v1::MemoryLedger memory;
   if (!options.size.empty()) {
@@ -37,18 +45,10 @@ absl::Status Run(const Options& options) {
     // Weights leave between steps: until then there may seem to be nothing for KV.
     for (int look = 0; look < kLooks && memory.kv_allowed() == 0; ++look) {
       std::this_thread::sleep_for(std::chrono::milliseconds(100));
-      v1::GetLoadResponse load;
-      const absl::Status looked = UnaryCall(options.remote, &v1::EspalierService::Stub::GetLoad,
-                                            v1::GetLoadRequest(), &load);
-      if (!looked.ok()) return looked;
-      memory = load.memory();
+      if (absl::Status looked = Look(options.remote, &memory); !looked.ok()) return looked;
     }
-  } else {
-    v1::GetLoadResponse load;
-    const absl::Status status =
-        UnaryCall(options.remote, &v1::EspalierService::Stub::GetLoad, v1::GetLoadRequest(), &load);
-    if (!status.ok()) return status;
-    memory = load.memory();
+  } else if (absl::Status looked = Look(options.remote, &memory); !looked.ok()) {
+    return looked;
   }
   const std::string released =
       memory.weights_released() > 0

@@ -127,7 +127,7 @@ int RungChooser::Choose(const Sequence& sequence) const {
   if (const RungSet others = Reach(sequence) & in_memory_; others != 0) {
     return NearestUp(LeastKv(others), rung);
   }
-  return (in_memory_ >> sequence.rung & 1) != 0 ? sequence.rung : -1;
+  return Has(in_memory_, sequence.rung) ? sequence.rung : -1;
 }
 
 bool RungChooser::HeldByMemory(const Sequence& sequence) const {
