@@ -34,8 +34,7 @@ int Engine::Pages(RungSet rungs) const {
 }
 
 int Engine::pages_beside_weights() const {
-  return scheduler_.pages_total() -
-         executor_->ReleasablePages(coming_ != 0 ? coming_ : keeper_.present());
+  return scheduler_.pages_total() - executor_->ReleasablePages(rungs_due());
 }
 
 void Engine::SetPages(int pages, Instant now) {
@@ -55,14 +54,14 @@ void Engine::FitMemory(Instant now) {
     scheduler_.set_most_pages(most_pages_);
   }
   const RungUse use = scheduler_.rung_use();
-  if (use.pages_used > Pages(coming_ != 0 ? coming_ : keeper_.present())) {
+  if (use.pages_used > Pages(rungs_due())) {
     const RungSet least = keeper_.Least(use);
     const bool helps = coming_ != 0 || executor_->ReleasablePages(least) >
                                            executor_->ReleasablePages(keeper_.present());
     coming_ = 0;
     if (helps) Invariant(Exchange(least, now), "rungs {:b} are not all that are run at", least);
   }
-  SetPages(Pages(coming_ != 0 ? coming_ : keeper_.present()), now);
+  SetPages(Pages(rungs_due()), now);
 }
 
 bool Engine::Exchange(RungSet rungs, Instant now) {
@@ -87,10 +86,6 @@ void Engine::Changed(RungSet rungs, Instant now, double seconds) {
   }
   weights_.rungs = rungs;
   keeper_.Done(rungs, now, seconds);
-}
-
-bool Engine::overruns() const {
-  return scheduler_.pages_total() > Pages(coming_ != 0 ? coming_ : keeper_.present());
 }
 
 Instant Engine::TendWeights(Instant now) {

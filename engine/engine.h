@@ -88,8 +88,10 @@ class Engine {
   // Pages there may be while weights of `rungs` are in memory.
   int Pages(RungSet rungs) const;
   void SetPages(int pages, Instant now);
+  // Whose weights are in memory, or on their way there.
+  RungSet rungs_due() const { return coming_ != 0 ? coming_ : keeper_.present(); }
   // There are more pages than there may be.
-  bool overruns() const;
+  bool overruns() const { return scheduler_.pages_total() > Pages(rungs_due()); }
   // Lets weights go where pages in use do not fit, and makes the pool what there may be.
   void FitMemory(Instant now);
   // Weights of these and no others, at once. False if somebody runs who could not.

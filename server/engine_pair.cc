@@ -47,7 +47,7 @@ void EnginePair::Retire(Instant now) {
 }
 
 int64_t EnginePair::PagesOf(const Request& request) const {
-  return current_->scheduler().PagesAtMost(request.prompt.size(), request.stop.max_tokens);
+  return current_->scheduler().PagesAtMost(request);
 }
 
 bool EnginePair::MustWait(const Request& request) const {
@@ -91,7 +91,7 @@ void EnginePair::LimitPages(int pages, Instant now) {
 }
 
 void EnginePair::MakeRoomOnLeft(const Request& request, Instant now) {
-  Share(now, left_->scheduler().PagesAtMost(request.prompt.size(), request.stop.max_tokens));
+  Share(now, left_->scheduler().PagesAtMost(request));
 }
 
 void EnginePair::Share(Instant now, int64_t late) {

@@ -484,15 +484,11 @@ int64_t Scheduler::PagesPromised(const Sequence& sequence, int rung) const {
   return pages_.Pages(sequence.size() + reserved, rung);
 }
 
-int64_t Scheduler::PagesAtMost(size_t prompt, int max_tokens) const {
-  return pages_.Pages(static_cast<int64_t>(prompt) + max_tokens, 0);
-}
-
 int64_t Scheduler::PagesAtMost() const {
   int64_t pages = 0;
   for (const Queue* queue : {&running_, &waiting_}) {
     for (const Sequence* sequence : *queue) {
-      pages += pages_.Pages(sequence->request, 0);
+      pages += PagesAtMost(sequence->request);
     }
   }
   return pages;

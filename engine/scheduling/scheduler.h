@@ -177,7 +177,7 @@ class Scheduler {
   // KV pages of a whole sequence at the rung that takes least, of those that bounds and policy
   // leave it; at rung 0; and of all that live at rung 0.
   int64_t LeastPages(const Request& request) const { return rungs_.LeastPages(request); }
-  int64_t PagesAtMost(size_t prompt, int max_tokens) const;
+  int64_t PagesAtMost(const Request& request) const { return pages_.Pages(request, 0); }
   int64_t PagesAtMost() const;
 
   // Rungs whose weights are in memory; the others are served to nobody. At first all. False, and
