@@ -63,6 +63,20 @@ def detail(error, kind):
     return None
 
 
+def calibrate(binary, model, path, *options):
+    """A ladder of rungs 0 and 1 of the tiny model at `path`; its losses mean nothing."""
+    done = subprocess.run(
+        [pathlib.Path(binary).with_name("espalier"), "calibrate", "--model", model, "--text",
+         ROOT / "tests/golden/data/prose.txt", "--tokens", "3000", "--dense-layers", "0",
+         "--rungs", "0.6", "--out", path, *options],
+        capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"espalier calibrate: {done.stderr}")
+    # So small a model may be timed no faster pruned, and calibration then leaves the rung out.
+    path.write_text("espalier-ladder 1\nmodel layers=2 heads=4 channels=96\n"
+                    "rung 0 loss=0\nrung 1 loss=0.1 channels=64*2\n")
+
+
 def text_request(text, max_tokens, **fields):
     request = pb.GenerateRequest(text=text, **fields)
     request.stop.max_tokens = max_tokens
@@ -90,7 +104,19 @@ class Server:
         self.channel = grpc.insecure_channel(self.address)
         self.stub = rpc.EspalierServiceStub(self.channel)
         if ready:
-            self._wait(lambda: check_health(self.channel, SERVICE) == SERVING, "not SERVING")
+            self._wait(self._serving, "not SERVING")
+
+    def _serving(self):
+        try:
+            return check_health(self.channel, SERVICE) == SERVING
+        except grpc.RpcError:
+            self._tell_if_ended()
+            raise
+
+    def _tell_if_ended(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)  # a sanitizer's report takes a while
+            print(f"the server ended by {self.process.returncode}:\n{self.log()}", file=sys.stderr)
 
     def _wait(self, condition, complaint, seconds=60):
         until = time.monotonic() + seconds
@@ -144,11 +170,8 @@ class Server:
         return self
 
     def __exit__(self, failure=None, *unused):
-        if failure and issubclass(failure, grpc.RpcError):
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(5)  # a sanitizer's report takes a while
-        if failure and self.process.poll() is not None:
-            print(f"the server ended by {self.process.returncode}:\n{self.log()}", file=sys.stderr)
+        if failure and (issubclass(failure, grpc.RpcError) or self.process.poll() is not None):
+            self._tell_if_ended()
         with contextlib.suppress(Exception):
             self.channel.close()
         self.kill()

@@ -14,7 +14,7 @@ import unittest
 
 import grpc
 
-from harness import Server, arguments, detail, error_details_pb2, pb, text_request
+from harness import Server, arguments, calibrate, detail, error_details_pb2, pb, text_request
 
 BINARY, MODEL = arguments()
 ESPALIER = pathlib.Path(BINARY).parent / "espalier"
@@ -149,10 +149,7 @@ class Reload(unittest.TestCase):
         garbage = folder / "garbage.gguf"
         garbage.write_bytes(pathlib.Path(MODEL).read_bytes()[:5000])
         ladder = folder / "served.ladder"
-        made = espalier("calibrate", "--model", MODEL, "--text", pathlib.Path(__file__),
-                        "--tokens", "1000", "--rungs", "0.3,0.6,0.9", "--dense-layers", "0",
-                        "--out", ladder)
-        self.assertEqual(made.returncode, 0, made.stderr)
+        calibrate(BINARY, MODEL, ladder)
         with Server(BINARY, MODEL, "--admin", "--ladder", ladder) as server:
             missing = self.code(server, grpc.StatusCode.NOT_FOUND, "model", model="/nowhere.gguf")
             self.assertIn("/nowhere.gguf", missing)
@@ -198,10 +195,7 @@ class Reload(unittest.TestCase):
     def test_a_policy_that_does_not_fit_the_ladder_is_refused_before_loading(self):
         folder = pathlib.Path(self.folder.name)
         ladder, shorter = folder / "some-rungs.ladder", folder / "one-rung.ladder"
-        made = espalier("calibrate", "--model", MODEL, "--text", pathlib.Path(__file__),
-                        "--tokens", "1000", "--rungs", "0.3,0.6,0.9", "--dense-layers", "0",
-                        "--compensate", "none", "--out", ladder)
-        self.assertEqual(made.returncode, 0, made.stderr)
+        calibrate(BINARY, MODEL, ladder, "--compensate", "none")
         shorter.write_text("".join(line for line in ladder.read_text().splitlines(keepends=True)
                                    if not line.startswith("rung ") or line.startswith("rung 0")))
         refused = grpc.StatusCode.FAILED_PRECONDITION

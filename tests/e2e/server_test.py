@@ -230,7 +230,7 @@ class Calls(unittest.TestCase):
 
 
 class Pruning(unittest.TestCase):
-    """Real ladders of the tiny model, calibrated on the README: their losses mean nothing."""
+    """By ladders of the tiny model, with refits and without."""
 
     @classmethod
     def setUpClass(cls):
@@ -238,13 +238,7 @@ class Pruning(unittest.TestCase):
         folder = pathlib.Path(cls.folder.name)
         cls.refitted, cls.plain = folder / "refitted.ladder", folder / "plain.ladder"
         for path, extra in ((cls.refitted, ()), (cls.plain, ("--compensate", "none"))):
-            subprocess.run(
-                [pathlib.Path(BINARY).with_name("espalier"), "calibrate", "--model", MODEL,
-                 "--text", harness.ROOT / "tests/golden/data/prose.txt", "--tokens", "3000", "--dense-layers", "0",
-                 "--rungs", "0.6", "--out", path, *extra], check=True, stdout=subprocess.DEVNULL)
-            # So small a model may be no faster pruned, and calibration then leaves the rung out.
-            path.write_text("espalier-ladder 1\nmodel layers=2 heads=4 channels=96\n"
-                            "rung 0 loss=0\nrung 1 loss=0.1 channels=64*2\n")
+            harness.calibrate(BINARY, MODEL, path, *extra)
 
     @classmethod
     def tearDownClass(cls):
