@@ -57,6 +57,7 @@ constexpr std::array kPhases = {
     Phase{"attention_projections", &PhaseTimes::attention_projections},
     Phase{"attention", &PhaseTimes::attention},
     Phase{"probe", &PhaseTimes::probe},
+    Phase{"gather", &PhaseTimes::gather},
     Phase{"mlp", &PhaseTimes::mlp},
     Phase{"norm", &PhaseTimes::norm},
     Phase{"head", &PhaseTimes::head},

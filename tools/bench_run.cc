@@ -12,17 +12,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-void Add(const PhaseTimes& phases, PhaseTimes* sum) {
-  sum->embed += phases.embed;
-  sum->attention_projections += phases.attention_projections;
-  sum->attention += phases.attention;
-  sum->probe += phases.probe;
-  sum->mlp += phases.mlp;
-  sum->norm += phases.norm;
-  sum->head += phases.head;
-  sum->sampling += phases.sampling;
-}
-
 Request RandomRequest(RequestId id, const BenchShape& shape, int vocabulary,
                       std::mt19937_64* random) {
   Request request;
@@ -68,7 +57,7 @@ absl::StatusOr<BenchResult> RunBench(
     ++totals.steps;
     totals.tokens += report.prefill_rows > 0 ? report.prefill_rows : report.decode_rows;
     totals.seconds += std::chrono::duration<double>(now - last).count();
-    Add(report.phases, &totals.phases);
+    totals.phases += report.phases;
     last = now;
     done += report.prefill_rows + report.decode_rows;
     progress(done, total);

@@ -63,8 +63,17 @@ void Decoder::ForwardLayer(int layer, const StepPlan& plan, KvPool* pool, Activa
   const bool ranks = look_ == Look::kAhead || look_ == Look::kBack;
   const bool stale = look_ == Look::kAhead && probe_->options().stale;
   const auto rank = [&] {
-    PhaseTimer timer(&phases->probe);
-    RankAnew(layer, plan, activations);
+    {
+      PhaseTimer timer(&phases->probe);
+      if (!RankAnew(layer, plan, activations)) return;
+    }
+    PhaseTimer timer(&phases->gather);
+    panels_[layer].refitted.clear();  // of channels that others have replaced
+    int most = 0;
+    for (const PlanStep& step : plan.steps) {
+      if (Narrows(layer, step)) most = std::max(most, step.kept(layer, SiteKind::kChannels));
+    }
+    GatherRanked(layer, most);
   };
   if (stale) rank();
   AttentionBlock(layer, plan, pool, activations, phases);
@@ -275,6 +284,10 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
       MlpByParts(layer, normed, gate, up, residual);
       continue;
     }
+    if (by == By::kPanels && most > panels.gate.rows) {  // a narrower step ranked
+      PhaseTimer timer(&phases->gather);
+      GatherRanked(layer, panels.counts.back());
+    }
     PhaseTimer timer(&phases->mlp);
     backend_->GatedMlp({.x = normed,
                         .gate = by == By::kWeights ? weights.gate : panels.gate,
@@ -320,7 +333,7 @@ void Decoder::MlpByParts(int layer, ConstMatrix x, const Matrix& gate, const Mat
   backend_->MatMul({.x = gate, .targets = narrow, .output = MatMulArgs::Output::kAdd});
 }
 
-void Decoder::RankAnew(int layer, const StepPlan& plan, Activations* activations) {
+bool Decoder::RankAnew(int layer, const StepPlan& plan, Activations* activations) {
   const Layer& weights = layers_[layer];
   const int hidden = config_.hidden, channels = config_.channels;
   const bool ahead = look_ == Look::kAhead;
@@ -335,7 +348,7 @@ void Decoder::RankAnew(int layer, const StepPlan& plan, Activations* activations
     }
     first += step.rows;
   }
-  if (rows.empty()) return;
+  if (rows.empty()) return false;
   Panels& panels = panels_[layer];
   if (ahead) {
     std::vector<float> norms(rows.size());
@@ -366,10 +379,15 @@ void Decoder::RankAnew(int layer, const StepPlan& plan, Activations* activations
   } else {
     panels.channels = probe_->RankByHistory(layer, of_rows, panels.counts);
   }
-  panels.refitted.clear();  // of channels that others have replaced
+  return true;
+}
+
+void Decoder::GatherRanked(int layer, int count) {
+  const Layer& weights = layers_[layer];
+  Panels& panels = panels_[layer];
   const absl::Status gathered = Gather(
       {{&weights.gate, &panels.gate}, {&weights.up, &panels.up}, {&weights.down, &panels.down}},
-      std::span<const int32_t>(panels.channels).first(panels.counts.back()));
+      std::span<const int32_t>(panels.channels).first(count));
   Invariant(gathered.ok(), "a panel does not fit where it was before: {}", gathered.ToString());
 }
 

@@ -239,9 +239,11 @@ class Decoder {
     return !step.decode && later > 0 && later < config_.channels;
   }
   Look NextLook(const StepPlan& plan);
-  // Ranks the layer's channels as look_ says, by the step's narrowed prefill or decode rows, and
-  // makes panels for it; the old ones stay if there are no such rows, or no memory.
-  void RankAnew(int layer, const StepPlan& plan, Activations* activations);
+  // Ranks the layer's channels as look_ says, by the step's narrowed prefill or decode rows. False:
+  // there are none, and the ranking is as it was.
+  bool RankAnew(int layer, const StepPlan& plan, Activations* activations);
+  // Panels of the first `count` channels of a ranking that is not the one they were made for.
+  void GatherRanked(int layer, int count);
   // Fills head_runs_ from the steps that hold K and V of the layer; returns their rows.
   int FindHeadRuns(int layer, const StepPlan& plan);
   bool AllHeads(const HeadRun& run) const { return run.heads == config_.heads; }

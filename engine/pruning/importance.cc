@@ -68,19 +68,29 @@ std::vector<int32_t> RankInBands(std::span<const float> scores, std::span<const 
     const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000;
     keys[c] = uint64_t{ordered} << 32 | c;
   }
-  std::vector<uint64_t> best = keys, least;  // least: of each band but the last
-  auto end = best.end();
-  for (size_t i = counts.size(); i-- > 0; end = best.begin() + counts[i]) {
-    const auto last = best.begin() + counts[i] - 1;
-    if (last + 1 < end) std::nth_element(best.begin(), last, end, std::greater<>());
-    least.insert(least.begin(), last + 1 < end ? *last : 0);
+  // The least of each band but the last, found by its leading bits first: nth_element's branches
+  // would all be guesses, which took three times as long.
+  constexpr int kLeading = 11, kShift = 64 - kLeading;
+  std::vector<int> with(1 << kLeading);
+  for (const uint64_t key : keys) ++with[key >> kShift];
+  std::vector<uint64_t> least, alike;
+  auto leading = static_cast<uint64_t>(with.size());
+  for (int above = 0; const int count : counts) {  // `above`: keys whose bits are `leading` or more
+    while (above < count) above += with[--leading];
+    alike.clear();
+    for (const uint64_t key : keys) {
+      if (key >> kShift == leading) alike.push_back(key);
+    }
+    const auto nth = alike.end() - 1 - (above - count);
+    std::nth_element(alike.begin(), nth, alike.end(), std::greater<>());
+    least.push_back(*nth);
   }
   std::vector<int> next(1, 0);  // by band
   next.insert(next.end(), counts.begin(), counts.end());
   std::vector<int32_t> ranking(scores.size());
   for (size_t c = 0; c < keys.size(); ++c) {
     size_t band = 0;
-    while (band < least.size() && keys[c] < least[band]) ++band;
+    for (const uint64_t key : least) band += keys[c] < key ? 1 : 0;
     ranking[next[band]++] = static_cast<int32_t>(c);
   }
   return ranking;

@@ -75,29 +75,34 @@ std::vector<int> ChooseProbeRows(const ProbeOptions& options, std::span<const fl
 
 std::vector<float> FusedEnergy(const ProbeOptions& options, const History& history, int layer,
                                ConstMatrix hidden, std::span<const ProbeRow> rows) {
-  struct Probed {
-    std::vector<float> squares;
-    std::set<int> positions;
-    int rows = 0;
-  };
-  std::map<int, Probed> buckets;
-  for (int r = 0; r < hidden.rows; ++r) {
-    Probed& probed = buckets[history.BucketOf(rows[r].position)];
-    probed.squares.resize(hidden.cols);
-    probed.positions.insert(rows[r].position);
-    ++probed.rows;
-    const float* const h = hidden.row(r);
-    for (int c = 0; c < hidden.cols; ++c) probed.squares[c] += h[c] * h[c];
-  }
-  std::vector<float> fused(hidden.cols);
-  for (const auto& [bucket, probed] : buckets) {
+  // Rows by bucket, each bucket's in their order.
+  std::vector<std::pair<int, int>> order;  // bucket, row
+  for (int r = 0; r < hidden.rows; ++r) order.emplace_back(history.BucketOf(rows[r].position), r);
+  std::ranges::sort(order);
+  std::vector<float> fused(hidden.cols), squares;
+  std::vector<int> at;  // positions of a bucket
+  for (size_t begin = 0, end = 0; begin < order.size(); begin = end) {
+    const int bucket = order[begin].first;
+    squares.assign(hidden.cols, 0);
+    at.clear();
+    for (; end < order.size() && order[end].first == bucket; ++end) {
+      at.push_back(rows[order[end].second].position);
+      const float* const h = hidden.row(order[end].second);
+      for (int c = 0; c < hidden.cols; ++c) squares[c] += h[c] * h[c];
+    }
+    std::ranges::sort(at);
+    const auto same = std::ranges::unique(at);
+    const auto positions = static_cast<float>(at.size() - same.size());
+    const auto count = static_cast<float>(end - begin);
+    if (!options.fuse) {
+      for (int c = 0; c < hidden.cols; ++c) fused[c] += positions * (squares[c] / count);
+      continue;
+    }
     const std::span<const float> past = history.Energy(layer, bucket);
-    const auto positions = static_cast<float>(probed.positions.size());
     for (int c = 0; c < hidden.cols; ++c) {
-      const float p = probed.squares[c] / static_cast<float>(probed.rows);
-      const float v = options.fuse ? past[c] : p;
+      const float p = squares[c] / count, v = past[c];
       const float g = p / (p + v + 1e-6f);
-      fused[c] += positions * (options.fuse ? g * p + (1 - g) * v : p);
+      fused[c] += positions * (g * p + (1 - g) * v);
     }
   }
   return fused;

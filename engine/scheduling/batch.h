@@ -76,11 +76,25 @@ struct PhaseTimes {
   double embed = 0;
   double attention_projections = 0;  // q, k, v, o
   double attention = 0;              // RoPE, KV write, attention
-  double probe = 0;                  // probe rows, and panels by the new ranking
+  double probe = 0;                  // probe rows, and the ranking by them or by history
+  double gather = 0;                 // panels by a new ranking
   double mlp = 0;
   double norm = 0;
   double head = 0;
   double sampling = 0;
+
+  PhaseTimes& operator+=(const PhaseTimes& other) {
+    embed += other.embed;
+    attention_projections += other.attention_projections;
+    attention += other.attention;
+    probe += other.probe;
+    gather += other.gather;
+    mlp += other.mlp;
+    norm += other.norm;
+    head += other.head;
+    sampling += other.sampling;
+    return *this;
+  }
 };
 
 // What looking ahead and back for channels to keep took, and how old the rankings are.

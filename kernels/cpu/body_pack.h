@@ -178,6 +178,7 @@ void GatherInputs(const uint8_t* strip, int groups, const int32_t* inputs, int c
                   uint8_t* to) {
   constexpr int kLevels = kBits == 8 ? kInt8Levels : kInt4Levels;
   constexpr int64_t kBlock = BlockBytes(kBits);
+  constexpr int kLine = 4 * kStripOutputs;  // a quad of each output
   uint16_t halves[2][kStripOutputs];
   float inverse[kStripOutputs], lowest[kStripOutputs];
   {
@@ -207,32 +208,25 @@ void GatherInputs(const uint8_t* strip, int groups, const int32_t* inputs, int c
     Store(line, LoadHalf(header) * Load(inverse));
     Store(line + kStripOutputs, (LoadHalf(header + kStripOutputs) - Load(lowest)) * Load(inverse));
   }
-  // In compilers' own vectors: 16 lanes of whatever registers there are.
-  typedef float Floats __attribute__((vector_size(64)));
-  typedef int32_t Ints __attribute__((vector_size(64)));
-  typedef uint32_t Words __attribute__((vector_size(64)));
   for (int at = 0; at < count; at += kGroup, to += BlockBytes(8)) {
     __builtin_memcpy(to, halves, kBlockHeader);
     for (int quad = 0; quad < kGroup / 4; ++quad) {
-      Words four = {};
-      for (int i = 0; i < 4 && at + 4 * quad + i < count; ++i) {
+      F four[4];
+      for (int i = 0; i < 4; ++i) {
+        if (at + 4 * quad + i >= count) {
+          four[i] = Set1(0);
+          continue;
+        }
         const int input = inputs[at + 4 * quad + i];
         const int g = input / kGroup, k = input % kGroup;
         const int of_quad = kBits == 8 ? k / 4 : k / 4 % 4;
         const int shift = 8 * (k % 4) + (kBits == 4 && k >= kGroup / 2 ? 4 : 0);
-        Words words;
-        Floats line[2];
-        __builtin_memcpy(&words, strip + g * kBlock + kBlockHeader + of_quad * int{sizeof words},
-                         sizeof words);
-        __builtin_memcpy(line, steps + int64_t{g} * 2 * kStripOutputs, sizeof line);
-        const Words u = words >> shift & (kBits == 8 ? 255u : 15u);
-        Floats near = __builtin_convertvector((Ints)u, Floats) * line[0] + line[1];
-        near = near < 0 ? Floats{} : near;
-        near = near > kInt8Levels ? Floats{} + kInt8Levels : near;
-        // Rounded to nearest even, in the low bits.
-        four |= ((Words)(near + kHalfway) & 255u) << 8 * i;
+        const float* line = steps + int64_t{g} * 2 * kStripOutputs;
+        const F u = LoadField(strip + g * kBlock + kBlockHeader + of_quad * kLine, shift,
+                              kBits == 8 ? 255 : 15);
+        four[i] = u * Load(line) + Load(line + kStripOutputs);
       }
-      __builtin_memcpy(to + kBlockHeader + quad * int{sizeof four}, &four, sizeof four);
+      StoreQuads(to + kBlockHeader + quad * kLine, four);
     }
   }
 }
@@ -241,4 +235,26 @@ void GatherInputs(const uint8_t* strip, int groups, const int32_t* inputs, int c
 void GatherIntegers(int bits, const uint8_t* strip, int groups, const int32_t* inputs, int count,
                     float* steps, uint8_t* to) {
   (bits == 8 ? GatherInputs<8> : GatherInputs<4>)(strip, groups, inputs, count, steps, to);
+}
+
+// See KernelTable::gather_outputs.
+void GatherOutputs(int bits, const uint8_t* blocks, int64_t strip_bytes, const int32_t* outputs,
+                   int groups, uint8_t* to) {
+  const int64_t block = BlockBytes(bits);
+  int32_t lanes[kStripOutputs];
+  for (int i = 0; i < kStripOutputs; ++i) lanes[i] = outputs[i] % kStripOutputs;
+  for (int begin = 0, end; begin < kStripOutputs; begin = end) {
+    const int strip = outputs[begin] / kStripOutputs;
+    for (end = begin + 1; end < kStripOutputs && outputs[end] / kStripOutputs == strip;) ++end;
+    const Picks picks = PickLanes(lanes, begin, end);
+    const uint8_t* source = blocks + strip * strip_bytes;
+    uint8_t* line = to;
+    for (int g = 0; g < groups; ++g, source += block, line += block) {
+      int64_t at = 0;
+      for (; bits <= 8 && at < kBlockHeader; at += kBlockHeader / 2) {
+        PickHalves(picks, source + at, line + at);
+      }
+      for (; at < block; at += 4 * kStripOutputs) PickWords(picks, source + at, line + at);
+    }
+  }
 }

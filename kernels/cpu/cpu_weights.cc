@@ -265,12 +265,11 @@ absl::Status CpuBackend::GatherRows(const Weight& weight, std::span<const int32_
 void CpuBackend::GatherOutputRows(const Weight& weight, std::span<const int32_t> rows,
                                   const Weight& panel) {
   pool_.Run(static_cast<int>(StripsOf(panel)), [&](int, int strip) {
-    uint8_t* to = MutableBlocks(panel) + strip * StripBytes(panel);
-    for (int lane = 0; lane < kStripOutputs; ++lane) {
-      const int32_t row = rows[std::min(strip * kStripOutputs + lane, panel.rows - 1)];
-      CopyOutput(BitsOf(weight.type), weight.blocks + row / kStripOutputs * StripBytes(weight),
-                 row % kStripOutputs, weight.groups, to, lane);
-    }
+    const int first = strip * kStripOutputs;
+    int32_t some[kStripOutputs];
+    for (int i = 0; i < kStripOutputs; ++i) some[i] = rows[std::min(first + i, panel.rows - 1)];
+    kernels_.gather_outputs(BitsOf(weight.type), weight.blocks, StripBytes(weight), some,
+                            weight.groups, MutableBlocks(panel) + strip * StripBytes(panel));
   });
 }
 

@@ -142,6 +142,10 @@ struct KernelTable {
   // floats. The same bits on every instruction set.
   void (*gather_integers)(int bits, const uint8_t* strip, int groups, const int32_t* inputs,
                           int count, float* steps, uint8_t* to);
+  // Lays sixteen outputs of a weight whose strips are `strip_bytes` long, of `groups` groups each,
+  // into a strip of their own, bit for bit.
+  void (*gather_outputs)(int bits, const uint8_t* blocks, int64_t strip_bytes,
+                         const int32_t* outputs, int groups, uint8_t* to);
   // Quantises `depth` values per group of kGroup: scale = max|x| / 127, round to nearest even.
   // Writes whole groups. Infinite or NaN input gives a scale that is not finite, so the fault is
   // seen in the product.

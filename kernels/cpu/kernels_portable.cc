@@ -20,6 +20,7 @@ namespace {
 constexpr KernelTable kTable = {
     .pack_integers = PackIntegers,
     .gather_integers = GatherIntegers,
+    .gather_outputs = GatherOutputs,
     .quantize_row = QuantizeRow,
     .matmul = MatMul,
     .attention = Attention,

@@ -123,6 +123,43 @@ void LoadPairs(const uint8_t* p, F* first, F* second) {
              _mm256_castsi256_ps(_mm256_and_si256(hi, upper))};
 }
 
+F LoadField(const uint8_t* p, int shift, int mask) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(p);
+  const auto field = [&](const __m256i& words) {
+    return _mm256_and_si256(_mm256_srli_epi32(words, shift), _mm256_set1_epi32(mask));
+  };
+  return ToFloat(I{field(_mm256_load_si256(from)), field(_mm256_load_si256(from + 1))});
+}
+void StoreQuads(uint8_t* p, const F (&v)[4]) {
+  const I i[4] = {ToInt(v[0]), ToInt(v[1]), ToInt(v[2]), ToInt(v[3])};
+  // Bytes of four outputs lie by input: [4][4] to be turned.
+  const __m256i turn = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const auto store = [&](uint8_t* to, __m256i a, __m256i b, __m256i c, __m256i d) {
+    const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+    _mm256_store_si256(reinterpret_cast<__m256i*>(to), _mm256_shuffle_epi8(bytes, turn));
+  };
+  store(p, i[0].lo, i[1].lo, i[2].lo, i[3].lo);
+  store(p + 32, i[0].hi, i[1].hi, i[2].hi, i[3].hi);
+}
+// A permutation crosses halves only at the price of several, so lane by lane.
+struct Picks {
+  const int32_t* from;
+  int begin;
+  int end;
+};
+Picks PickLanes(const int32_t* from, int begin, int end) { return {from, begin, end}; }
+void PickWords(const Picks& picks, const uint8_t* source, uint8_t* to) {
+  for (int i = picks.begin; i < picks.end; ++i) {
+    __builtin_memcpy(to + 4 * i, source + 4 * picks.from[i], 4);
+  }
+}
+void PickHalves(const Picks& picks, const uint8_t* source, uint8_t* to) {
+  for (int i = picks.begin; i < picks.end; ++i) {
+    __builtin_memcpy(to + 2 * i, source + 2 * picks.from[i], 2);
+  }
+}
+
 F LoadInt8(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return ToFloat(I{_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))});

@@ -62,6 +62,39 @@ void LoadPairs(const uint8_t* p, F* first, F* second) {
   *second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000)));
 }
 
+F LoadField(const uint8_t* p, int shift, int mask) {
+  const __m512i words = _mm512_srli_epi32(_mm512_load_si512(p), static_cast<unsigned>(shift));
+  return ToFloat(_mm512_and_si512(words, _mm512_set1_epi32(mask)));
+}
+void StoreQuads(uint8_t* p, const F (&v)[4]) {
+  const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(ToInt(v[0]), ToInt(v[1])),
+                                            _mm512_packs_epi32(ToInt(v[2]), ToInt(v[3])));
+  // Of four outputs they lie by input: [4][4] to be turned.
+  const __m512i turn =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  _mm512_store_si512(p, _mm512_shuffle_epi8(bytes, turn));
+}
+struct Picks {
+  __m512i words;
+  __m256i halves;
+  __mmask16 lanes;
+};
+Picks PickLanes(const int32_t* from, int begin, int end) {
+  const __m512i words = _mm512_loadu_si512(from);
+  return {.words = words,
+          .halves = _mm512_cvtepi32_epi16(words),
+          .lanes = static_cast<__mmask16>(First(end) & ~First(begin))};
+}
+void PickWords(const Picks& picks, const uint8_t* source, uint8_t* to) {
+  const __m512i all = _mm512_permutexvar_epi32(picks.words, _mm512_load_si512(source));
+  _mm512_mask_storeu_epi32(to, picks.lanes, all);
+}
+void PickHalves(const Picks& picks, const uint8_t* source, uint8_t* to) {
+  const __m256i* from = reinterpret_cast<const __m256i*>(source);
+  const __m256i all = _mm256_permutexvar_epi16(picks.halves, _mm256_load_si256(from));
+  _mm256_mask_storeu_epi16(to, picks.lanes, all);
+}
+
 F LoadInt8(const int8_t* p) {
   return ToFloat(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }

@@ -143,6 +143,41 @@ void StoreInt8(int8_t* p, const I& v) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(v.part[i / 4][i % 4]);
 }
 
+// Of each of 16 words of 32 bits those of `mask` from `shift` on, as a number.
+F LoadField(const uint8_t* p, int shift, int mask) {
+  I words;
+  __builtin_memcpy(&words, p, sizeof words);
+  return Each(
+      [&](int i) { return __builtin_convertvector(words.part[i] >> shift & mask, Float4); });
+}
+// p[4 * lane + i] = v[i] of the lane, to nearest even, within 0 to 255. |v| < 2^22.
+void StoreQuads(uint8_t* p, const F (&v)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    const I bytes = ToInt(Min(Max(v[i], Set1(0)), Set1(255)));
+    for (int lane = 0; lane < 16; ++lane) {
+      p[4 * lane + i] = static_cast<uint8_t>(bytes.part[lane / 4][lane % 4]);
+    }
+  }
+}
+// Lanes [begin, end) take what lies in from[begin] .. from[end - 1] of another sixteen.
+struct Picks {
+  const int32_t* from;
+  int begin;
+  int end;
+};
+Picks PickLanes(const int32_t* from, int begin, int end) { return {from, begin, end}; }
+// to[lane] = source[from[lane]], of 4 and of 2 bytes; what is not picked stays.
+void PickWords(const Picks& picks, const uint8_t* source, uint8_t* to) {
+  for (int i = picks.begin; i < picks.end; ++i) {
+    __builtin_memcpy(to + 4 * i, source + 4 * picks.from[i], 4);
+  }
+}
+void PickHalves(const Picks& picks, const uint8_t* source, uint8_t* to) {
+  for (int i = picks.begin; i < picks.end; ++i) {
+    __builtin_memcpy(to + 2 * i, source + 2 * picks.from[i], 2);
+  }
+}
+
 F LoadInt8(const int8_t* p) {
   return Each([&](int i) {
     return __builtin_convertvector(Int4{p[4 * i], p[4 * i + 1], p[4 * i + 2], p[4 * i + 3]},

@@ -64,22 +64,6 @@ bool PackGroups(std::span<const FourBitGroup> groups, int lane, uint8_t* strip) 
   return finite;
 }
 
-void CopyOutput(int bits, const uint8_t* from, int from_lane, int groups, uint8_t* to, int lane) {
-  for (int group = 0; group < groups; ++group) {
-    const uint8_t* source = BlockAt(from, bits, group);
-    uint8_t* block = to + int64_t{group} * BlockBytes(bits);
-    int64_t at = 0;
-    if (bits <= 8) {
-      std::memcpy(block + 2 * lane, source + 2 * from_lane, 2);
-      std::memcpy(block + 2 * (kLanes + lane), source + 2 * (kLanes + from_lane), 2);
-      at = kBlockHeader;
-    }
-    for (; at < BlockBytes(bits); at += 4 * kLanes) {
-      std::memcpy(block + at + 4 * lane, source + at + 4 * from_lane, 4);
-    }
-  }
-}
-
 void GatherInputs(const KernelTable& kernels, int bits, const uint8_t* strip, int groups,
                   std::span<const int32_t> inputs, float* steps, uint8_t* to) {
   const int count = static_cast<int>(inputs.size());

@@ -40,9 +40,6 @@ bool PackBlock(const KernelTable& kernels, int bits, const float (*values)[kStri
 // finite.
 bool PackGroups(std::span<const FourBitGroup> groups, int lane, uint8_t* strip);
 
-// to[lane] = from[from_lane], through the `groups` blocks of two strips.
-void CopyOutput(int bits, const uint8_t* from, int from_lane, int groups, uint8_t* to, int lane);
-
 // Inputs of a strip of `groups` groups, in the order listed, as a strip of their own: floats as
 // they are, integers in 8 bits (KernelTable::gather_integers).
 void GatherInputs(const KernelTable& kernels, int bits, const uint8_t* strip, int groups,

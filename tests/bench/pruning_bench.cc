@@ -92,13 +92,15 @@ struct Step {
   double all = 0;
   double products = 0;  // q, k, v, o and MLP
   double probe = 0;
+  double gather = 0;
 };
 
 Step StepOf(const StepTotals& totals) {
   const PhaseTimes& p = totals.phases;
   return {.all = totals.seconds / totals.steps,
           .products = (p.attention_projections + p.mlp) / totals.steps,
-          .probe = p.probe / totals.steps};
+          .probe = p.probe / totals.steps,
+          .gather = p.gather / totals.steps};
 }
 
 // Of fn(turn) over all turns: what is compared was measured one right after the other.
@@ -160,7 +162,7 @@ int Main(int argc, char** argv) {
   std::map<std::pair<std::string, size_t>, std::vector<Step>> steps, sharing;  // [turns]
   std::map<std::string, std::vector<double>> over_bare;  // rung 0, to without panels, [turns]
   // Of prefill steps: the probe's share of their time, and what they take to those without one.
-  std::map<std::string, std::vector<double>> probe_share, over_unprobed;  // [turns]
+  std::map<std::string, std::vector<double>> probe_share, gather_share, over_unprobed;  // [turns]
   const absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(*model->file);
   if (!norms.ok()) return 1;
   Probe probe(
@@ -219,6 +221,7 @@ int Main(int argc, char** argv) {
         model->executor->set_probe(nullptr);
         if (!with.ok()) return with.status();
         probe_share[shape.name].push_back(with->probe / with->all);
+        gather_share[shape.name].push_back(with->gather / with->all);
         over_unprobed[shape.name].push_back(with->all / without->all);
       }
     }
@@ -238,7 +241,7 @@ int Main(int argc, char** argv) {
              model->threads, turns, panels / 1e6);
   fmt::print("{:>14} {:>12} {:>10} {:>10} {:>10} {:>12}\n", "", "of blocks", "ms a step", "ideal",
              "got", "of saving");
-  double worst_area = 0, worst_rung0 = 0, worst_probe = 0;
+  double worst_area = 0, worst_rung0 = 0, worst_probe = 0, worst_gather = 0;
   for (const Shape& shape : shapes) {
     const auto step = [&](int lot, int turn) -> const Step& {
       return steps[{shape.name, lot}][turn];
@@ -262,12 +265,17 @@ int Main(int argc, char** argv) {
     worst_rung0 = std::max(worst_rung0, rung0 - 1);
     if (shape.prefill) {
       const double share = Median(probe_share[shape.name]);
-      fmt::print("{:>14} {:>12} {:>10.1f} % of the step, which takes {:.1f} % of one without\n", "",
-                 "probe", 100 * share, 100 * Median(over_unprobed[shape.name]));
+      const double gather = Median(gather_share[shape.name]);
+      fmt::print(
+          "{:>14} {:>12} {:>10.1f} % of the step and {:.1f} % to gather panels; it takes "
+          "{:.1f} % of one without\n",
+          "", "probe", 100 * share, 100 * gather, 100 * Median(over_unprobed[shape.name]));
       figures[fmt::format("probe_share_{}", shape.name)] = share;
+      figures[fmt::format("gather_share_{}", shape.name)] = gather;
       figures[fmt::format("probed_over_unprobed_{}", shape.name)] =
           Median(over_unprobed[shape.name]);
       worst_probe = std::max(worst_probe, share);
+      worst_gather = std::max(worst_gather, gather);
     }
     if (shape.shape.batch < 8) continue;
     const auto over_area = [&](auto& of) {
@@ -290,6 +298,7 @@ int Main(int argc, char** argv) {
   figures["staircase_over_area"] = worst_area;
   figures["rung0_cost"] = worst_rung0;
   figures["probe_share"] = worst_probe;
+  figures["gather_share"] = worst_gather;
   if (const auto others = watch.OthersShare()) {
     figures["others_cpu_share"] = *others;
     if (*others > 0.05)
