@@ -8,6 +8,7 @@ namespace espalier {
 namespace {
 
 // clang-format off: the order matters
+#include "kernels/cpu/picks_by_lane.h"
 #include "kernels/cpu/lanes_avx2.h"
 #include "kernels/cpu/dots_avx2.h"
 #include "kernels/cpu/body_exp.h"

@@ -7,6 +7,7 @@ namespace {
 
 // clang-format off: the order matters
 #include "kernels/cpu/half.h"
+#include "kernels/cpu/picks_by_lane.h"
 #include "kernels/cpu/lanes_portable.h"
 #include "kernels/cpu/body_exp.h"
 #include "kernels/cpu/no_tiles.h"

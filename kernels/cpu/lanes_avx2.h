@@ -142,23 +142,6 @@ void StoreQuads(uint8_t* p, const F (&v)[4]) {
   store(p, i[0].lo, i[1].lo, i[2].lo, i[3].lo);
   store(p + 32, i[0].hi, i[1].hi, i[2].hi, i[3].hi);
 }
-// A permutation crosses halves only at the price of several, so lane by lane.
-struct Picks {
-  const int32_t* from;
-  int begin;
-  int end;
-};
-Picks PickLanes(const int32_t* from, int begin, int end) { return {from, begin, end}; }
-void PickWords(const Picks& picks, const uint8_t* source, uint8_t* to) {
-  for (int i = picks.begin; i < picks.end; ++i) {
-    __builtin_memcpy(to + 4 * i, source + 4 * picks.from[i], 4);
-  }
-}
-void PickHalves(const Picks& picks, const uint8_t* source, uint8_t* to) {
-  for (int i = picks.begin; i < picks.end; ++i) {
-    __builtin_memcpy(to + 2 * i, source + 2 * picks.from[i], 2);
-  }
-}
 
 F LoadInt8(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

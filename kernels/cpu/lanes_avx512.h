@@ -74,6 +74,7 @@ void StoreQuads(uint8_t* p, const F (&v)[4]) {
       _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   _mm512_store_si512(p, _mm512_shuffle_epi8(bytes, turn));
 }
+// As picks_by_lane.h.
 struct Picks {
   __m512i words;
   __m256i halves;

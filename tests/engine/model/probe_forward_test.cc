@@ -225,6 +225,33 @@ TEST_P(ProbeForwardTest, LeavesPanelsThatEveryRungCanUse) {
   Serve();
 }
 
+TEST_P(ProbeForwardTest, WidensPanelsThatANarrowerStepRanked) {
+  const std::vector<int32_t> ids = RandomIds(21, 4);
+  const std::span<const int32_t> all(ids);
+  const auto step = [&](int sequence, int start, int count, int rung) {
+    const ForwardHarness::Chunk chunk{.sequence = sequence,
+                                      .start = start,
+                                      .ids = all.subspan(start, count),
+                                      .rung = rung,
+                                      .decode = start > 0};
+    return model_.Step({&chunk, 1});
+  };
+  // The second decode step ranks; the third is on rung 1 whatever rung that was.
+  const auto after = [&](int ranking_rung) {
+    model_.SetLadder(Narrow(widths_));
+    Probe probe({.least_rows = 1000, .keep = 1, .refresh = 2}, Ones(), Norms());
+    model_.decoder().set_probe(&probe);
+    for (const int sequence : {0, 1}) step(sequence, 0, 19, 0);
+    for (const int start : {19, 20}) step(0, start, 1, ranking_rung);
+    EXPECT_EQ(probe.counts().rankings, widths_.layers);
+    std::vector<float> logits = step(1, 19, 1, 1);
+    model_.decoder().set_probe(nullptr);
+    EXPECT_EQ(probe.counts().rankings, widths_.layers);
+    return logits;
+  };
+  EXPECT_EQ(after(2), after(1));
+}
+
 INSTANTIATE_TEST_SUITE_P(Weights, ProbeForwardTest,
                          ::testing::Values(WeightPlan::kF32, WeightPlan::kInt8, WeightPlan::kInt4),
                          [](const auto& info) { return std::string(WeightPlanName(info.param)); });
