@@ -8,7 +8,7 @@ namespace espalier {
 
 WeightKeeper::WeightKeeper(const Options& options, int rungs, Releasable releasable)
     : options_(options),
-      all_(~RungSet{0} >> (kMostRungs - rungs)),
+      all_(UpTo(rungs - 1)),
       releasable_(std::move(releasable)),
       present_(all_) {}
 

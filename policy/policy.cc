@@ -25,8 +25,7 @@ RungSet AllowedRungs(const PruneBounds& bounds, const Ladder& ladder) {
 }
 
 int HardestIn(RungSet set, int rung) {
-  rung = std::clamp(rung, 0, kMostRungs - 1);
-  return std::bit_width(set & (~RungSet{0} >> (kMostRungs - 1 - rung))) - 1;
+  return std::bit_width(set & UpTo(std::clamp(rung, 0, kMostRungs - 1))) - 1;
 }
 
 int RungAtLevel(const RequestTraits& traits, int level, int hardest) {

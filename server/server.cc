@@ -338,8 +338,7 @@ class Server {
     if (now.releases == before.releases && now.returns == before.returns) return;
     std::string rungs;
     for (int rung = 0; rung < kMostRungs; ++rung) {
-      if ((now.rungs >> rung & 1) != 0)
-        rungs += fmt::format("{}{}", rungs.empty() ? "" : ",", rung);
+      if (Has(now.rungs, rung)) rungs += fmt::format("{}{}", rungs.empty() ? "" : ",", rung);
     }
     Log(LogLevel::kInfo, "weights",
         {{"rungs", rungs},

@@ -263,7 +263,7 @@ class Replay {
     if (!line->error().empty()) return;
     ++choices_;
     const int rung = capped_->ChooseRung(traits);
-    if ((traits.allowed >> rung_served & 1) == 0) {
+    if (!Has(traits.allowed, rung_served)) {
       difference_ = fmt::format("rung {} is none that was allowed", rung_served);
     }
     if (rung != logged) difference_ = fmt::format("rung {}, logged {}", rung, logged);

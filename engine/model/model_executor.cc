@@ -171,8 +171,8 @@ void ModelExecutor::Impl::MakePlan(const Batch& batch) {
   for (const int i : order) {
     const BatchSpan& span = batch.spans[i];
     const Rung& rung = ladder.rung(span.rung);
-    Invariant((in_memory >> span.rung & 1) != 0,
-              "request {} runs at rung {}, whose weights are released", span.id, span.rung);
+    Invariant(Has(in_memory, span.rung), "request {} runs at rung {}, whose weights are released",
+              span.id, span.rung);
     spans.push_back({.first_row = static_cast<int>(tokens.size()),
                      .rows = span.rows,
                      .start = span.start,

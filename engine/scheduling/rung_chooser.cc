@@ -10,8 +10,6 @@
 namespace espalier {
 namespace {
 
-bool Has(RungSet set, int rung) { return (set >> rung & 1) != 0; }
-
 // `rung`, or the nearest of the set, a harder one if there is any.
 int NearestUp(RungSet set, int rung) {
   const RungSet harder = set >> rung;
@@ -30,7 +28,7 @@ RungChooser::RungChooser(const Ladder& ladder, const KvPages& pages, const Polic
     : ladder_(ladder),
       pages_(pages),
       policy_(policy),
-      in_memory_(~RungSet{0} >> (kMostRungs - ladder.size())),
+      in_memory_(UpTo(ladder.size() - 1)),
       limit_(pages.pool().total()) {
   for (int rung = 0; rung < ladder.size(); ++rung) {
     const bool same = rung > 0 && pages.layers(rung) == pages.layers(rung - 1) &&  // nested
@@ -64,8 +62,7 @@ RungSet RungChooser::Fitting(int64_t tokens, RungSet rungs) const {
 
 RungSet RungChooser::WithinPolicy(const Request& request, RungSet rungs) const {
   if (request.bounds.rung.has_value()) return rungs;
-  return rungs &
-         (~RungSet{0} >> (kMostRungs - 1 - std::min(policy_.hardest_served(), kMostRungs - 1)));
+  return rungs & UpTo(std::min(policy_.hardest_served(), kMostRungs - 1));
 }
 
 RungSet RungChooser::LeastKv(RungSet rungs) const {

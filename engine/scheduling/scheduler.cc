@@ -222,9 +222,7 @@ bool Scheduler::ServeRungs(RungSet rungs) {
   const RungSet before = rungs_.in_memory();
   rungs_.set_in_memory(rungs);
   int64_t copies = 0;
-  const auto stays = [rungs](const Sequence& sequence) {
-    return (rungs >> sequence.rung & 1) != 0;
-  };
+  const auto stays = [rungs](const Sequence& sequence) { return Has(rungs, sequence.rung); };
   for (const Sequence* sequence : running_) {
     if (stays(*sequence)) continue;
     const int rung = rungs_.Choose(*sequence);

@@ -156,7 +156,7 @@ TEST(LadderPolicy, IsNotMovedBeyondTheLadderOrBoundsByGarbage) {
     const RungSet allowed = (random() & 0b111111) | 1;
     const int rung =
         policy.ChooseRung({.allowed = allowed, .priority = static_cast<int>(random() % 5) - 2});
-    ASSERT_TRUE(allowed >> rung & 1) << rung << " of " << allowed;
+    ASSERT_TRUE(Has(allowed, rung)) << rung << " of " << allowed;
   }
   EXPECT_GT(moves, 1000);
 }

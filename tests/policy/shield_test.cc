@@ -281,7 +281,7 @@ void ExpectWithinLadderAndBounds(const Shield& shield, std::mt19937_64* random) 
   const RequestTraits traits{.allowed = 1 | ((*random)() & 31),
                              .priority = static_cast<int>((*random)())};
   const int rung = shield.ChooseRung(traits);
-  ASSERT_TRUE(traits.allowed >> rung & 1) << rung;
+  ASSERT_TRUE(Has(traits.allowed, rung)) << rung;
 }
 
 TEST_F(ShieldTest, GarbageNeverLeavesTheLadderOrTheBounds) {

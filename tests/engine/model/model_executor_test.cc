@@ -306,7 +306,7 @@ TEST_F(ReleasedWeightsTest, ComeBackToTheBit) {
       Fit(before);
       Fit(served);
       for (int rung = 0; rung < 3; ++rung) {
-        if ((served >> rung & 1) == 0) continue;
+        if (!Has(served, rung)) continue;
         ASSERT_EQ(At(rung), whole_[rung]) << "rungs " << before << ", " << served << ": " << rung;
       }
     }
@@ -371,7 +371,7 @@ TEST(ReleasedWeights, LeaveResidentMemory) {
   files.insert(files.end(), ladder.files.begin(), ladder.files.end());
   ASSERT_TRUE(executor->SetLadder(std::move(ladder.ladder), *ladder.channels).ok());
   executor->KeepSources({.model = file, .channels = ladder.channels, .files = files});
-  const RungSet all = (RungSet{1} << executor->ladder().size()) - 1;
+  const RungSet all = UpTo(executor->ladder().size() - 1);
   const uint64_t whole = executor->ledger({}).weights;
   for (const RungSet served : {RungSet{0b11}, all & ~RungSet{0b111}, RungSet{1} << 8, all}) {
     const uint64_t before = ResidentMemoryBytes(), had = executor->ledger({}).weights_released;

@@ -235,8 +235,7 @@ class Traffic : public Executor {
       }
     }
     for (int rung = 0; rung < ladder_.size(); ++rung) {
-      fits = fits ||
-             ((allowed >> rung & 1) != 0 && PagesOf(request, rung) <= Limit(RungSet{1} << rung));
+      fits = fits || (Has(allowed, rung) && PagesOf(request, rung) <= Limit(RungSet{1} << rung));
     }
     const absl::StatusCode expected =
         request.prompt.empty() || live_.contains(request.id) ? absl::StatusCode::kInvalidArgument
@@ -404,7 +403,7 @@ class Traffic : public Executor {
   std::vector<Part> DrawParts() {
     std::vector<Part> parts;
     for (int i = weighty_ ? Draw(1, 6) : 0; i > 0; --i) {
-      const RungSet all = (RungSet{1} << ladder_.size()) - 1;
+      const RungSet all = UpTo(ladder_.size() - 1);
       parts.push_back({.users = static_cast<RungSet>(Draw(1, static_cast<int>(all))),
                        .pages = Draw(1, geometry_.pages)});
     }
