@@ -55,6 +55,10 @@ struct ModelConfig {
   bool qk_norm = false;           // each head of q and k is RMS-normed before rotation
 
   SiteWidths sites() const { return {.layers = layers, .heads = heads, .channels = channels}; }
+  // Columns of the weight behind a site: of `o`, which has head_dim for each head, or of `down`.
+  int columns(SiteKind kind) const {
+    return kind == SiteKind::kHeads ? heads * head_dim : channels;
+  }
 };
 
 // 1 / theta^(2i / head_dim) for i in [0, head_dim / 2), with rope_scaling applied.

@@ -171,7 +171,7 @@ struct GatedMlpArgs {
 };
 
 // Rotates q and k in place by their positions and writes k and v to the sequences' pages.
-// K and V are always complete: no rung narrows them.
+// K and V are always complete: no rung narrows them. Both may have no columns: q alone is rotated.
 struct RopeAndStoreArgs {
   std::span<const AttentionSpan> spans;
   std::span<const std::span<const int32_t>> page_tables;  // [spans][pages]: this layer's pages

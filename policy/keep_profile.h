@@ -14,6 +14,7 @@ enum class SiteKind : uint8_t {
   kHeads,     // query heads of one layer's attention
   kChannels,  // hidden channels of one layer's MLP
 };
+inline constexpr int kSiteKinds = 2;
 
 // Full widths of a model's sites: what "dense" means for it.
 struct SiteWidths {
@@ -21,6 +22,7 @@ struct SiteWidths {
   int heads = 0;     // query heads per layer
   int channels = 0;  // MLP hidden channels per layer
 
+  int of(SiteKind kind) const { return kind == SiteKind::kHeads ? heads : channels; }
   bool operator==(const SiteWidths&) const = default;
 };
 

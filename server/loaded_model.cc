@@ -165,16 +165,21 @@ absl::Status LoadedModel::LoadWeights(const std::shared_ptr<const ModelFile>& op
 }
 
 absl::Status LoadedModel::MakeProbe(const ModelFile& file) {
-  History history(file.config().layers, file.config().channels);
+  const ModelConfig& config = file.config();
+  SiteHistories histories = {
+      .channels = History(config.layers, config.columns(SiteKind::kChannels)),
+      .heads = History(config.layers, config.columns(SiteKind::kHeads))};
   if (!options_.history_file.empty()) {
-    absl::StatusOr<History> read = ReadHistory(options_.history_file, file);
+    absl::StatusOr<SiteHistories> read = ReadHistory(options_.history_file, file);
     if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
-    if (read.ok()) history = *std::move(read);
+    if (read.ok()) histories = *std::move(read);
     Log(LogLevel::kInfo, read.ok() ? "history read" : "history begins anew",
         {{"file", options_.history_file}});
   }
-  absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(file);
+  absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(file, SiteKind::kChannels);
   if (!norms.ok()) return norms.status();
+  absl::StatusOr<std::vector<std::vector<float>>> of_heads = PpspNorms(file, SiteKind::kHeads);
+  if (!of_heads.ok()) return of_heads.status();
   probe_ = std::make_unique<Probe>(ProbeOptions{.rows = *options_.probe,
                                                 .budget = options_.probe_budget,
                                                 .least_rows = options_.probe_least_rows,
@@ -183,7 +188,9 @@ absl::Status LoadedModel::MakeProbe(const ModelFile& file) {
                                                 .refresh = options_.probe_refresh,
                                                 .whole = options_.probe_whole,
                                                 .group = executor_->channel_group()},
-                                   std::move(history), *std::move(norms));
+                                   ProbeSites{std::move(histories.channels), *std::move(norms)},
+                                   ProbeSites{std::move(histories.heads), *std::move(of_heads)},
+                                   config.head_dim);
   executor_->set_probe(probe_.get());
   return absl::OkStatus();
 }
@@ -208,7 +215,9 @@ absl::Status LoadedModel::OpenMoments(const ModelFile& file, const std::string& 
 
 void LoadedModel::KeepHistory() const {
   if (probe_ == nullptr || options_.history_file.empty() || options_.frozen_history) return;
-  const absl::Status status = WriteHistory(options_.history_file, fingerprint_, probe_->history());
+  const absl::Status status =
+      WriteHistory(options_.history_file, fingerprint_, probe_->history(SiteKind::kChannels),
+                   probe_->history(SiteKind::kHeads));
   if (status.ok()) {
     Log(LogLevel::kInfo, "history written", {{"file", options_.history_file}});
   } else {

@@ -245,11 +245,15 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
                                                  const Tokenizer& tokenizer,
                                                  ModelExecutor* executor) {
   const ModelConfig& config = file.config();
-  absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(file);
+  absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(file, SiteKind::kChannels);
   if (!norms.ok()) return norms.status();
+  absl::StatusOr<std::vector<std::vector<float>>> of_heads = PpspNorms(file, SiteKind::kHeads);
+  if (!of_heads.ok()) return of_heads.status();
   // As long as what is evaluated, so that positions are those that the history knows.
   const int window = std::min(options.prompt, options.step_rows);
-  History history(config.layers, config.channels, options.exact ? options.prompt : 0);
+  const int exact = options.exact ? options.prompt : 0;
+  History history(config.layers, config.columns(SiteKind::kChannels), exact);
+  History heads(config.layers, config.columns(SiteKind::kHeads), exact);
   ProbeOptions probing = options.probing;
   probing.rows = static_cast<ProbeOptions::Rows>(std::ranges::find(kProbeNames, options.probe) -
                                                  std::begin(kProbeNames) - 1);
@@ -265,6 +269,9 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
     std::iota(positions.begin(), positions.end(), 0);
     executor->set_channel_observer(
         [&](int layer, ConstMatrix hidden) { history.Learn(layer, hidden, positions); });
+    executor->set_input_observer([&](int layer, MatrixInput input, ConstMatrix rows) {
+      if (input == MatrixInput::kO) heads.Learn(layer, rows, positions);
+    });
     Progress bar("history");
     int64_t done = 0, all = 0;
     for (const TextKind& kind : *texts) all += static_cast<int64_t>(kind.windows.size());
@@ -278,8 +285,11 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
       }
     }
     executor->set_channel_observer({});
+    executor->set_input_observer({});
   }
-  return std::make_unique<Probe>(probing, std::move(history), *std::move(norms));
+  return std::make_unique<Probe>(probing, ProbeSites{std::move(history), *std::move(norms)},
+                                 ProbeSites{std::move(heads), *std::move(of_heads)},
+                                 config.head_dim);
 }
 
 absl::Status Run(Options options) {

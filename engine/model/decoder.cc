@@ -65,13 +65,14 @@ void Decoder::ForwardLayer(int layer, const StepPlan& plan, KvPool* pool, Activa
   const auto rank = [&] {
     {
       PhaseTimer timer(&phases->probe);
-      if (!RankAnew(layer, plan, activations)) return;
+      if (!RankChannels(layer, plan, activations)) return;
     }
     PhaseTimer timer(&phases->gather);
     panels_[layer].refitted.clear();  // of channels that others have replaced
     int most = 0;
     for (const PlanStep& step : plan.steps) {
-      if (Narrows(layer, step)) most = std::max(most, step.kept(layer, SiteKind::kChannels));
+      if (!Narrows(layer, step, SiteKind::kChannels)) continue;
+      most = std::max(most, step.kept(layer, SiteKind::kChannels));
     }
     GatherRanked(layer, most);
   };
@@ -98,8 +99,10 @@ Look Decoder::NextLook(const StepPlan& plan) {
   for (const PlanStep& step : plan.steps) {
     bool narrows = false, teaches = false;
     for (int layer = 0; layer < config_.layers; ++layer) {
-      narrows |= Narrows(layer, step);
-      teaches |= Teaches(layer, step);
+      for (const SiteKind kind : {SiteKind::kHeads, SiteKind::kChannels}) {
+        narrows |= Narrows(layer, step, kind);
+        teaches |= Teaches(layer, step, kind);
+      }
     }
     if (narrows) (step.decode ? decode : prefill) += step.rows;
     if (teaches && !step.decode) prompts += step.rows;
@@ -111,12 +114,23 @@ void Decoder::PackKv(int layer, std::span<const KvPacking> packings, KvPool* poo
   backend_->PackKv({.packings = packings, .key_mean = panels_[layer].key_mean, .pool = pool});
 }
 
+void Decoder::RopeAndStore(int layer, RopeAndStoreArgs args) {
+  args.inverse_frequency = inverse_frequency_;
+  args.pairing = config_.rope_interleaved ? RopePairing::kInterleaved : RopePairing::kHalfSplit;
+  args.key_mean = panels_[layer].key_mean;
+  backend_->RopeAndStore(args);
+}
+
+float Decoder::AttentionScale() const {
+  return 1.0f / std::sqrt(static_cast<float>(config_.head_dim));
+}
+
 int Decoder::FindHeadRuns(int layer, const StepPlan& plan) {
   head_runs_.clear();
   int rows = 0, spans = 0;
   for (const PlanStep& step : plan.steps) {
     if (!step.rung->HoldsKv(layer)) break;  // nor does any after it
-    const int heads = step.kept(layer, SiteKind::kHeads);
+    const int heads = KeptNow(layer, step, SiteKind::kHeads);
     if (head_runs_.empty() || head_runs_.back().heads != heads) {
       head_runs_.push_back({.first_row = rows, .first_span = spans, .heads = heads});
     }
@@ -155,6 +169,19 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
         {.x = residual, .weight = weights.attention_norm, .eps = config_.rms_eps, .out = normed});
   }
   if (before_weights_) before_weights_(layer, MatrixInput::kQkv, normed);
+  bool stored = false;
+  if (look_ == Look::kAhead || look_ == Look::kBack) {
+    stored = RankHeads(layer, plan,
+                       {.normed = normed,
+                        .q = q,
+                        .k = k,
+                        .v = v,
+                        .attended = attended,
+                        .spans = step_spans,
+                        .tables = tables,
+                        .pool = pool},
+                       *activations, phases);
+  }
   {
     PhaseTimer timer(&phases->attention_projections);
     projections_.clear();
@@ -168,28 +195,27 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
                               .bias = bias.empty() ? std::span<const float>()
                                                    : std::span(bias).first(run.heads * dim)});
     }
-    projections_.push_back({.weight = &weights.k, .out = k, .bias = weights.k_bias});
-    projections_.push_back({.weight = &weights.v, .out = v, .bias = weights.v_bias});
+    if (!stored) {
+      projections_.push_back({.weight = &weights.k, .out = k, .bias = weights.k_bias});
+      projections_.push_back({.weight = &weights.v, .out = v, .bias = weights.v_bias});
+    }
     backend_->MatMul({.x = normed, .targets = projections_});
   }
   if (input_observer_) input_observer_(layer, MatrixInput::kQkv, normed);
   {
     PhaseTimer timer(&phases->norm);
     for (const HeadRun& run : head_runs_) NormHeads(weights.q_norm, part(q, run));
-    NormHeads(weights.k_norm, k);
+    if (!stored) NormHeads(weights.k_norm, k);
   }
   {
     PhaseTimer timer(&phases->attention);
-    backend_->RopeAndStore(
-        {.spans = step_spans,
-         .page_tables = tables,
-         .q = q,
-         .k = k,
-         .v = v,
-         .inverse_frequency = inverse_frequency_,
-         .pairing = config_.rope_interleaved ? RopePairing::kInterleaved : RopePairing::kHalfSplit,
-         .key_mean = panels.key_mean,
-         .pool = pool});
+    const int stores = stored ? 0 : kv_width;
+    RopeAndStore(layer, {.spans = step_spans,
+                         .page_tables = tables,
+                         .q = q,
+                         .k = Matrix(k.data, rows, stores, k.stride),
+                         .v = Matrix(v.data, rows, stores, v.stride),
+                         .pool = pool});
     if (key_observer_) key_observer_(layer, k);
     for (const HeadRun& run : head_runs_) {
       backend_->Attention(
@@ -198,13 +224,24 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
            .q = Matrix(q.data, rows, run.heads * dim, q.stride),
            .heads_kept = std::span(AllHeads(run) ? all_heads_ : panels.heads).first(run.heads),
            .heads = config_.heads,
-           .scale = 1.0f / std::sqrt(static_cast<float>(dim)),
+           .scale = AttentionScale(),
            .pool = pool,
            .out = Matrix(attended.data, rows, run.heads * dim, attended.stride)});
     }
   }
   if (input_observer_) input_observer_(layer, MatrixInput::kO, attended);
   if (before_weights_) before_weights_(layer, MatrixInput::kO, attended);
+  for (int row = 0; const PlanStep& step : plan.steps) {
+    if (row == rows) break;
+    if (Teaches(layer, step, SiteKind::kHeads)) {
+      const int kept = KeptNow(layer, step, SiteKind::kHeads);
+      probe_->Update(layer, SiteKind::kHeads,
+                     ConstMatrix(attended.row(row), step.rows, kept * dim, attended.stride),
+                     RowsOf(plan, row, step.rows),
+                     std::span(kept == config_.heads ? all_heads_ : panels.heads).first(kept));
+    }
+    row += step.rows;
+  }
   PhaseTimer timer(&phases->attention_projections);
   for (const HeadRun& run : head_runs_) {
     if (run.heads == 0) continue;
@@ -222,8 +259,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
   const Layer& weights = layers_[layer];
   const Panels& panels = panels_[layer];
   const auto kept_by = [&](const PlanStep& step) {
-    return look_ == Look::kWhole && Narrows(layer, step) ? config_.channels
-                                                         : step.kept(layer, SiteKind::kChannels);
+    return KeptNow(layer, step, SiteKind::kChannels);
   };
   int whole_rows = 0, narrow_rows = 0;
   for (const PlanStep& step : plan.steps) {
@@ -262,7 +298,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
       }
       mlp_steps_.back().rows += plan.steps[end].rows;
       rows += plan.steps[end].rows;
-      told |= Teaches(layer, plan.steps[end]);
+      told |= Teaches(layer, plan.steps[end], SiteKind::kChannels);
       most = std::max(most, kept);
     }
     const auto part = [&](const AlignedFloats& buffer, int width, int cols) {
@@ -309,9 +345,10 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
         by == By::kPanels ? panels.channels : std::span<const int32_t>(all_channels_);
     int row = 0;
     for (const PlanStep& step : std::span(plan.steps).subspan(begin, end - begin)) {
-      if (Teaches(layer, step)) {
+      if (Teaches(layer, step, SiteKind::kChannels)) {
         const int kept = kept_by(step);
-        probe_->Update(layer, ConstMatrix(up.row(row), step.rows, kept, up.stride),
+        probe_->Update(layer, SiteKind::kChannels,
+                       ConstMatrix(up.row(row), step.rows, kept, up.stride),
                        std::span(rows_of).subspan(row, step.rows), channels.first(kept));
       }
       row += step.rows;
@@ -333,52 +370,132 @@ void Decoder::MlpByParts(int layer, ConstMatrix x, const Matrix& gate, const Mat
   backend_->MatMul({.x = gate, .targets = narrow, .output = MatMulArgs::Output::kAdd});
 }
 
-bool Decoder::RankAnew(int layer, const StepPlan& plan, Activations* activations) {
-  const Layer& weights = layers_[layer];
-  const int hidden = config_.hidden, channels = config_.channels;
-  const bool ahead = look_ == Look::kAhead;
+Decoder::LookedAt Decoder::RowsLookedAt(int layer, const StepPlan& plan, SiteKind kind) const {
   const std::vector<ProbeRow> all = RowsOf(plan, 0, static_cast<int>(plan.tokens.size()));
-  std::vector<int> rows;  // the plan's
-  std::vector<ProbeRow> of_rows;
+  LookedAt looked_at;
   for (int first = 0; const PlanStep& step : plan.steps) {
-    const bool looked_at = Narrows(layer, step) && step.decode != ahead;
-    for (int r = first; looked_at && r < first + step.rows; ++r) {
-      rows.push_back(r);
-      of_rows.push_back(all[r]);
+    const bool looks = Narrows(layer, step, kind) && step.decode == (look_ == Look::kBack);
+    for (int r = first; looks && r < first + step.rows; ++r) {
+      looked_at.rows.push_back(r);
+      looked_at.of_rows.push_back(all[r]);
     }
     first += step.rows;
   }
-  if (rows.empty()) return false;
-  Panels& panels = panels_[layer];
-  if (ahead) {
-    std::vector<float> norms(rows.size());
-    if (probe_->options().rows == ProbeOptions::Rows::kTopNorm) {
-      for (size_t i = 0; i < rows.size(); ++i) {
-        const float* const x = activations->residual.data() + int64_t{rows[i]} * hidden;
-        norms[i] = std::sqrt(std::transform_reduce(x, x + hidden, x, 0.0f));
-      }
+  return looked_at;
+}
+
+Decoder::LookedAt Decoder::RowsProbed(const LookedAt& looked_at,
+                                      const Activations& activations) const {
+  std::vector<float> norms(looked_at.rows.size());
+  if (probe_->options().rows == ProbeOptions::Rows::kTopNorm) {
+    for (size_t i = 0; i < norms.size(); ++i) {
+      const float* const x =
+          activations.residual.data() + int64_t{looked_at.rows[i]} * config_.hidden;
+      norms[i] = std::sqrt(std::transform_reduce(x, x + config_.hidden, x, 0.0f));
     }
-    const std::vector<int> chosen = ChooseProbeRows(probe_->options(), norms, of_rows);
-    const int count = static_cast<int>(chosen.size());
-    const Matrix normed(activations->normed.data(), count, hidden);  // the step's rows come later
-    const Matrix gate(activations->gate.data(), count, channels);
-    const Matrix up(activations->up.data(), count, channels);
-    std::vector<ProbeRow> probed;
-    for (int i = 0; i < count; ++i) {
-      probed.push_back(of_rows[chosen[i]]);
-      std::copy_n(activations->residual.data() + int64_t{rows[chosen[i]]} * hidden, hidden,
-                  normed.row(i));
-    }
-    backend_->RmsNorm(
-        {.x = normed, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
-    const MatMulTarget targets[] = {{.weight = &weights.gate, .out = gate},
-                                    {.weight = &weights.up, .out = up}};
-    backend_->MatMul({.x = normed, .targets = targets});
-    backend_->SwiGlu({.gate = gate, .up = up, .out = gate});
-    panels.channels = probe_->Rank(layer, gate, probed, panels.counts);
-  } else {
-    panels.channels = probe_->RankByHistory(layer, of_rows, panels.counts);
   }
+  LookedAt probed;
+  for (const int chosen : ChooseProbeRows(probe_->options(), norms, looked_at.of_rows)) {
+    probed.rows.push_back(looked_at.rows[chosen]);
+    probed.of_rows.push_back(looked_at.of_rows[chosen]);
+  }
+  return probed;
+}
+
+bool Decoder::RankHeads(int layer, const StepPlan& plan, const AttentionMatrices& at,
+                        const Activations& activations, PhaseTimes* phases) {
+  Panels& panels = panels_[layer];
+  const LookedAt looked_at = RowsLookedAt(layer, plan, SiteKind::kHeads);
+  if (looked_at.rows.empty()) return false;
+  const Layer& weights = layers_[layer];
+  const bool ahead = look_ == Look::kAhead;
+  std::vector<int32_t> ranking;
+  if (ahead) {
+    {
+      PhaseTimer timer(&phases->attention_projections);
+      const MatMulTarget targets[] = {{.weight = &weights.k, .out = at.k, .bias = weights.k_bias},
+                                      {.weight = &weights.v, .out = at.v, .bias = weights.v_bias}};
+      backend_->MatMul({.x = at.normed, .targets = targets});
+      NormHeads(weights.k_norm, at.k);
+    }
+    PhaseTimer timer(&phases->probe);
+    const LookedAt probed = RowsProbed(looked_at, activations);
+    const int count = static_cast<int>(probed.rows.size());
+    const int hidden = config_.hidden, width = at.q.cols;
+    probed_.resize(static_cast<size_t>(count) * (hidden + width));
+    const Matrix x(probed_.data(), count, hidden);
+    const Matrix held(probed_.data() + int64_t{count} * hidden, count, width);
+    const auto copy = [](const float* from, int cols, float* to) { std::copy_n(from, cols, to); };
+    for (int i = 0; i < count; ++i) copy(at.normed.row(probed.rows[i]), hidden, x.row(i));
+    const MatMulTarget target[] = {{.weight = &weights.q, .out = held, .bias = weights.q_bias}};
+    backend_->MatMul({.x = x, .targets = target});
+    NormHeads(weights.q_norm, held);
+    // Where the step's own queries will be: what the other rows hold is nobody's.
+    for (int i = 0; i < count; ++i) copy(held.row(i), width, at.q.row(probed.rows[i]));
+    RopeAndStore(layer, {.spans = at.spans,
+                         .page_tables = at.tables,
+                         .q = at.q,
+                         .k = at.k,
+                         .v = at.v,
+                         .pool = at.pool});
+    std::vector<AttentionSpan> spans;
+    std::vector<std::span<const int32_t>> tables;
+    for (int i = 0; i < count; ++i) {
+      const int of = probed.of_rows[i].sequence;
+      spans.push_back({.first_row = probed.rows[i],
+                       .rows = 1,
+                       .start = probed.of_rows[i].position,
+                       .int4_kv = at.spans[of].int4_kv});
+      tables.push_back(at.tables[of]);
+    }
+    backend_->Attention({.spans = spans,
+                         .page_tables = tables,
+                         .q = at.q,
+                         .heads_kept = all_heads_,
+                         .heads = config_.heads,
+                         .scale = AttentionScale(),
+                         .pool = at.pool,
+                         .out = at.attended});
+    for (int i = 0; i < count; ++i) copy(at.attended.row(probed.rows[i]), width, held.row(i));
+    ranking = probe_->Rank(layer, SiteKind::kHeads, held, probed.of_rows, panels.head_counts);
+  } else {
+    PhaseTimer timer(&phases->probe);
+    ranking = probe_->RankByHistory(layer, SiteKind::kHeads, looked_at.of_rows, panels.head_counts);
+  }
+  PhaseTimer timer(&phases->gather);
+  const absl::Status gathered =
+      MakeHeadPanels(layer, std::span(ranking).first(panels.head_counts.back()), &panels);
+  Invariant(gathered.ok(), "a panel does not fit where it was before: {}", gathered.ToString());
+  return ahead;
+}
+
+bool Decoder::RankChannels(int layer, const StepPlan& plan, Activations* activations) {
+  const Layer& weights = layers_[layer];
+  const int hidden = config_.hidden, channels = config_.channels;
+  const LookedAt looked_at = RowsLookedAt(layer, plan, SiteKind::kChannels);
+  if (looked_at.rows.empty()) return false;
+  Panels& panels = panels_[layer];
+  if (look_ == Look::kBack) {
+    panels.channels =
+        probe_->RankByHistory(layer, SiteKind::kChannels, looked_at.of_rows, panels.counts);
+    return true;
+  }
+  const LookedAt probed = RowsProbed(looked_at, *activations);
+  const int count = static_cast<int>(probed.rows.size());
+  const Matrix normed(activations->normed.data(), count, hidden);  // the step's rows come later
+  const Matrix gate(activations->gate.data(), count, channels);
+  const Matrix up(activations->up.data(), count, channels);
+  for (int i = 0; i < count; ++i) {
+    std::copy_n(activations->residual.data() + int64_t{probed.rows[i]} * hidden, hidden,
+                normed.row(i));
+  }
+  backend_->RmsNorm(
+      {.x = normed, .weight = weights.mlp_norm, .eps = config_.rms_eps, .out = normed});
+  const MatMulTarget targets[] = {{.weight = &weights.gate, .out = gate},
+                                  {.weight = &weights.up, .out = up}};
+  backend_->MatMul({.x = normed, .targets = targets});
+  backend_->SwiGlu({.gate = gate, .up = up, .out = gate});
+  panels.channels = probe_->Rank(layer, SiteKind::kChannels, gate, probed.of_rows, panels.counts);
   return true;
 }
 

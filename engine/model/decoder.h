@@ -173,6 +173,7 @@ class Decoder {
   // heads or channels as the widest such rung keeps, but for gate and up, which have all.
   struct Panels {
     std::vector<int32_t> heads;
+    std::vector<int> head_counts;  // that rungs keep of some, ascending
     Weight q, o;
     std::vector<float> q_bias;
     std::vector<int32_t> channels;  // all, best first
@@ -209,6 +210,15 @@ class Decoder {
     int heads = 0;
   };
 
+  // What a layer's attention works on, of the rows that hold K and V.
+  struct AttentionMatrices {
+    ConstMatrix normed;
+    Matrix q, k, v, attended;
+    std::span<const AttentionSpan> spans;
+    std::span<const std::span<const int32_t>> tables;
+    KvPool* pool = nullptr;
+  };
+
   Decoder(const ModelConfig& config, Backend* backend);
 
   void ListReleasable(const Ladder& ladder);
@@ -216,6 +226,7 @@ class Decoder {
   // Panels of the same rows of several weights.
   absl::Status Gather(std::initializer_list<std::pair<const Weight*, Weight*>> weights,
                       std::span<const int32_t> rows) const;
+  // Of the most that a rung keeps of some, by their ranking.
   absl::Status MakeHeadPanels(int layer, std::span<const int32_t> heads, Panels* panels) const;
   // For rungs that keep so many of the ranked channels.
   absl::Status MakeChannelPanels(int layer, const ChannelSelector& selector,
@@ -226,24 +237,45 @@ class Decoder {
   // Gate, up and down one by one, each after its input was told.
   void MlpByParts(int layer, ConstMatrix x, const Matrix& gate, const Matrix& up,
                   const Matrix& out);
-  // Whether the step keeps some of the layer's channels, but not all.
-  bool Narrows(int layer, const PlanStep& step) const {
-    const int kept = step.kept(layer, SiteKind::kChannels);
-    return kept > 0 && kept < config_.channels;
+  // Whether the step keeps some of a site, but not all.
+  bool Narrows(int layer, const PlanStep& step, SiteKind kind) const {
+    const int kept = step.kept(layer, kind);
+    return kept > 0 && kept < config_.sites().of(kind);
+  }
+  // How much of a site the step keeps, unless it is to see all of it for once.
+  int KeptNow(int layer, const PlanStep& step, SiteKind kind) const {
+    return look_ == Look::kWhole && Narrows(layer, step, kind) ? config_.sites().of(kind)
+                                                               : step.kept(layer, kind);
   }
   // Whether the probe is told what the step's rows held.
-  bool Teaches(int layer, const PlanStep& step) const {
+  bool Teaches(int layer, const PlanStep& step, SiteKind kind) const {
     if (probe_ == nullptr) return false;
-    if (!probe_->by_prompts()) return probe_->learns() && Narrows(layer, step);
-    const int later = step.rung->decode.kept(layer, SiteKind::kChannels);
-    return !step.decode && later > 0 && later < config_.channels;
+    if (!probe_->by_prompts()) return probe_->learns() && Narrows(layer, step, kind);
+    const int later = step.rung->decode.kept(layer, kind);
+    return !step.decode && later > 0 && later < config_.sites().of(kind);
   }
   Look NextLook(const StepPlan& plan);
-  // Ranks the layer's channels as look_ says, by the step's narrowed prefill or decode rows. False:
-  // there are none, and the ranking is as it was.
-  bool RankAnew(int layer, const StepPlan& plan, Activations* activations);
+  // Rows of a plan that a ranking goes by: those that the step narrows there, prefill or decode
+  // rows as look_ says.
+  struct LookedAt {
+    std::vector<int> rows;  // the plan's
+    std::vector<ProbeRow> of_rows;
+  };
+  LookedAt RowsLookedAt(int layer, const StepPlan& plan, SiteKind kind) const;
+  // Those of them that are probed.
+  LookedAt RowsProbed(const LookedAt& looked_at, const Activations& activations) const;
+  // Ranks a layer's channels as look_ says, by the rows looked at. False: there are none, and the
+  // ranking is as it was.
+  bool RankChannels(int layer, const StepPlan& plan, Activations* activations);
+  // The same of its heads, and makes panels for them. Probed rows attend by all heads to all that
+  // is before them; true: for that, K and V of all rows were stored.
+  bool RankHeads(int layer, const StepPlan& plan, const AttentionMatrices& at,
+                 const Activations& activations, PhaseTimes* phases);
   // Panels of the first `count` channels of a ranking that is not the one they were made for.
   void GatherRanked(int layer, int count);
+  // With how this model rotates, and the layer's mean keys.
+  void RopeAndStore(int layer, RopeAndStoreArgs args);
+  float AttentionScale() const;
   // Fills head_runs_ from the steps that hold K and V of the layer; returns their rows.
   int FindHeadRuns(int layer, const StepPlan& plan);
   bool AllHeads(const HeadRun& run) const { return run.heads == config_.heads; }
@@ -268,6 +300,7 @@ class Decoder {
   std::vector<HeadRun> head_runs_;  // of the block in hand, as are the next
   std::vector<MatMulTarget> projections_;
   std::vector<MlpStep> mlp_steps_;
+  std::vector<float> probed_;  // normed rows and queries of a probe of heads
   std::function<void(int, ConstMatrix)> observer_;
   ChannelObserver channel_observer_;
   std::function<void(int, ConstMatrix)> key_observer_;

@@ -229,8 +229,7 @@ int Decoder::channel_group() const {
 absl::Status Decoder::MakePanels(const Ladder& ladder, const ChannelSelector& selector) {
   std::vector<Panels> made(config_.layers);
   for (int layer = 0; layer < config_.layers; ++layer) {
-    int heads = 0;           // the most that a rung keeps of some
-    std::set<int> channels;  // what rungs keep of some
+    std::set<int> heads, channels;  // what rungs keep of some
     for (int i = 0; i < ladder.size(); ++i) {
       for (const KeepProfile* keep : {&ladder.rung(i).prefill, &ladder.rung(i).decode}) {
         const int kept_heads = keep->kept(layer, SiteKind::kHeads);
@@ -240,12 +239,14 @@ absl::Status Decoder::MakePanels(const Ladder& ladder, const ChannelSelector& se
               fmt::format("rung {}, layer {}: keeps {} channels; expected a multiple of {}, or {}",
                           i, layer, kept_channels, kQuantGroup, config_.channels));
         }
-        if (kept_heads < config_.heads) heads = std::max(heads, kept_heads);
+        if (kept_heads > 0 && kept_heads < config_.heads) heads.insert(kept_heads);
         if (kept_channels > 0 && kept_channels < config_.channels) channels.insert(kept_channels);
       }
     }
+    made[layer].head_counts.assign(heads.begin(), heads.end());
+    const std::span<const int32_t> ranking = selector.Ranking(layer, SiteKind::kHeads);
     absl::Status status =
-        MakeHeadPanels(layer, selector.Ranking(layer, SiteKind::kHeads).first(heads), &made[layer]);
+        MakeHeadPanels(layer, ranking.first(heads.empty() ? 0 : *heads.rbegin()), &made[layer]);
     status.Update(MakeChannelPanels(layer, selector, channels, &made[layer]));
     const std::span<const float> key_mean = selector.KeyMean(layer);
     made[layer].key_mean.assign(key_mean.begin(), key_mean.end());
@@ -282,6 +283,7 @@ absl::Status Decoder::MakeHeadPanels(int layer, std::span<const int32_t> heads,
   if (heads.empty()) return absl::OkStatus();
   const Layer& weights = layers_[layer];
   panels->heads.assign(heads.begin(), heads.end());
+  panels->q_bias.clear();
   std::vector<int32_t> rows;  // head_dim of q and o for each head
   for (const int32_t head : heads) {
     for (int d = 0; d < config_.head_dim; ++d) rows.push_back(head * config_.head_dim + d);

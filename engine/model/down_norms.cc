@@ -30,12 +30,15 @@ absl::StatusOr<std::vector<float>> ReadO(const ModelFile& file, int layer) {
   return Read(file, layer, "attn_output", file.config().heads * file.config().head_dim);
 }
 
-absl::StatusOr<std::vector<std::vector<float>>> PpspNorms(const ModelFile& file) {
+absl::StatusOr<std::vector<std::vector<float>>> PpspNorms(const ModelFile& file, SiteKind kind) {
+  const ModelConfig& config = file.config();
+  const bool heads = kind == SiteKind::kHeads;
   std::vector<std::vector<float>> norms;
-  for (int layer = 0; layer < file.config().layers; ++layer) {
-    const absl::StatusOr<std::vector<float>> down = ReadDown(file, layer);
+  for (int layer = 0; layer < config.layers; ++layer) {
+    const absl::StatusOr<std::vector<float>> down =
+        heads ? ReadO(file, layer) : ReadDown(file, layer);
     if (!down.ok()) return down.status();
-    norms.push_back(DownNorms(Importance::kPpsp, *down, file.config().channels));
+    norms.push_back(DownNorms(Importance::kPpsp, *down, config.columns(kind)));
   }
   return norms;
 }

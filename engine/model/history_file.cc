@@ -17,11 +17,51 @@ namespace {
 
 constexpr std::string_view kArchitecture = "espalier-history";
 
-std::string EnergyName(int layer) { return fmt::format("blk.{}.energy.weight", layer); }
+std::string NameOf(int layer, const char* part) {
+  return fmt::format("blk.{}.{}.weight", layer, part);
+}
+constexpr const char* kChannels = "energy";
+constexpr const char* kHeads = "heads";
+
+absl::Status Read(const std::string& path, const Gguf& gguf, const char* part, History* history) {
+  const int columns = history->channels();
+  std::vector<float> energy(static_cast<size_t>(history->buckets()) * columns);
+  for (int layer = 0; layer < history->layers(); ++layer) {
+    const std::string name = NameOf(layer, part);
+    const auto tensor =
+        std::ranges::find_if(gguf.tensors, [&](const StoredTensor& t) { return t.name == name; });
+    const std::string expected = fmt::format("F32 [{}, {}]", history->buckets(), columns);
+    if (tensor == gguf.tensors.end()) {
+      return Mismatch(path, fmt::format("tensor {}", name), expected, "none");
+    }
+    if (tensor->type != BlockType::kF32 || tensor->rows != history->buckets() ||
+        tensor->cols != columns) {
+      return Mismatch(
+          path, fmt::format("tensor {}", name), expected,
+          fmt::format("{} [{}, {}]", BlockTypeName(tensor->type), tensor->rows, tensor->cols));
+    }
+    for (int bucket = 0; bucket < history->buckets(); ++bucket) {
+      tensor->ReadRow(bucket, energy.data() + static_cast<size_t>(bucket) * columns);
+    }
+    if (!std::ranges::all_of(energy, [](float e) { return std::isfinite(e) && e >= 0; })) {
+      return Mismatch(path, fmt::format("tensor {}", name), "means of squares",
+                      "a value that is negative or not finite");
+    }
+    history->Restore(layer, energy);
+  }
+  return absl::OkStatus();
+}
+
+void Add(const History& history, const char* part, GgufWriter* writer) {
+  for (int layer = 0; layer < history.layers(); ++layer) {
+    writer->AddTensor(NameOf(layer, part), BlockType::kF32, history.buckets(), history.channels(),
+                      std::as_bytes(history.Energies(layer)));
+  }
+}
 
 }  // namespace
 
-absl::StatusOr<History> ReadHistory(const std::string& path, const ModelFile& model) {
+absl::StatusOr<SiteHistories> ReadHistory(const std::string& path, const ModelFile& model) {
   const absl::StatusOr<MappedFile> file = MappedFile::Open(path);
   if (!file.ok()) return file.status();
   const absl::StatusOr<Gguf> gguf = ParseGguf(path, file->bytes());
@@ -31,43 +71,21 @@ absl::StatusOr<History> ReadHistory(const std::string& path, const ModelFile& mo
     return status;
   }
   const ModelConfig& config = model.config();
-  History history(config.layers, config.channels);
-  std::vector<float> energy(static_cast<size_t>(history.buckets()) * config.channels);
-  for (int layer = 0; layer < config.layers; ++layer) {
-    const std::string name = EnergyName(layer);
-    const auto tensor =
-        std::ranges::find_if(gguf->tensors, [&](const StoredTensor& t) { return t.name == name; });
-    const std::string expected = fmt::format("F32 [{}, {}]", history.buckets(), config.channels);
-    if (tensor == gguf->tensors.end()) {
-      return Mismatch(path, fmt::format("tensor {}", name), expected, "none");
-    }
-    if (tensor->type != BlockType::kF32 || tensor->rows != history.buckets() ||
-        tensor->cols != config.channels) {
-      return Mismatch(
-          path, fmt::format("tensor {}", name), expected,
-          fmt::format("{} [{}, {}]", BlockTypeName(tensor->type), tensor->rows, tensor->cols));
-    }
-    for (int bucket = 0; bucket < history.buckets(); ++bucket) {
-      tensor->ReadRow(bucket, energy.data() + static_cast<size_t>(bucket) * config.channels);
-    }
-    if (!std::ranges::all_of(energy, [](float e) { return std::isfinite(e) && e >= 0; })) {
-      return Mismatch(path, fmt::format("tensor {}", name), "means of squares",
-                      "a value that is negative or not finite");
-    }
-    history.Restore(layer, energy);
-  }
-  return history;
+  SiteHistories read = {.channels = History(config.layers, config.columns(SiteKind::kChannels)),
+                        .heads = History(config.layers, config.columns(SiteKind::kHeads))};
+  absl::Status status = Read(path, *gguf, kChannels, &read.channels);
+  if (status.ok()) status = Read(path, *gguf, kHeads, &read.heads);
+  if (!status.ok()) return status;
+  return read;
 }
 
 absl::Status WriteHistory(const std::string& path, const std::string& fingerprint,
-                          const History& history) {
+                          const History& channels, const History& heads) {
   GgufWriter writer;
   writer.Add("general.architecture", kArchitecture);
   writer.Add(kFingerprintKey, fingerprint);
-  for (int layer = 0; layer < history.layers(); ++layer) {
-    writer.AddTensor(EnergyName(layer), BlockType::kF32, history.buckets(), history.channels(),
-                     std::as_bytes(history.Energies(layer)));
-  }
+  Add(channels, kChannels, &writer);
+  Add(heads, kHeads, &writer);
   return writer.Write(path);
 }
 

@@ -3,6 +3,7 @@
 //   general.architecture       "espalier-history"
 //   espalier.fingerprint       string, FingerprintOf(model)
 //   blk.LAYER.energy.weight    F32 [buckets of positions, channels]
+//   blk.LAYER.heads.weight     F32 [buckets of positions, heads * head_dim]
 #pragma once
 
 #include <string>
@@ -14,13 +15,18 @@
 
 namespace espalier {
 
+struct SiteHistories {
+  History channels;
+  History heads;
+};
+
 // NotFound if there is no file; InvalidArgument, with file and key or tensor, if it is of another
 // model or not whole, or if a value is not finite or negative.
-absl::StatusOr<History> ReadHistory(const std::string& path, const ModelFile& model);
+absl::StatusOr<SiteHistories> ReadHistory(const std::string& path, const ModelFile& model);
 
 // Through a file beside it, so that none is ever half written. `fingerprint` is the model's. Errors
 // name the path.
 absl::Status WriteHistory(const std::string& path, const std::string& fingerprint,
-                          const History& history);
+                          const History& channels, const History& heads);
 
 }  // namespace espalier

@@ -1,4 +1,5 @@
-// What MLP channels were worth so far: a running mean of their squares, by layer and position.
+// What MLP channels, or heads' columns, were worth so far: a running mean of their squares, by
+// layer and position.
 //
 // Probe Pruning (arXiv 2502.15618) keeps one for every position. Buckets of positions need a
 // thousandth of that, and go on beyond the longest text seen; position 0 is alone, because its

@@ -108,16 +108,25 @@ std::vector<float> FusedEnergy(const ProbeOptions& options, const History& histo
   return fused;
 }
 
+Probe::Probe(const ProbeOptions& options, ProbeSites channels, ProbeSites heads, int head_dim)
+    : options_(options), sites_{{{std::move(heads), head_dim}, {std::move(channels), 1}}} {
+  for (Sites& of : sites_) of.prompts.resize(of.norms.size());
+}
+
 Look Probe::Next(int prefill_rows, int decode_rows, int prompt_rows) {
   ++counts_.age;
   if (by_prompts()) {
     if (prompt_rows > 0) {
-      if (prompts_ranked_) std::ranges::fill(prompts_, std::vector<float>());
+      for (Sites& of : sites_) {
+        if (prompts_ranked_) std::ranges::fill(of.prompts, std::vector<float>());
+      }
       prompts_ranked_ = false;
       return Look::kNone;
     }
-    if (prompts_ranked_ || decode_rows == 0 ||
-        std::ranges::all_of(prompts_, &std::vector<float>::empty)) {
+    const auto unread = [](const Sites& of) {
+      return std::ranges::all_of(of.prompts, &std::vector<float>::empty);
+    };
+    if (prompts_ranked_ || decode_rows == 0 || std::ranges::all_of(sites_, unread)) {
       return Look::kNone;
     }
     prompts_ranked_ = true;
@@ -131,46 +140,63 @@ Look Probe::Next(int prefill_rows, int decode_rows, int prompt_rows) {
   return Look::kNone;
 }
 
-std::vector<int32_t> Probe::Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
-                                 std::span<const int> counts) {
+std::vector<int32_t> Probe::Rank(int layer, SiteKind kind, ConstMatrix hidden,
+                                 std::span<const ProbeRow> rows, std::span<const int> counts) {
   counts_.rows += hidden.rows;
   ++counts_.rankings;
   counts_.age = 0;
-  return RankByEnergy(layer, FusedEnergy(options_, history_, layer, hidden, rows), counts);
+  return RankByEnergy(layer, kind, FusedEnergy(options_, history(kind), layer, hidden, rows),
+                      counts);
 }
 
-std::vector<int32_t> Probe::RankByHistory(int layer, std::span<const ProbeRow> rows,
+std::vector<int32_t> Probe::RankByHistory(int layer, SiteKind kind, std::span<const ProbeRow> rows,
                                           std::span<const int> counts) {
   ++counts_.rankings;
   counts_.age = 0;
-  std::vector<float> energy(history_.channels());
+  const Sites& of = sites(kind);
+  std::vector<float> energy(of.history.channels());
   if (by_prompts()) {
-    if (!prompts_[layer].empty()) energy = prompts_[layer];
+    if (!of.prompts[layer].empty()) energy = of.prompts[layer];
     rows = {};
   }
   for (const ProbeRow& row : rows) {
-    const std::span<const float> past = history_.Energy(layer, history_.BucketOf(row.position));
+    const std::span<const float> past = of.history.Energy(layer, of.history.BucketOf(row.position));
     for (size_t c = 0; c < energy.size(); ++c) energy[c] += past[c];
   }
-  return RankByEnergy(layer, energy, counts);
+  return RankByEnergy(layer, kind, energy, counts);
 }
 
-std::vector<int32_t> Probe::RankByEnergy(int layer, std::span<const float> energy,
+std::vector<int32_t> Probe::RankByEnergy(int layer, SiteKind kind, std::span<const float> energy,
                                          std::span<const int> counts) const {
-  std::vector<float> scores = Scores(Importance::kPpsp, energy, {}, norms_[layer]);
-  ScoreGroups(options_.group, scores);
-  return RankInBands(scores, counts);
+  const Sites& of = sites(kind);
+  std::vector<float> scores = Scores(Importance::kPpsp, energy, {}, of.norms[layer]);
+  if (kind == SiteKind::kChannels) {
+    ScoreGroups(options_.group, scores);
+    return RankInBands(scores, counts);
+  }
+  ScoreGroups(of.width, scores);
+  const size_t heads = scores.size() / of.width;
+  for (size_t head = 0; head < heads; ++head) scores[head] = scores[head * of.width];
+  return RankInBands(std::span(scores).first(heads), counts);
 }
 
-void Probe::Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
-                   std::span<const int32_t> channels) {
+void Probe::Update(int layer, SiteKind kind, ConstMatrix hidden, std::span<const ProbeRow> rows,
+                   std::span<const int32_t> kept) {
+  Sites& of = sites(kind);
+  std::vector<int32_t> columns;
+  if (of.width > 1) {
+    for (const int32_t head : kept) {
+      for (int d = 0; d < of.width; ++d) columns.push_back(head * of.width + d);
+    }
+    kept = columns;
+  }
   if (by_prompts()) {
-    std::vector<float>& sums = prompts_[layer];
-    sums.resize(history_.channels());
+    std::vector<float>& sums = of.prompts[layer];
+    sums.resize(of.history.channels());
     for (int r = 0; r < hidden.rows; ++r) {
       if (rows[r].position == 0) continue;
       const float* const h = hidden.row(r);
-      for (size_t i = 0; i < channels.size(); ++i) sums[channels[i]] += h[i] * h[i];
+      for (size_t i = 0; i < kept.size(); ++i) sums[kept[i]] += h[i] * h[i];
     }
     return;
   }
@@ -179,10 +205,10 @@ void Probe::Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows
   const int every = most == 0 ? 1 : std::max(1, (hidden.rows + most - 1) / most);
   std::vector<int> positions;
   for (size_t r = 0; r < rows.size(); r += every) positions.push_back(rows[r].position);
-  history_.Update(layer,
-                  ConstMatrix(hidden.data, static_cast<int>(positions.size()), hidden.cols,
-                              hidden.stride * every),
-                  positions, channels, options_.keep);
+  of.history.Update(layer,
+                    ConstMatrix(hidden.data, static_cast<int>(positions.size()), hidden.cols,
+                                hidden.stride * every),
+                    positions, kept, options_.keep);
 }
 
 }  // namespace espalier

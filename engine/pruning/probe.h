@@ -1,7 +1,9 @@
-// Probe Pruning's look ahead: some rows of a step go through a layer's full MLP first, and what
-// their channels hold, fused with history, says which channels the step keeps (arXiv 2502.15618).
+// Probe Pruning's look ahead: some rows of a step go through a layer's full attention, or MLP,
+// first, and what their heads or channels hold, fused with history, says which of them the step
+// keeps (arXiv 2502.15618).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <span>
 #include <string_view>
@@ -10,6 +12,7 @@
 
 #include "engine/pruning/history.h"
 #include "kernels/tensor.h"
+#include "policy/keep_profile.h"
 
 namespace espalier {
 
@@ -48,8 +51,8 @@ enum class Look : uint8_t {
 };
 
 struct ProbeCounts {
-  int64_t rows = 0;      // probed, summed over layers
-  int64_t rankings = 0;  // renewed, of a layer each
+  int64_t rows = 0;      // probed, summed over layers' sites
+  int64_t rankings = 0;  // renewed, of a layer's heads or channels each
   int64_t age = 0;       // steps with narrowed rows since the last was
 };
 
@@ -67,49 +70,58 @@ struct ProbeRow {
 std::vector<int> ChooseProbeRows(const ProbeOptions& options, std::span<const float> norms,
                                  std::span<const ProbeRow> rows);
 
+// What a probe ranks one kind of site by, in columns of the weight behind it: of `down` for
+// channels, each of which is a column, of `o` for heads, which have head_dim of them.
+struct ProbeSites {
+  History history{0, 0};
+  std::vector<std::vector<float>> norms;  // DownNorms by kPpsp, [layers][columns]
+};
+
 // What Probe Pruning carries from step to step. Not thread-safe.
 class Probe {
  public:
-  // `norms`: DownNorms by kPpsp of each layer, [layers][channels].
-  Probe(const ProbeOptions& options, History history, std::vector<std::vector<float>> norms)
-      : options_(options),
-        history_(std::move(history)),
-        norms_(std::move(norms)),
-        prompts_(norms_.size()) {}
+  // Without `heads`, of no layers, rungs may narrow channels alone.
+  Probe(const ProbeOptions& options, ProbeSites channels, ProbeSites heads = {}, int head_dim = 1);
 
   const ProbeOptions& options() const { return options_; }
-  const History& history() const { return history_; }
+  const History& history(SiteKind kind) const { return sites(kind).history; }
   const ProbeCounts& counts() const { return counts_; }
 
   // What the next step does, by its rows: those narrowed, and those whose sequences are narrowed
   // once they decode. Call once a step that has any.
   Look Next(int prefill_rows, int decode_rows, int prompt_rows = 0);
 
-  // The layer's channels by FusedEnergy of the rows probed times their norms, as RankInBands.
-  std::vector<int32_t> Rank(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
-                            std::span<const int> counts);
+  // The layer's heads or channels by FusedEnergy of the rows probed times their norms, as
+  // RankInBands. hidden [rows probed, columns].
+  std::vector<int32_t> Rank(int layer, SiteKind kind, ConstMatrix hidden,
+                            std::span<const ProbeRow> rows, std::span<const int> counts);
   // By what history holds at the rows' positions, or, where prompts rank, by what those held.
-  std::vector<int32_t> RankByHistory(int layer, std::span<const ProbeRow> rows,
+  std::vector<int32_t> RankByHistory(int layer, SiteKind kind, std::span<const ProbeRow> rows,
                                      std::span<const int> counts);
 
   // Whether it is told what narrowed rows held, or prompts of such sequences.
   bool learns() const { return options_.keep < 1 && !by_prompts(); }
   bool by_prompts() const { return options_.rows == ProbeOptions::Rows::kPrompts; }
-  // After the step itself: hidden [rows, channels.size()] of the channels it kept.
-  void Update(int layer, ConstMatrix hidden, std::span<const ProbeRow> rows,
-              std::span<const int32_t> channels);
+  // After the step itself: hidden [rows, columns of those kept], of the heads or channels it kept.
+  void Update(int layer, SiteKind kind, ConstMatrix hidden, std::span<const ProbeRow> rows,
+              std::span<const int32_t> kept);
 
  private:
-  std::vector<int32_t> RankByEnergy(int layer, std::span<const float> energy,
+  struct Sites : ProbeSites {
+    int width = 1;                            // columns of one
+    std::vector<std::vector<float>> prompts;  // [layers][columns] sums of h^2, without position 0
+  };
+
+  const Sites& sites(SiteKind kind) const { return sites_[static_cast<int>(kind)]; }
+  Sites& sites(SiteKind kind) { return sites_[static_cast<int>(kind)]; }
+  std::vector<int32_t> RankByEnergy(int layer, SiteKind kind, std::span<const float> energy,
                                     std::span<const int> counts) const;
 
   ProbeOptions options_;
-  History history_;
-  std::vector<std::vector<float>> norms_;
+  std::array<Sites, kSiteKinds> sites_;
   ProbeCounts counts_;
   int64_t decode_steps_ = 0;
-  std::vector<std::vector<float>> prompts_;  // [layers][channels] sums of h^2, without position 0
-  bool prompts_ranked_ = false;              // so that the next ones replace them
+  bool prompts_ranked_ = false;  // so that the next ones replace them
 };
 
 // F [channels]: the sum over probed positions (or buckets, times their positions) of P fused with

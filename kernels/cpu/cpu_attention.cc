@@ -28,7 +28,7 @@ int TokensOfPage(const AttentionSpan& span) { return span.int4_kv ? kInt4PageTok
 }  // namespace
 
 void CpuBackend::PrepareAngles(const RopeAndStoreArgs& args) {
-  const int rows = args.k.rows;
+  const int rows = args.q.rows;
   const int half = static_cast<int>(args.inverse_frequency.size());
   angles_.spans.assign(rows, -1);
   next_positions_.assign(rows, -1);
@@ -73,18 +73,20 @@ void CpuBackend::PrepareAngles(const RopeAndStoreArgs& args) {
 void CpuBackend::RopeAndStore(const RopeAndStoreArgs& args) {
   const KvPoolShape& shape = args.pool->shape;
   const int dim = shape.head_dim;
-  const int rows = args.k.rows;
+  const int rows = args.q.rows;
   Require(2 * args.inverse_frequency.size() == static_cast<size_t>(dim),
           "RopeAndStore: {} frequencies for heads of {}", args.inverse_frequency.size(), dim);
-  Require(args.q.rows == rows && args.v.rows == rows && args.q.cols % dim == 0 &&
-              args.k.cols == shape.kv_heads * dim && args.v.cols == args.k.cols,
-          "RopeAndStore: q [{}, {}], k [{}, {}], v [{}, {}] for {} KV heads of {}", args.q.rows,
-          args.q.cols, rows, args.k.cols, args.v.rows, args.v.cols, shape.kv_heads, dim);
+  const bool stores = args.k.cols > 0;
+  Require(args.k.rows == rows && args.v.rows == rows && args.q.cols % dim == 0 &&
+              (args.k.cols == shape.kv_heads * dim || !stores) && args.v.cols == args.k.cols,
+          "RopeAndStore: q [{}, {}], k [{}, {}], v [{}, {}] for {} KV heads of {}", rows,
+          args.q.cols, args.k.rows, args.k.cols, args.v.rows, args.v.cols, shape.kv_heads, dim);
   Require(args.page_tables.size() == args.spans.size(), "RopeAndStore: {} page tables, {} spans",
           args.page_tables.size(), args.spans.size());
   PrepareAngles(args);
-  Require(args.key_mean.empty() || args.key_mean.size() == static_cast<size_t>(args.k.cols),
-          "RopeAndStore: {} means for {} of keys", args.key_mean.size(), args.k.cols);
+  Require(
+      !stores || args.key_mean.empty() || args.key_mean.size() == static_cast<size_t>(args.k.cols),
+      "RopeAndStore: {} means for {} of keys", args.key_mean.size(), args.k.cols);
   const auto head_bytes = static_cast<int64_t>(shape.head_bytes());
   const bool interleaved = args.pairing == RopePairing::kInterleaved;
   ForRows(rows, args.q.cols + 8 * args.k.cols, [&](int r) {
@@ -93,6 +95,7 @@ void CpuBackend::RopeAndStore(const RopeAndStoreArgs& args) {
     const float* cosines = angles_.cosines.data() + static_cast<int64_t>(r) * dim;
     const float* sines = angles_.sines.data() + static_cast<int64_t>(r) * dim;
     kernels_.rotate(args.q.row(r), args.q.cols / dim, dim, interleaved, cosines, sines);
+    if (!stores) return;
     kernels_.rotate(args.k.row(r), shape.kv_heads, dim, interleaved, cosines, sines);
     const AttentionSpan& span = args.spans[angles_.spans[r]];
     const std::span<const int32_t> table = args.page_tables[angles_.spans[r]];

@@ -163,11 +163,12 @@ int Main(int argc, char** argv) {
   std::map<std::string, std::vector<double>> over_bare;  // rung 0, to without panels, [turns]
   // Of prefill steps: the probe's share of their time, and what they take to those without one.
   std::map<std::string, std::vector<double>> probe_share, gather_share, over_unprobed;  // [turns]
-  const absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(*model->file);
+  const absl::StatusOr<std::vector<std::vector<float>>> norms =
+      PpspNorms(*model->file, SiteKind::kChannels);
   if (!norms.ok()) return 1;
   Probe probe(
       {.rows = ProbeOptions::Rows::kSpread, .budget = kProbeBudget, .learn_rows = kLearnRows},
-      History(config.layers, config.channels), *norms);
+      ProbeSites{History(config.layers, config.channels), *norms});
   CpuWatch watch;
   const auto measure = [&](const Shape& shape, const std::vector<int>& rungs,
                            int turn) -> absl::StatusOr<Step> {

@@ -98,15 +98,24 @@ class Sequences {
         v.insert(v.end(), &v_[chunk.sequence][at], &v_[chunk.sequence][at] + kv_width);
       }
     }
-    backend_->RopeAndStore({.spans = spans,
-                            .page_tables = tables,
-                            .q = Matrix(q.data(), rows, width),
-                            .k = Matrix(k.data(), rows, kv_width),
-                            .v = ConstMatrix(v.data(), rows, kv_width),
-                            .inverse_frequency = frequency_,
-                            .pairing = pairing,
-                            .key_mean = key_mean_,
-                            .pool = &pool_});
+    RopeAndStoreArgs args = {.spans = spans,
+                             .page_tables = tables,
+                             .q = Matrix(q.data(), rows, width),
+                             .k = Matrix(k.data(), rows, kv_width),
+                             .v = ConstMatrix(v.data(), rows, kv_width),
+                             .inverse_frequency = frequency_,
+                             .pairing = pairing,
+                             .key_mean = key_mean_,
+                             .pool = &pool_};
+    if (apart_) {  // K and V beside queries that nobody wants
+      std::vector<float> other(q.size(), NAN);
+      args.q = Matrix(other.data(), rows, width);
+      backend_->RopeAndStore(args);
+      args.q = Matrix(q.data(), rows, width);
+      args.k = Matrix(k.data(), rows, 0);
+      args.v = ConstMatrix(v.data(), rows, 0);
+    }
+    backend_->RopeAndStore(args);
     std::vector<float> out(q.size(), NAN);
     backend_->Attention({.spans = spans,
                          .page_tables = tables,
@@ -162,6 +171,8 @@ class Sequences {
   }
 
   const KvPool& pool() const { return pool_; }
+  // From now on, K and V are stored first and queries rotated afterwards.
+  void RotateApart() { apart_ = true; }
 
   // From now on, pages of bytes are what pages of int4 were not yet.
   void Pack(int sequence, const std::vector<KvPacking>& packings, std::vector<int32_t> table) {
@@ -224,6 +235,7 @@ class Sequences {
   Backend* backend_;
   const Heads heads_;
   bool int4_;
+  bool apart_ = false;
   std::vector<float> key_mean_;
   KvPool pool_;
   std::vector<std::vector<int32_t>> tables_;
@@ -352,6 +364,19 @@ TEST_P(AttentionTest, ChunksAndCrowdsGiveTheSameBits) {
 }
 
 // Nor does a fault in a token behind them.
+TEST_P(AttentionTest, QueriesMayBeRotatedApart) {
+  const std::vector<int32_t> kept = {0, 2, 5};
+  const auto run = [&](bool apart) {
+    Sequences sequences(backend_.get(), {6, 2, 80}, GetParam().pages(), 2, 40);
+    if (apart) sequences.RotateApart();
+    std::vector<float> all = sequences.Step({{0, 0, 31}, {1, 0, 7}}, kept);
+    const std::vector<float> next = sequences.Step({{0, 31, 1}, {1, 7, 9}}, kept);
+    all.insert(all.end(), next.begin(), next.end());
+    return all;
+  };
+  EXPECT_EQ(run(true), run(false));
+}
+
 TEST_P(AttentionTest, FaultsAreSeenOnlyFromTheirTokenOn) {
   const Sequences::Heads heads{9, 3, 64};
   const std::vector<int32_t> all = Natural(9);

@@ -171,8 +171,8 @@ TEST_F(LayerFitTest, FitsNothingThatAProbeChooses) {
   const auto probed = [&](const PruningData& data) {
     EXPECT_TRUE(executor_->SetLadder(ladder_, PruningDataSelector(widths_, &data)).ok());
     Probe probe({.rows = ProbeOptions::Rows::kAll, .fuse = false, .keep = 1},
-                History(widths_.layers, widths_.channels),
-                std::vector(widths_.layers, std::vector<float>(widths_.channels, 1)));
+                {History(widths_.layers, widths_.channels),
+                 std::vector(widths_.layers, std::vector<float>(widths_.channels, 1))});
     executor_->set_probe(&probe);
     std::vector<float> hidden = LastHidden(1);
     executor_->set_probe(nullptr);

@@ -41,9 +41,12 @@ class HistoryFileTest : public ::testing::Test {
     return history;
   }
 
-  absl::Status Write(const History& history) {
-    return WriteHistory(path_, FingerprintOf(*model_), history);
+  History Heads() const { return History(layers(), model_->config().columns(SiteKind::kHeads)); }
+
+  absl::Status Write(const History& channels, const History& heads) {
+    return WriteHistory(path_, FingerprintOf(*model_), channels, heads);
   }
+  absl::Status Write(const History& channels) { return Write(channels, Heads()); }
 
   TemporaryFolder folder_;
   std::unique_ptr<ModelFile> model_;
@@ -52,11 +55,15 @@ class HistoryFileTest : public ::testing::Test {
 
 TEST_F(HistoryFileTest, ReadsWhatItWrote) {
   const History history = Learned();
-  ASSERT_TRUE(Write(history).ok());
-  const absl::StatusOr<History> read = ReadHistory(path_, *model_);
+  History heads = Heads();
+  const std::vector<float> some(heads.Energies(1).size(), 3.5f);
+  heads.Restore(1, some);
+  ASSERT_TRUE(Write(history, heads).ok());
+  const absl::StatusOr<SiteHistories> read = ReadHistory(path_, *model_);
   ASSERT_TRUE(read.ok()) << read.status();
   for (int layer = 0; layer < layers(); ++layer) {
-    EXPECT_TRUE(std::ranges::equal(read->Energies(layer), history.Energies(layer)));
+    EXPECT_TRUE(std::ranges::equal(read->channels.Energies(layer), history.Energies(layer)));
+    EXPECT_TRUE(std::ranges::equal(read->heads.Energies(layer), heads.Energies(layer)));
     EXPECT_GT(std::ranges::max(history.Energies(layer)), 0);
   }
 }
@@ -71,7 +78,7 @@ TEST_F(HistoryFileTest, RefusesWhatIsNoHistoryOfThisModel) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
     return std::string(status.message());
   };
-  ASSERT_TRUE(WriteHistory(path_, "another", Learned()).ok());
+  ASSERT_TRUE(WriteHistory(path_, "another", Learned(), Heads()).ok());
   EXPECT_THAT(refusal(), HasSubstr("made for another model"));
 
   ASSERT_TRUE(WritePruningFile(path_, *model_, {}).ok());
@@ -79,6 +86,8 @@ TEST_F(HistoryFileTest, RefusesWhatIsNoHistoryOfThisModel) {
 
   ASSERT_TRUE(Write(History(layers(), channels(), 3)).ok());
   EXPECT_THAT(refusal(), HasSubstr("blk.0.energy.weight"));
+  ASSERT_TRUE(Write(Learned(), Learned()).ok());
+  EXPECT_THAT(refusal(), HasSubstr("blk.0.heads.weight"));
 
   History broken = Learned();
   std::vector<float> energies(broken.Energies(1).begin(), broken.Energies(1).end());
@@ -95,7 +104,7 @@ TEST_F(HistoryFileTest, RefusesWhatIsNoHistoryOfThisModel) {
 }
 
 TEST_F(HistoryFileTest, NamesThePathThatCannotBeWritten) {
-  const absl::Status status = WriteHistory("/nowhere/history.gguf", "x", Learned());
+  const absl::Status status = WriteHistory("/nowhere/history.gguf", "x", Learned(), Heads());
   EXPECT_EQ(status.code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(status.message()), HasSubstr("/nowhere/history.gguf"));
 }

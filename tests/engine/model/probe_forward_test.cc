@@ -1,6 +1,8 @@
 // The probe in the forward pass: what it ranks is what is kept, in prefill and after it, and rows
 // that keep all do not notice.
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -68,7 +70,7 @@ class ProbeForwardTest : public ::testing::TestWithParam<WeightPlan> {
     return std::vector(widths_.layers, norms);
   }
   Probe ThirdsLeave(ProbeOptions options) const {
-    return Probe(options, History(widths_.layers, widths_.channels), Norms());
+    return Probe(options, {History(widths_.layers, widths_.channels), Norms()});
   }
 
   // All channels held as much at all positions.
@@ -125,7 +127,7 @@ TEST_P(ProbeForwardTest, RanksByWhatWasThereBeforeAttentionIfToldTo) {
                                              std::vector<float>(widths_.channels, 1));
   const auto serve = [&](bool stale) {
     Probe probe({.rows = ProbeOptions::Rows::kAll, .fuse = false, .stale = stale, .keep = 1},
-                History(widths_.layers, widths_.channels), ones);
+                {History(widths_.layers, widths_.channels), ones});
     model_.decoder().set_probe(&probe);
     Run run = Serve();
     model_.decoder().set_probe(nullptr);
@@ -140,7 +142,7 @@ TEST_P(ProbeForwardTest, RanksByWhatWasThereBeforeAttentionIfToldTo) {
 TEST_P(ProbeForwardTest, RanksDecodeStepsByHistory) {
   model_.SetLadder(Narrow(widths_));
   const Run natural = Serve();
-  Probe probe({.least_rows = 1000, .keep = 1, .refresh = 1}, Ones(), Norms());
+  Probe probe({.least_rows = 1000, .keep = 1, .refresh = 1}, {Ones(), Norms()});
   model_.decoder().set_probe(&probe);
   const Run refreshed = Serve();
   model_.decoder().set_probe(nullptr);
@@ -191,7 +193,7 @@ TEST_P(ProbeForwardTest, KeepsAllChannelsInWholeSteps) {
   EXPECT_EQ(got.narrow, whole.narrow);
   EXPECT_EQ(got.dense, whole.dense);
   // Position 20 is in the fourth bucket, of which history now knows every channel.
-  for (const float energy : probe.history().Energy(0, 3)) EXPECT_GT(energy, 0);
+  for (const float energy : probe.history(SiteKind::kChannels).Energy(0, 3)) EXPECT_GT(energy, 0);
 }
 
 TEST_P(ProbeForwardTest, UpdatesHistoryOfMixedSteps) {
@@ -239,7 +241,7 @@ TEST_P(ProbeForwardTest, WidensPanelsThatANarrowerStepRanked) {
   // The second decode step ranks; the third is on rung 1 whatever rung that was.
   const auto after = [&](int ranking_rung) {
     model_.SetLadder(Narrow(widths_));
-    Probe probe({.least_rows = 1000, .keep = 1, .refresh = 2}, Ones(), Norms());
+    Probe probe({.least_rows = 1000, .keep = 1, .refresh = 2}, {Ones(), Norms()});
     model_.decoder().set_probe(&probe);
     for (const int sequence : {0, 1}) step(sequence, 0, 19, 0);
     for (const int start : {19, 20}) step(0, start, 1, ranking_rung);
@@ -251,6 +253,105 @@ TEST_P(ProbeForwardTest, WidensPanelsThatANarrowerStepRanked) {
   };
   EXPECT_EQ(after(2), after(1));
 }
+
+// Of its four heads the first layer keeps two, on rung 1.
+class HeadProbeTest : public ProbeForwardTest {
+ protected:
+  static constexpr int kKeptHeads = 2;
+
+  Ladder NarrowHeads() const {
+    KeepProfile keep = KeepProfile::Dense(widths_);
+    keep.Keep(0, SiteKind::kHeads, kKeptHeads);
+    Ladder ladder = Ladder::DenseOnly(widths_);
+    EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep}));
+    return ladder;
+  }
+  int columns() const { return model_.file().config().columns(SiteKind::kHeads); }
+  std::vector<std::vector<float>> Ones() const {
+    return std::vector(widths_.layers, std::vector<float>(columns(), 1));
+  }
+  Probe ProbeOf(const ProbeOptions& options) const {
+    return Probe(options, {History(widths_.layers, widths_.channels), Norms()},
+                 {History(widths_.layers, columns()), Ones()}, model_.file().config().head_dim);
+  }
+  // Rung 1's prompt and decode rows with heads ranked so before.
+  Run ServeRanked(const std::vector<int32_t>& ranking) {
+    EXPECT_TRUE(model_.selector().SetRanking(0, SiteKind::kHeads, ranking));
+    model_.SetLadder(NarrowHeads());
+    return Serve();
+  }
+};
+
+// By what they give where their rows are, from all that is before them: as one sees it in the dense
+// model, which the first layer's heads are of until one leaves.
+TEST_P(HeadProbeTest, KeepsTheHeadsThatItsRowsHoldMostOf) {
+  const std::vector<int32_t> ids = RandomIds(23, 1);
+  std::vector<double> energy(widths_.heads);
+  model_.decoder().set_input_observer([&](int layer, MatrixInput input, ConstMatrix rows) {
+    if (layer != 0 || input != MatrixInput::kO) return;
+    const int dim = rows.cols / widths_.heads;
+    for (int r = 0; r < rows.rows; ++r) {
+      for (int c = 0; c < rows.cols; ++c) {
+        energy[c / dim] += double{rows.row(r)[c]} * rows.row(r)[c];
+      }
+    }
+  });
+  model_.Logits(std::span(ids).first(20));
+  model_.decoder().set_input_observer({});
+  std::vector<int32_t> ranking(widths_.heads);
+  std::iota(ranking.begin(), ranking.end(), 0);
+  std::ranges::sort(ranking, [&](int a, int b) { return energy[a] > energy[b]; });
+  const auto in_bands = [](std::vector<int32_t> heads) {  // as a panel has them
+    std::sort(heads.begin(), heads.begin() + kKeptHeads);
+    std::sort(heads.begin() + kKeptHeads, heads.end());
+    return heads;
+  };
+  const std::vector<int32_t> best = in_bands(ranking);
+  const std::vector<int32_t> worst = in_bands({ranking.rbegin(), ranking.rend()});
+  const Run ranked = ServeRanked(best), wrong = ServeRanked(worst);
+  EXPECT_NE(ranked.narrow, wrong.narrow);
+  Probe probe = ProbeOf({.rows = ProbeOptions::Rows::kAll, .fuse = false});
+  model_.decoder().set_probe(&probe);
+  const Run probed = Serve();  // from the worst heads' panels
+  model_.decoder().set_probe(nullptr);
+  EXPECT_EQ(probed.narrow, ranked.narrow);
+  EXPECT_EQ(probed.dense, ranked.dense);
+  EXPECT_EQ(probe.counts().rankings, 1);
+  EXPECT_EQ(probe.counts().rows, 20);
+  // It was told of the heads that stayed, and of no others.
+  const std::span<const float> held = probe.history(SiteKind::kHeads).Energy(0, 2);
+  for (int head = 0; head < widths_.heads; ++head) {
+    const bool stayed = head == best[0] || head == best[1];
+    EXPECT_EQ(held[head * columns() / widths_.heads] > 0, stayed) << head;
+  }
+}
+
+TEST_P(HeadProbeTest, ProbesFewRowsAndLooksBackAndKeepsAllForOnce) {
+  model_.SetLadder(NarrowHeads());
+  const Run plain = Serve();
+  Probe spread = ProbeOf({.rows = ProbeOptions::Rows::kSpread, .budget = 0.1, .refresh = 1});
+  model_.decoder().set_probe(&spread);
+  const Run looked = Serve();
+  EXPECT_EQ(spread.counts().rows, 2) << "of 20";
+  EXPECT_EQ(spread.counts().rankings, 4) << "one ahead, three back";
+  EXPECT_EQ(looked.dense, plain.dense);
+  for (const float value : looked.narrow) ASSERT_TRUE(std::isfinite(value));
+
+  Ladder half = Ladder::DenseOnly(widths_);
+  half.Append({.prefill = NarrowHeads().rung(1).prefill, .decode = half.rung(0).decode});
+  model_.decoder().set_probe(nullptr);
+  model_.SetLadder(half);
+  const Run whole = Serve();
+  model_.SetLadder(NarrowHeads());
+  Probe seldom = ProbeOf({.least_rows = 1000, .whole = 1});
+  model_.decoder().set_probe(&seldom);
+  EXPECT_EQ(Serve().narrow, whole.narrow);
+  model_.decoder().set_probe(nullptr);
+}
+
+INSTANTIATE_TEST_SUITE_P(Weights, HeadProbeTest,
+                         ::testing::Values(WeightPlan::kF32, WeightPlan::kInt8, WeightPlan::kInt4),
+                         [](const auto& info) { return std::string(WeightPlanName(info.param)); });
 
 INSTANTIATE_TEST_SUITE_P(Weights, ProbeForwardTest,
                          ::testing::Values(WeightPlan::kF32, WeightPlan::kInt8, WeightPlan::kInt4),

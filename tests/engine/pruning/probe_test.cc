@@ -12,6 +12,8 @@ namespace {
 using testing::ElementsAre;
 using testing::FloatNear;
 using Rows = ProbeOptions::Rows;
+constexpr SiteKind kChannels = SiteKind::kChannels;
+constexpr SiteKind kHeads = SiteKind::kHeads;
 
 // Sequences of the lengths given, end to end.
 std::vector<ProbeRow> RowsOf(const std::vector<int>& lengths) {
@@ -70,7 +72,7 @@ TEST(ProbeRows, OverBudgetAreSpreadOverThoseChosen) {
 constexpr int kCounts[] = {1, 2};  // a full ranking of three
 
 TEST(Probe, LooksAheadInPrefillAndBackInDecode) {
-  Probe probe({.least_rows = 8, .refresh = 2, .whole = 3}, History(1, 2), {{1, 1}});
+  Probe probe({.least_rows = 8, .refresh = 2, .whole = 3}, ProbeSites{History(1, 2), {{1, 1}}});
   EXPECT_EQ(probe.Next(8, 3), Look::kAhead);
   EXPECT_EQ(probe.Next(7, 3), Look::kNone) << "too few rows to pay";
   EXPECT_EQ(probe.Next(0, 3), Look::kNone);
@@ -88,27 +90,28 @@ TEST(Probe, RanksByHistoryWhereItsRowsAre) {
   const int positions[] = {1, 300};
   history.Learn(0, ConstMatrix(near, 1, 3), {positions, 1});
   history.Learn(0, ConstMatrix(far, 1, 3), {positions + 1, 1});
-  Probe probe({}, history, {{1, 1, 1}});
+  Probe probe({}, ProbeSites{history, {{1, 1, 1}}});
   const ProbeRow rows[] = {{0, 2}, {1, 400}, {2, 500}};
-  EXPECT_THAT(probe.RankByHistory(0, {rows, 1}, kCounts), ElementsAre(0, 2, 1));
-  EXPECT_THAT(probe.RankByHistory(0, rows, kCounts), ElementsAre(1, 2, 0)) << "11, 19 and 12";
+  EXPECT_THAT(probe.RankByHistory(0, kChannels, {rows, 1}, kCounts), ElementsAre(0, 2, 1));
+  EXPECT_THAT(probe.RankByHistory(0, kChannels, rows, kCounts), ElementsAre(1, 2, 0))
+      << "11, 19 and 12";
   EXPECT_EQ(probe.counts().rankings, 2);
   EXPECT_EQ(probe.counts().rows, 0);
   EXPECT_EQ(probe.counts().age, 0);
 }
 
 TEST(Probe, RanksByThePromptsLastRead) {
-  Probe probe({.rows = Rows::kPrompts}, History(1, 3), {{1, 1, 2}});
+  Probe probe({.rows = Rows::kPrompts}, ProbeSites{History(1, 3), {{1, 1, 2}}});
   const float held[] = {9, 9, 9, 3, 1, 1, 1, 3, 1};
   const ProbeRow rows[] = {{0, 0}, {0, 1}, {0, 2}};
   const int32_t channels[] = {0, 1, 2};
   const auto read = [&](std::initializer_list<int> of) {
     EXPECT_EQ(probe.Next(0, 1, static_cast<int>(of.size())), Look::kNone);
     for (const int r : of) {
-      probe.Update(0, ConstMatrix(held + 3 * r, 1, 3), {rows + r, 1}, channels);
+      probe.Update(0, kChannels, ConstMatrix(held + 3 * r, 1, 3), {rows + r, 1}, channels);
     }
   };
-  const auto ranking = [&] { return probe.RankByHistory(0, {rows, 1}, kCounts); };
+  const auto ranking = [&] { return probe.RankByHistory(0, kChannels, {rows, 1}, kCounts); };
   EXPECT_EQ(probe.Next(0, 1, 0), Look::kNone) << "no prompt was read";
   read({0, 1});
   read({1});  // another step, the same prompts
@@ -143,19 +146,40 @@ TEST(FusedEnergy, OfABucketCountsItsPositions) {
 }
 
 TEST(Probe, RanksByEnergyTimesNorm) {
-  Probe probe({.fuse = false}, History(1, 3), {{1, 10, 1}});
+  Probe probe({.fuse = false}, ProbeSites{History(1, 3), {{1, 10, 1}}});
   const float hidden[] = {3, 1, 2};
   const ProbeRow rows[] = {{0, 5}};
-  EXPECT_THAT(probe.Rank(0, ConstMatrix(hidden, 1, 3), rows, kCounts), ElementsAre(1, 0, 2));
+  EXPECT_THAT(probe.Rank(0, kChannels, ConstMatrix(hidden, 1, 3), rows, kCounts),
+              ElementsAre(1, 0, 2));
 }
 
 TEST(Probe, RanksWholeGroups) {
-  Probe probe({.fuse = false, .group = 4}, History(1, 8), {std::vector<float>(8, 1.0f)});
+  Probe probe({.fuse = false, .group = 4},
+              ProbeSites{History(1, 8), {std::vector<float>(8, 1.0f)}});
   const float hidden[] = {4, 0, 0, 0, 3, 3, 3, 3};  // 16 and 36 together
   const ProbeRow rows[] = {{0, 5}};
   constexpr int kHalf[] = {4};
-  EXPECT_THAT(probe.Rank(0, ConstMatrix(hidden, 1, 8), rows, kHalf),
+  EXPECT_THAT(probe.Rank(0, kChannels, ConstMatrix(hidden, 1, 8), rows, kHalf),
               ElementsAre(4, 5, 6, 7, 0, 1, 2, 3));
+}
+
+TEST(Probe, RanksHeadsByTheirColumnsTogether) {
+  // Three heads of two columns; history is of what heads kept before.
+  Probe probe({.keep = 0.5}, ProbeSites{History(1, 1), {{1}}},
+              ProbeSites{History(1, 6), {{1, 1, 1, 1, 4, 1}}}, 2);
+  const float hidden[] = {3, 0, 2, 2, 0, 2};  // energies 9, 8 and 4
+  const ProbeRow rows[] = {{0, 5}};
+  EXPECT_THAT(probe.Rank(0, kHeads, ConstMatrix(hidden, 1, 6), rows, kCounts),
+              ElementsAre(0, 1, 2));
+  const float norm[] = {3, 0, 2, 2, 2, 0};  // that of the last: four times as much
+  EXPECT_THAT(probe.Rank(0, kHeads, ConstMatrix(norm, 1, 6), rows, kCounts), ElementsAre(2, 0, 1));
+  const float kept[] = {1, 1, 3, 3};
+  const int32_t heads[] = {2, 1};
+  probe.Update(0, kHeads, ConstMatrix(kept, 1, 4), rows, heads);
+  EXPECT_THAT(probe.history(kHeads).Energy(0, probe.history(kHeads).BucketOf(5)),
+              ElementsAre(0, 0, 9, 9, 1, 1));
+  EXPECT_THAT(probe.RankByHistory(0, kHeads, rows, kCounts), ElementsAre(1, 2, 0));
+  EXPECT_THAT(probe.history(kChannels).Energies(0), testing::Each(0));
 }
 
 }  // namespace
