@@ -348,17 +348,16 @@ const std::vector<Setting>& Settings() {
        "Nats per token beyond its price tag from which a rung is served no more",
        Nats(&O::quality_bound)},
       {kPruning, "probe",
-       "Rank channels anew in each prefill step that prunes, by a probe of its\n"
-       "rows, fused with history (Probe Pruning); prompts: by what the prompts last\n"
-       "read held, for decode; off: as calibrated, which loses less. Needs a ladder\n"
-       "of `espalier calibrate --compensate none`",
+       "Rank heads and channels anew in each prefill step that prunes, by a probe\n"
+       "of its rows, fused with history (Probe Pruning); prompts: by what the\n"
+       "prompts last read held, for decode; off: as calibrated, which loses less.\n"
+       "Needs a ladder of `espalier calibrate --compensate none`",
        Choice<std::optional<ProbeOptions::Rows>>(&O::probe, ProbeChoices())},
       {kPruning, "probe-budget", "Most rows that are probed, as a share of those pruned",
        Share(&O::probe_budget)},
       {kPruning, "probe-least-rows", "Steps that prune fewer prefill rows are not probed",
        Whole(&O::probe_least_rows, 0, 65536)},
-      {kPruning, "probe-refresh",
-       "Decode steps after which channels are ranked anew by history; 0: never",
+      {kPruning, "probe-refresh", "Decode steps after which history ranks anew; 0: never",
        Whole(&O::probe_refresh, 0, 1'000'000)},
       {kPruning, "probe-whole",
        "Of so many decode steps one leaves nothing out, so that history sees all\n"
@@ -368,7 +367,7 @@ const std::vector<Setting>& Settings() {
        Choice<bool>(&O::frozen_history, {{"ema", false}, {"frozen", true}})},
       {kPruning, "history-file",
        "Where a probe's history is read from at the start, if it is there, and\n"
-       "written to at the end, unless frozen; energies of channels, never text",
+       "written to at the end, unless frozen; energies, never text",
        Text(&O::history_file, "PATH", "a path; empty: none")},
       {kPruning, "moments-file",
        "Gather what the model's matrices meet, of a sample of rows served in full,\n"

@@ -374,7 +374,8 @@ void AddEval(CLI::App& root, Action* action) {
   number("--batch", options->batch, "COUNT", "Texts that run together", 1, 4096);
   number("--count", options->count, "COUNT", "Texts, of all kinds", 1, 1 << 20);
   number("--step-rows", options->step_rows, "COUNT", "Rows of a step", 1, 65536);
-  const char* probing = "Probe Pruning: channels chosen anew in each step with prefill rows";
+  const char* probing =
+      "Probe Pruning: heads and channels chosen anew in each step with prefill rows";
   sub->add_option("--probe", options->probe,
                   "Which rows look ahead; top-norm: the published rule; spread: evenly; "
                   "all: the upper bound, with no history; prompts: none do, and what the prompts "

@@ -63,18 +63,18 @@ def detail(error, kind):
     return None
 
 
-def calibrate(binary, model, path, *options):
+def calibrate(binary, model, path, *options, rung="0.6", kept="channels=64*2"):
     """A ladder of rungs 0 and 1 of the tiny model at `path`; its losses mean nothing."""
     done = subprocess.run(
         [pathlib.Path(binary).with_name("espalier"), "calibrate", "--model", model, "--text",
          ROOT / "tests/golden/data/prose.txt", "--tokens", "3000", "--dense-layers", "0",
-         "--rungs", "0.6", "--out", path, *options],
+         "--rungs", rung, "--out", path, *options],
         capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"espalier calibrate: {done.stderr}")
     # So small a model may be timed no faster pruned, and calibration then leaves the rung out.
     path.write_text("espalier-ladder 1\nmodel layers=2 heads=4 channels=96\n"
-                    "rung 0 loss=0\nrung 1 loss=0.1 channels=64*2\n")
+                    f"rung 0 loss=0\nrung 1 loss=0.1 {kept}\n")
 
 
 def text_request(text, max_tokens, **fields):

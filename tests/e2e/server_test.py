@@ -479,19 +479,29 @@ class Pruning(unittest.TestCase):
 
     def test_probe_ranks_and_remembers(self):
         history = pathlib.Path(self.folder.name) / "history.gguf"
-        options = ("--ladder", self.plain, "--probe", "spread", "--probe-least-rows", "8",
+        heads = pathlib.Path(self.folder.name) / "heads.ladder"
+        harness.calibrate(BINARY, MODEL, heads, "--compensate", "none", rung="0.6h0.5",
+                          kept="heads=2*2 channels=64*2")
+        self.probe_ranks_and_remembers(self.plain, history, sites=1)
+        # What was learned without heads is of use with them.
+        self.probe_ranks_and_remembers(heads, history, sites=2, starts=("history read",))
+
+    def probe_ranks_and_remembers(self, ladder, history, sites,
+                                  starts=("history begins anew", "history read")):
+        options = ("--ladder", ladder, "--probe", "spread", "--probe-least-rows", "8",
                    "--probe-refresh", "5", "--probe-whole", "7", "--history-file", history,
                    "--metrics-port", "0")
-        for start in ("history begins anew", "history read"):
+        for start in starts:
             with Server(BINARY, MODEL, *options) as server:
                 self.assertIn(start, server.log())
                 prompt, stages = self.served(server, 1)
                 self.assertEqual((stages.full, stages.probed, stages.history), (0, prompt, 19))
                 self.assertGreater(self.metric(server, "espalier_probe_rows_total"), 0)
-                # One a layer in the prefill step, and one every five of 19 decode steps, but for
-                # those in which a whole one is due.
-                self.assertEqual(self.metric(server, "espalier_rankings_total") % 2, 0)
-                self.assertGreater(self.metric(server, "espalier_rankings_total"), 2 * 2)
+                # One a layer's site in the prefill step, and one every five of 19 decode steps, but
+                # for those in which a whole one is due.
+                rankings = self.metric(server, "espalier_rankings_total")
+                self.assertEqual(rankings % (2 * sites), 0)
+                self.assertGreater(rankings, 2 * 2 * sites)
                 self.assertIsNotNone(self.metric(server, "espalier_ranking_age_steps"))
                 self.assertGreater(
                     self.metric(server, 'espalier_step_phase_seconds_total{phase="probe"}'), 0)
