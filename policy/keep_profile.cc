@@ -26,6 +26,17 @@ bool KeepProfile::dense() const {  // asked in every step, so nothing is allocat
          std::ranges::all_of(channels_, [&](int kept) { return kept == widths_.channels; });
 }
 
+bool KeepProfile::narrows() const {
+  const auto some = [](int full) { return [full](int kept) { return kept > 0 && kept < full; }; };
+  return std::ranges::any_of(heads_, some(widths_.heads)) ||
+         std::ranges::any_of(channels_, some(widths_.channels));
+}
+
+bool KeepProfile::drops() const {
+  const auto none = [](int kept) { return kept == 0; };
+  return std::ranges::any_of(heads_, none) || std::ranges::any_of(channels_, none);
+}
+
 double KeepProfile::prune_ratio() const {
   int64_t kept = 0;
   for (int count : heads_) kept += count;

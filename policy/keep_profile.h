@@ -42,6 +42,9 @@ class KeepProfile {
   void Keep(int layer, SiteKind kind, int count);
 
   bool dense() const;
+  // Some of a site stays, but not all; of a site nothing does: its block is dropped.
+  bool narrows() const;
+  bool drops() const;
 
   // Share of heads and channels that left, each site weighted by its width: 0 for dense, 1 for
   // everything dropped.

@@ -50,7 +50,7 @@ using RungSet = uint64_t;
 static_assert(kMostRungs <= 64);
 
 constexpr bool Has(RungSet set, int rung) { return (set >> rung & 1) != 0; }
-// Rungs 0 to `hardest`, which is below kMostRungs; all of a ladder by its last.
+// Rungs 0 to `hardest`, of [0, kMostRungs).
 constexpr RungSet UpTo(int hardest) { return ~RungSet{0} >> (63 - hardest); }
 
 // Those that the bounds allow, without regard to `bounds.rung`; rung 0 is always one of them.

@@ -40,6 +40,14 @@ std::string_view Text(const absl::Status& status) {
   return {status.message().data(), status.message().size()};
 }
 
+// Whether a file could be written there: rather now than when all has been gathered.
+absl::Status CheckFolder(std::string_view option, const std::string& path) {
+  const std::string folder = std::filesystem::absolute(path).parent_path().string();
+  if (access(folder.c_str(), W_OK) == 0) return absl::OkStatus();
+  return absl::NotFoundError(
+      fmt::format("{}: {}: {}", option, folder, std::generic_category().message(errno)));
+}
+
 absl::Status Differs(std::string_view path, std::string_view what, std::string_view served,
                      std::string_view found) {
   return absl::FailedPreconditionError(
@@ -171,7 +179,14 @@ absl::Status LoadedModel::MakeProbe(const ModelFile& file) {
       .heads = History(config.layers, config.columns(SiteKind::kHeads))};
   if (!options_.history_file.empty()) {
     absl::StatusOr<SiteHistories> read = ReadHistory(options_.history_file, file);
-    if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
+    const bool begins = absl::IsNotFound(read.status()) && !options_.frozen_history;
+    if (!read.ok() && !begins) return read.status();
+    if (!options_.frozen_history) {
+      if (absl::Status status = CheckFolder("--history-file", options_.history_file);
+          !status.ok()) {
+        return status;
+      }
+    }
     if (read.ok()) histories = *std::move(read);
     Log(LogLevel::kInfo, read.ok() ? "history read" : "history begins anew",
         {{"file", options_.history_file}});
@@ -200,11 +215,7 @@ absl::Status LoadedModel::OpenMoments(const ModelFile& file, const std::string& 
   if (!path.empty()) {
     absl::StatusOr<InputMoments> read = ReadMoments(path, file);
     if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
-    const std::string folder = std::filesystem::absolute(path).parent_path().string();
-    if (access(folder.c_str(), W_OK) != 0) {  // rather than when all has been gathered
-      return absl::NotFoundError(
-          fmt::format("--moments-file: {}: {}", folder, std::generic_category().message(errno)));
-    }
+    if (absl::Status status = CheckFolder("--moments-file", path); !status.ok()) return status;
     if (read.ok()) *moments_ = *std::move(read);
   }
   Log(LogLevel::kInfo, "moments are gathered",

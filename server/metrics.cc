@@ -156,7 +156,7 @@ struct Metrics::Instruments : prometheus::Collectable {
   }
   Counter& Stage(const char* stage) {
     return AddCounter(r, "espalier_rows_by_stage_total",
-                      "Rows by how their channels were chosen: all kept, by a probe of their step, "
+                      "Rows by how what they keep was chosen: all of it, by a probe of their step, "
                       "or before their step.",
                       {{"stage", stage}});
   }
@@ -232,7 +232,7 @@ struct Metrics::Instruments : prometheus::Collectable {
   Counter& probe_rows =
       AddCounter(r, "espalier_probe_rows_total", "Rows that layers were probed with.");
   Counter& rankings = AddCounter(r, "espalier_rankings_total",
-                                 "Rankings of a layer's channels renewed while serving.");
+                                 "Rankings of a layer's heads or channels renewed while serving.");
   Gauge& wanted_rung = AddGauge(
       r, "espalier_policy_rung",
       "The rung that the policy would now serve a request without bounds at; 0: the full model.");

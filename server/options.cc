@@ -353,7 +353,8 @@ const std::vector<Setting>& Settings() {
        "prompts last read held, for decode; off: as calibrated, which loses less.\n"
        "Needs a ladder of `espalier calibrate --compensate none`",
        Choice<std::optional<ProbeOptions::Rows>>(&O::probe, ProbeChoices())},
-      {kPruning, "probe-budget", "Most rows that are probed, as a share of those pruned",
+      {kPruning, "probe-budget",
+       "Most rows that are probed, as a share of those pruned; one at least",
        Share(&O::probe_budget)},
       {kPruning, "probe-least-rows", "Steps that prune fewer prefill rows are not probed",
        Whole(&O::probe_least_rows, 0, 65536)},
@@ -539,6 +540,9 @@ absl::StatusOr<ServerOptions> ReadOptions(const GivenByName& given) {
   }
   if (options.probe.has_value() && options.ladder.empty()) {
     return absl::InvalidArgumentError("--probe: needs a ladder: --ladder");
+  }
+  if (!options.probe.has_value() && !options.history_file.empty()) {
+    return absl::InvalidArgumentError("--history-file: only a --probe has a history");
   }
   if (options.max_sequences > options.max_batch_tokens) {
     return absl::InvalidArgumentError(

@@ -65,13 +65,13 @@ struct ServerOptions {
   // How much more than its price tag a rung may be seen to lose before it is no longer served, nats
   // per token, 0 to 100.
   double quality_bound = 0.5;
-  // Rows by which each prefill step that narrows ranks channels anew, by Probe Pruning; none (off):
-  // channels stay as calibrated. Needs a ladder without refitted weights.
+  // Rows by which each prefill step that narrows ranks heads and channels anew, by Probe Pruning;
+  // none (off): they stay as calibrated. Needs a ladder without refitted weights.
   std::optional<ProbeOptions::Rows> probe;
   double probe_budget = 0.02;   // most rows probed, as a share of those narrowed, 0 to 1
   int probe_least_rows = 64;    // steps that narrow fewer prefill rows are not probed, 0 to 65536
   int probe_refresh = 64;       // decode steps after which history ranks anew; 0: never
-  int probe_whole = 64;         // of so many decode steps one keeps all channels; 0: none
+  int probe_whole = 64;         // of so many decode steps one leaves nothing out; 0: none
   bool frozen_history = false;  // history stays as read
   // The probe's history: read at the start if the file exists, written at the end unless frozen;
   // empty: begins anew.

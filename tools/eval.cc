@@ -392,9 +392,10 @@ void AddEval(CLI::App& root, Action* action) {
         ->capture_default_str()
         ->group(probing);
   };
-  share("--probe-tokens", options->probing.token_share, "Of positions");
-  share("--probe-sequences", options->probing.sequence_share, "Of sequences");
-  share("--probe-budget", options->probing.budget, "Most rows probed, of those narrowed");
+  share("--probe-tokens", options->probing.token_share, "Of positions; top-norm");
+  share("--probe-sequences", options->probing.sequence_share, "Of sequences; top-norm");
+  share("--probe-budget", options->probing.budget,
+        "Most rows probed, of those narrowed, one at least; a server's default is 0.02");
   sub->add_flag("--probe-stale", options->probing.stale,
                 "Probe rows as they were before the layer's attention (published as parallel "
                 "probing, which waits for nothing)")
@@ -412,7 +413,7 @@ void AddEval(CLI::App& root, Action* action) {
   every("--probe-whole", options->probing.whole,
         "Of so many decode steps one keeps all channels; 0: none");
   sub->add_option("--history-text", options->history,
-                  "Files or folders that history is learned from before; none: no history")
+                  "Files or folders that history is learned from before; without: no history")
       ->type_name("PATH")
       ->group(probing);
   sub->add_option("--history-tokens", options->history_tokens, "Tokens of it")

@@ -1,6 +1,7 @@
 // Every activation buffer of a forward pass in one place, sized once for the largest step.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -62,14 +63,16 @@ struct Activations {
     const uint64_t channels = config.channels;
     const uint64_t queries = uint64_t(config.heads) * config.head_dim;
     const uint64_t keys = uint64_t(config.kv_heads) * config.head_dim;
+    const uint64_t widest =
+        std::max({hidden, channels, queries});  // a probe of heads is there, too
     return {{{&Activations::residual, hidden},
              {&Activations::normed, hidden},
              {&Activations::q, queries},
              {&Activations::k, keys},
              {&Activations::v, keys},
              {&Activations::attention, queries},
-             {&Activations::gate, channels},
-             {&Activations::up, channels}}};
+             {&Activations::gate, widest},
+             {&Activations::up, widest}}};
   }
 };
 

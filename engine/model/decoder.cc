@@ -100,8 +100,11 @@ Look Decoder::NextLook(const StepPlan& plan) {
     bool narrows = false, teaches = false;
     for (int layer = 0; layer < config_.layers; ++layer) {
       for (const SiteKind kind : {SiteKind::kHeads, SiteKind::kChannels}) {
-        narrows |= Narrows(layer, step, kind);
-        teaches |= Teaches(layer, step, kind);
+        const bool here = Narrows(layer, step, kind), told = Teaches(layer, step, kind);
+        Invariant((!here && !told) || probe_->history(kind).layers() == config_.layers,
+                  "a probe of channels alone meets a rung that narrows heads");
+        narrows |= here;
+        teaches |= told;
       }
     }
     if (narrows) (step.decode ? decode : prefill) += step.rows;
@@ -180,7 +183,7 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
                         .spans = step_spans,
                         .tables = tables,
                         .pool = pool},
-                       *activations, phases);
+                       activations, phases);
   }
   {
     PhaseTimer timer(&phases->attention_projections);
@@ -234,6 +237,7 @@ void Decoder::AttentionBlock(int layer, const StepPlan& plan, KvPool* pool,
   for (int row = 0; const PlanStep& step : plan.steps) {
     if (row == rows) break;
     if (Teaches(layer, step, SiteKind::kHeads)) {
+      PhaseTimer timer(&phases->probe);
       const int kept = KeptNow(layer, step, SiteKind::kHeads);
       probe_->Update(layer, SiteKind::kHeads,
                      ConstMatrix(attended.row(row), step.rows, kept * dim, attended.stride),
@@ -403,7 +407,7 @@ Decoder::LookedAt Decoder::RowsProbed(const LookedAt& looked_at,
 }
 
 bool Decoder::RankHeads(int layer, const StepPlan& plan, const AttentionMatrices& at,
-                        const Activations& activations, PhaseTimes* phases) {
+                        Activations* activations, PhaseTimes* phases) {
   Panels& panels = panels_[layer];
   const LookedAt looked_at = RowsLookedAt(layer, plan, SiteKind::kHeads);
   if (looked_at.rows.empty()) return false;
@@ -418,29 +422,35 @@ bool Decoder::RankHeads(int layer, const StepPlan& plan, const AttentionMatrices
       backend_->MatMul({.x = at.normed, .targets = targets});
       NormHeads(weights.k_norm, at.k);
     }
-    PhaseTimer timer(&phases->probe);
-    const LookedAt probed = RowsProbed(looked_at, activations);
-    const int count = static_cast<int>(probed.rows.size());
     const int hidden = config_.hidden, width = at.q.cols;
-    probed_.resize(static_cast<size_t>(count) * (hidden + width));
-    const Matrix x(probed_.data(), count, hidden);
-    const Matrix held(probed_.data() + int64_t{count} * hidden, count, width);
-    const auto copy = [](const float* from, int cols, float* to) { std::copy_n(from, cols, to); };
-    for (int i = 0; i < count; ++i) copy(at.normed.row(probed.rows[i]), hidden, x.row(i));
-    const MatMulTarget target[] = {{.weight = &weights.q, .out = held, .bias = weights.q_bias}};
-    backend_->MatMul({.x = x, .targets = target});
-    NormHeads(weights.q_norm, held);
-    // Where the step's own queries will be: what the other rows hold is nobody's.
-    for (int i = 0; i < count; ++i) copy(held.row(i), width, at.q.row(probed.rows[i]));
-    RopeAndStore(layer, {.spans = at.spans,
-                         .page_tables = at.tables,
-                         .q = at.q,
-                         .k = at.k,
-                         .v = at.v,
-                         .pool = at.pool});
+    LookedAt probed;
+    Matrix held;
+    {
+      PhaseTimer timer(&phases->probe);
+      probed = RowsProbed(looked_at, *activations);
+      const int count = static_cast<int>(probed.rows.size());
+      const Matrix x(activations->gate.data(), count, hidden);  // free until the MLP
+      held = Matrix(activations->up.data(), count, width);
+      for (int i = 0; i < count; ++i) std::copy_n(at.normed.row(probed.rows[i]), hidden, x.row(i));
+      const MatMulTarget target[] = {{.weight = &weights.q, .out = held, .bias = weights.q_bias}};
+      backend_->MatMul({.x = x, .targets = target});
+      NormHeads(weights.q_norm, held);
+      // Where the step's own queries will be: what the other rows hold is nobody's.
+      for (int i = 0; i < count; ++i) std::copy_n(held.row(i), width, at.q.row(probed.rows[i]));
+    }
+    {
+      PhaseTimer timer(&phases->attention);
+      RopeAndStore(layer, {.spans = at.spans,
+                           .page_tables = at.tables,
+                           .q = at.q,
+                           .k = at.k,
+                           .v = at.v,
+                           .pool = at.pool});
+    }
+    PhaseTimer timer(&phases->probe);
     std::vector<AttentionSpan> spans;
     std::vector<std::span<const int32_t>> tables;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < held.rows; ++i) {
       const int of = probed.of_rows[i].sequence;
       spans.push_back({.first_row = probed.rows[i],
                        .rows = 1,
@@ -456,12 +466,15 @@ bool Decoder::RankHeads(int layer, const StepPlan& plan, const AttentionMatrices
                          .scale = AttentionScale(),
                          .pool = at.pool,
                          .out = at.attended});
-    for (int i = 0; i < count; ++i) copy(at.attended.row(probed.rows[i]), width, held.row(i));
+    for (int i = 0; i < held.rows; ++i) {
+      std::copy_n(at.attended.row(probed.rows[i]), width, held.row(i));
+    }
     ranking = probe_->Rank(layer, SiteKind::kHeads, held, probed.of_rows, panels.head_counts);
   } else {
     PhaseTimer timer(&phases->probe);
     ranking = probe_->RankByHistory(layer, SiteKind::kHeads, looked_at.of_rows, panels.head_counts);
   }
+  if (ranking.empty()) return ahead;
   PhaseTimer timer(&phases->gather);
   const absl::Status gathered =
       MakeHeadPanels(layer, std::span(ranking).first(panels.head_counts.back()), &panels);
@@ -475,10 +488,14 @@ bool Decoder::RankChannels(int layer, const StepPlan& plan, Activations* activat
   const LookedAt looked_at = RowsLookedAt(layer, plan, SiteKind::kChannels);
   if (looked_at.rows.empty()) return false;
   Panels& panels = panels_[layer];
+  const auto take = [&](std::vector<int32_t> ranking) {
+    const bool ranked = !ranking.empty();
+    if (ranked) panels.channels = std::move(ranking);
+    return ranked;
+  };
   if (look_ == Look::kBack) {
-    panels.channels =
-        probe_->RankByHistory(layer, SiteKind::kChannels, looked_at.of_rows, panels.counts);
-    return true;
+    return take(
+        probe_->RankByHistory(layer, SiteKind::kChannels, looked_at.of_rows, panels.counts));
   }
   const LookedAt probed = RowsProbed(looked_at, *activations);
   const int count = static_cast<int>(probed.rows.size());
@@ -495,8 +512,7 @@ bool Decoder::RankChannels(int layer, const StepPlan& plan, Activations* activat
                                   {.weight = &weights.up, .out = up}};
   backend_->MatMul({.x = normed, .targets = targets});
   backend_->SwiGlu({.gate = gate, .up = up, .out = gate});
-  panels.channels = probe_->Rank(layer, SiteKind::kChannels, gate, probed.of_rows, panels.counts);
-  return true;
+  return take(probe_->Rank(layer, SiteKind::kChannels, gate, probed.of_rows, panels.counts));
 }
 
 void Decoder::GatherRanked(int layer, int count) {

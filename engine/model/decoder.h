@@ -170,7 +170,8 @@ class Decoder {
   };
 
   // What rows are multiplied by that keep some of a site, in the order of its ranking: as many
-  // heads or channels as the widest such rung keeps, but for gate and up, which have all.
+  // heads or channels as the widest such rung keeps, but for gate and up, which have all. After a
+  // ranking by a probe, gate, up and down have what the steps since then needed.
   struct Panels {
     std::vector<int32_t> heads;
     std::vector<int> head_counts;  // that rungs keep of some, ascending
@@ -178,7 +179,7 @@ class Decoder {
     std::vector<float> q_bias;
     std::vector<int32_t> channels;  // all, best first
     std::vector<int> counts;        // that rungs keep of some, ascending
-    Weight gate, up, down;          // of all, but after a probe of the most that a rung keeps
+    Weight gate, up, down;
     struct Refitted {
       std::optional<Weight> down;  // none: the one for all
       std::vector<float> bias;
@@ -252,7 +253,8 @@ class Decoder {
     if (probe_ == nullptr) return false;
     if (!probe_->by_prompts()) return probe_->learns() && Narrows(layer, step, kind);
     const int later = step.rung->decode.kept(layer, kind);
-    return !step.decode && later > 0 && later < config_.sites().of(kind);
+    return !step.decode && step.kept(layer, kind) > 0 && later > 0 &&
+           later < config_.sites().of(kind);
   }
   Look NextLook(const StepPlan& plan);
   // Rows of a plan that a ranking goes by: those that the step narrows there, prefill or decode
@@ -264,13 +266,13 @@ class Decoder {
   LookedAt RowsLookedAt(int layer, const StepPlan& plan, SiteKind kind) const;
   // Those of them that are probed.
   LookedAt RowsProbed(const LookedAt& looked_at, const Activations& activations) const;
-  // Ranks a layer's channels as look_ says, by the rows looked at. False: there are none, and the
-  // ranking is as it was.
+  // Ranks a layer's channels as look_ says, by the rows looked at. False: there are none, or
+  // nothing is known of them, and the ranking is as it was.
   bool RankChannels(int layer, const StepPlan& plan, Activations* activations);
   // The same of its heads, and makes panels for them. Probed rows attend by all heads to all that
   // is before them; true: for that, K and V of all rows were stored.
   bool RankHeads(int layer, const StepPlan& plan, const AttentionMatrices& at,
-                 const Activations& activations, PhaseTimes* phases);
+                 Activations* activations, PhaseTimes* phases);
   // Panels of the first `count` channels of a ranking that is not the one they were made for.
   void GatherRanked(int layer, int count);
   // With how this model rotates, and the layer's mean keys.
@@ -300,7 +302,6 @@ class Decoder {
   std::vector<HeadRun> head_runs_;  // of the block in hand, as are the next
   std::vector<MatMulTarget> projections_;
   std::vector<MlpStep> mlp_steps_;
-  std::vector<float> probed_;  // normed rows and queries of a probe of heads
   std::function<void(int, ConstMatrix)> observer_;
   ChannelObserver channel_observer_;
   std::function<void(int, ConstMatrix)> key_observer_;

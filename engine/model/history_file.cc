@@ -20,11 +20,11 @@ constexpr std::string_view kArchitecture = "espalier-history";
 std::string NameOf(int layer, const char* part) {
   return fmt::format("blk.{}.{}.weight", layer, part);
 }
-constexpr const char* kChannels = "energy";
-constexpr const char* kHeads = "heads";
+constexpr const char* kChannelsPart = "energy";
+constexpr const char* kHeadsPart = "heads";
 
 absl::Status Read(const std::string& path, const Gguf& gguf, const char* part, History* history) {
-  const int columns = history->channels();
+  const int columns = history->columns();
   std::vector<float> energy(static_cast<size_t>(history->buckets()) * columns);
   for (int layer = 0; layer < history->layers(); ++layer) {
     const std::string name = NameOf(layer, part);
@@ -54,7 +54,7 @@ absl::Status Read(const std::string& path, const Gguf& gguf, const char* part, H
 
 void Add(const History& history, const char* part, GgufWriter* writer) {
   for (int layer = 0; layer < history.layers(); ++layer) {
-    writer->AddTensor(NameOf(layer, part), BlockType::kF32, history.buckets(), history.channels(),
+    writer->AddTensor(NameOf(layer, part), BlockType::kF32, history.buckets(), history.columns(),
                       std::as_bytes(history.Energies(layer)));
   }
 }
@@ -73,8 +73,10 @@ absl::StatusOr<SiteHistories> ReadHistory(const std::string& path, const ModelFi
   const ModelConfig& config = model.config();
   SiteHistories read = {.channels = History(config.layers, config.columns(SiteKind::kChannels)),
                         .heads = History(config.layers, config.columns(SiteKind::kHeads))};
-  absl::Status status = Read(path, *gguf, kChannels, &read.channels);
-  if (status.ok()) status = Read(path, *gguf, kHeads, &read.heads);
+  absl::Status status = Read(path, *gguf, kChannelsPart, &read.channels);
+  const bool has_heads = std::ranges::any_of(
+      gguf->tensors, [](const StoredTensor& t) { return t.name == NameOf(0, kHeadsPart); });
+  if (status.ok() && has_heads) status = Read(path, *gguf, kHeadsPart, &read.heads);
   if (!status.ok()) return status;
   return read;
 }
@@ -84,8 +86,8 @@ absl::Status WriteHistory(const std::string& path, const std::string& fingerprin
   GgufWriter writer;
   writer.Add("general.architecture", kArchitecture);
   writer.Add(kFingerprintKey, fingerprint);
-  Add(channels, kChannels, &writer);
-  Add(heads, kHeads, &writer);
+  Add(channels, kChannelsPart, &writer);
+  Add(heads, kHeadsPart, &writer);
   return writer.Write(path);
 }
 

@@ -3,7 +3,7 @@
 //   general.architecture       "espalier-history"
 //   espalier.fingerprint       string, FingerprintOf(model)
 //   blk.LAYER.energy.weight    F32 [buckets of positions, channels]
-//   blk.LAYER.heads.weight     F32 [buckets of positions, heads * head_dim]
+//   blk.LAYER.heads.weight     F32 [buckets of positions, heads * head_dim]; none: zeros
 #pragma once
 
 #include <string>

@@ -324,6 +324,7 @@ absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {
   if (impl.probe != nullptr) {
     const ProbeCounts now = impl.probe->counts();
     result->probe = {.ahead = impl.model->look() == Look::kAhead,
+                     .whole = impl.model->look() == Look::kWhole,
                      .rows = now.rows - impl.probe_counts.rows,
                      .rankings = now.rankings - impl.probe_counts.rankings,
                      .age = now.age};

@@ -18,19 +18,19 @@ class History {
  public:
   // `exact_positions` > 0: a bucket for each position below it, the last for all beyond; else the
   // buckets {0}, {1 .. 3}, {4 .. 15}, {16 .. 63}, {64 .. 255}, {256 .. 1023}, {1024 ..}.
-  History(int layers, int channels, int exact_positions = 0);
+  History(int layers, int columns, int exact_positions = 0);
 
   int layers() const { return static_cast<int>(energy_.size()); }
-  int channels() const { return channels_; }
+  int columns() const { return columns_; }
   int buckets() const { return buckets_; }
   int BucketOf(int position) const;
 
-  // Mean of h^2 of a bucket's tokens, [channels]; zeros before the first.
+  // Mean of h^2 of a bucket's tokens, [columns]; zeros before the first.
   std::span<const float> Energy(int layer, int bucket) const {
-    return std::span(energy_[layer]).subspan(static_cast<size_t>(bucket) * channels_, channels_);
+    return std::span(energy_[layer]).subspan(static_cast<size_t>(bucket) * columns_, columns_);
   }
 
-  // Of all buckets, [buckets, channels].
+  // Of all buckets, [buckets, columns].
   std::span<const float> Energies(int layer) const { return energy_[layer]; }
 
   // Sets them as Energies gave them, in place of what was there.
@@ -38,20 +38,20 @@ class History {
     energy_[layer].assign(energies.begin(), energies.end());
   }
 
-  // Takes dense rows into the means: hidden [rows, channels] at positions [rows].
+  // Takes dense rows into the means: hidden [rows, columns] at positions [rows].
   void Learn(int layer, ConstMatrix hidden, std::span<const int> positions);
 
-  // V = keep V + (1 - keep) mean of h^2, for the channels listed, of which hidden [rows, listed]
+  // V = keep V + (1 - keep) mean of h^2, for the columns listed, of which hidden [rows, listed]
   // holds the values, in the buckets that have rows; the mean itself where V is zero yet. Others
   // keep their value.
   void Update(int layer, ConstMatrix hidden, std::span<const int> positions,
-              std::span<const int32_t> channels, double keep);
+              std::span<const int32_t> columns, double keep);
 
  private:
-  int channels_;
+  int columns_;
   int exact_positions_;
   int buckets_;
-  std::vector<std::vector<float>> energy_;    // [layers][buckets * channels]
+  std::vector<std::vector<float>> energy_;    // [layers][buckets * columns]
   std::vector<std::vector<int64_t>> tokens_;  // [layers][buckets]
   std::vector<float> sums_;                   // of an update
 };

@@ -1,5 +1,5 @@
-// How much an MLP channel matters, by the published measures: its energy times a norm of its row of
-// `down`.
+// How much an MLP channel, or a head's column, matters, by the published measures: its energy times
+// a norm of its row of `down`, or of `o`.
 //
 // All of them factor, so that a layer's norms are computed once and ranking costs a multiplication
 // a channel (w4 for Probe Pruning: |F_c W_c^2|_2 = F_c sqrt(sum_o W_oc^4)).
@@ -35,8 +35,9 @@ void ScoreGroups(int group, std::span<float> scores);
 // Channels by falling score; of two alike the lower index leaves first.
 std::vector<int32_t> RankByScore(std::span<const float> scores);
 
-// The same as far as rungs that keep `counts` of them, ascending, can tell, and not sorted: within
-// the first, between two and after the last, channels stand in natural order.
+// The same as far as rungs that keep `counts` of them, ascending and each of [1, scores.size()],
+// can tell, and not sorted: within the first, between two and after the last, they stand in natural
+// order.
 std::vector<int32_t> RankInBands(std::span<const float> scores, std::span<const int> counts);
 
 }  // namespace espalier

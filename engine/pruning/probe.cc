@@ -5,6 +5,7 @@
 #include <map>
 #include <numeric>
 #include <set>
+#include <utility>
 
 #include "engine/pruning/importance.h"
 
@@ -108,22 +109,25 @@ std::vector<float> FusedEnergy(const ProbeOptions& options, const History& histo
   return fused;
 }
 
+Probe::Probe(const ProbeOptions& options, ProbeSites channels)
+    : Probe(options, std::move(channels), {}, 1) {}
+
 Probe::Probe(const ProbeOptions& options, ProbeSites channels, ProbeSites heads, int head_dim)
     : options_(options), sites_{{{std::move(heads), head_dim}, {std::move(channels), 1}}} {
-  for (Sites& of : sites_) of.prompts.resize(of.norms.size());
+  for (Watched& of : sites_) of.prompts.resize(of.norms.size());
 }
 
 Look Probe::Next(int prefill_rows, int decode_rows, int prompt_rows) {
   ++counts_.age;
   if (by_prompts()) {
     if (prompt_rows > 0) {
-      for (Sites& of : sites_) {
+      for (Watched& of : sites_) {
         if (prompts_ranked_) std::ranges::fill(of.prompts, std::vector<float>());
       }
       prompts_ranked_ = false;
       return Look::kNone;
     }
-    const auto unread = [](const Sites& of) {
+    const auto unread = [](const Watched& of) {
       return std::ranges::all_of(of.prompts, &std::vector<float>::empty);
     };
     if (prompts_ranked_ || decode_rows == 0 || std::ranges::all_of(sites_, unread)) {
@@ -135,26 +139,23 @@ Look Probe::Next(int prefill_rows, int decode_rows, int prompt_rows) {
   if (prefill_rows > 0 && prefill_rows >= options_.least_rows) return Look::kAhead;
   if (prefill_rows > 0 || decode_rows == 0) return Look::kNone;
   ++decode_steps_;
+  back_due_ = back_due_ || (options_.refresh > 0 && decode_steps_ % options_.refresh == 0);
+  // Where both are due, the next step looks back, at what this one shows.
   if (options_.whole > 0 && decode_steps_ % options_.whole == 0) return Look::kWhole;
-  if (options_.refresh > 0 && decode_steps_ % options_.refresh == 0) return Look::kBack;
-  return Look::kNone;
+  return std::exchange(back_due_, false) ? Look::kBack : Look::kNone;
 }
 
 std::vector<int32_t> Probe::Rank(int layer, SiteKind kind, ConstMatrix hidden,
                                  std::span<const ProbeRow> rows, std::span<const int> counts) {
   counts_.rows += hidden.rows;
-  ++counts_.rankings;
-  counts_.age = 0;
   return RankByEnergy(layer, kind, FusedEnergy(options_, history(kind), layer, hidden, rows),
                       counts);
 }
 
 std::vector<int32_t> Probe::RankByHistory(int layer, SiteKind kind, std::span<const ProbeRow> rows,
                                           std::span<const int> counts) {
-  ++counts_.rankings;
-  counts_.age = 0;
-  const Sites& of = sites(kind);
-  std::vector<float> energy(of.history.channels());
+  const Watched& of = sites(kind);
+  std::vector<float> energy(of.history.columns());
   if (by_prompts()) {
     if (!of.prompts[layer].empty()) energy = of.prompts[layer];
     rows = {};
@@ -167,8 +168,11 @@ std::vector<int32_t> Probe::RankByHistory(int layer, SiteKind kind, std::span<co
 }
 
 std::vector<int32_t> Probe::RankByEnergy(int layer, SiteKind kind, std::span<const float> energy,
-                                         std::span<const int> counts) const {
-  const Sites& of = sites(kind);
+                                         std::span<const int> counts) {
+  if (std::ranges::all_of(energy, [](float e) { return e == 0; })) return {};
+  ++counts_.rankings;
+  counts_.age = 0;
+  const Watched& of = sites(kind);
   std::vector<float> scores = Scores(Importance::kPpsp, energy, {}, of.norms[layer]);
   if (kind == SiteKind::kChannels) {
     ScoreGroups(options_.group, scores);
@@ -182,7 +186,7 @@ std::vector<int32_t> Probe::RankByEnergy(int layer, SiteKind kind, std::span<con
 
 void Probe::Update(int layer, SiteKind kind, ConstMatrix hidden, std::span<const ProbeRow> rows,
                    std::span<const int32_t> kept) {
-  Sites& of = sites(kind);
+  Watched& of = sites(kind);
   std::vector<int32_t> columns;
   if (of.width > 1) {
     for (const int32_t head : kept) {
@@ -192,7 +196,7 @@ void Probe::Update(int layer, SiteKind kind, ConstMatrix hidden, std::span<const
   }
   if (by_prompts()) {
     std::vector<float>& sums = of.prompts[layer];
-    sums.resize(of.history.channels());
+    sums.resize(of.history.columns());
     for (int r = 0; r < hidden.rows; ++r) {
       if (rows[r].position == 0) continue;
       const float* const h = hidden.row(r);

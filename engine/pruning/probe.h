@@ -29,13 +29,13 @@ struct ProbeOptions {
   double budget = 1;             // most rows to probe, as a share of those narrowed
   int least_rows = 0;            // steps that narrow fewer prefill rows are not probed
   bool fuse = true;              // with history
-  // Published as parallel probing: rows as they were before the layer's attention, so that the
-  // probe need not wait for it.
+  // Published as parallel probing: the channels' rows as they were before the layer's attention, so
+  // that their probe need not wait for it.
   bool stale = false;
   double keep = 0.99;  // of history at an update; 1: frozen
   int learn_rows = 0;  // most rows of a step that update it, evenly spread; 0: all
   int refresh = 0;     // decode steps after which history ranks anew; 0: never
-  int whole = 0;       // of so many decode steps one keeps all channels; 0: none
+  int whole = 0;       // of so many decode steps one leaves nothing out; 0: none
   int group = 1;       // channels leave in whole aligned groups of so many
 };
 
@@ -47,7 +47,7 @@ enum class Look : uint8_t {
   kNone,   // meets the rankings that are there
   kAhead,  // ranks anew by a probe of its prefill rows, fused with history
   kBack,   // ranks anew by history alone, or by prompts
-  kWhole,  // keeps all channels for once, so that history sees those that had left
+  kWhole,  // keeps all for once, so that history sees what had left
 };
 
 struct ProbeCounts {
@@ -80,8 +80,9 @@ struct ProbeSites {
 // What Probe Pruning carries from step to step. Not thread-safe.
 class Probe {
  public:
-  // Without `heads`, of no layers, rungs may narrow channels alone.
-  Probe(const ProbeOptions& options, ProbeSites channels, ProbeSites heads = {}, int head_dim = 1);
+  // For rungs that narrow channels alone.
+  Probe(const ProbeOptions& options, ProbeSites channels);
+  Probe(const ProbeOptions& options, ProbeSites channels, ProbeSites heads, int head_dim);
 
   const ProbeOptions& options() const { return options_; }
   const History& history(SiteKind kind) const { return sites(kind).history; }
@@ -92,10 +93,12 @@ class Probe {
   Look Next(int prefill_rows, int decode_rows, int prompt_rows = 0);
 
   // The layer's heads or channels by FusedEnergy of the rows probed times their norms, as
-  // RankInBands. hidden [rows probed, columns].
+  // RankInBands. hidden [rows probed, columns]. Empty if nothing is known of any: they would be
+  // ranked by their numbers.
   std::vector<int32_t> Rank(int layer, SiteKind kind, ConstMatrix hidden,
                             std::span<const ProbeRow> rows, std::span<const int> counts);
-  // By what history holds at the rows' positions, or, where prompts rank, by what those held.
+  // The same by what history holds at the rows' positions, or, where prompts rank, by what those
+  // held.
   std::vector<int32_t> RankByHistory(int layer, SiteKind kind, std::span<const ProbeRow> rows,
                                      std::span<const int> counts);
 
@@ -107,26 +110,27 @@ class Probe {
               std::span<const int32_t> kept);
 
  private:
-  struct Sites : ProbeSites {
+  struct Watched : ProbeSites {
     int width = 1;                            // columns of one
     std::vector<std::vector<float>> prompts;  // [layers][columns] sums of h^2, without position 0
   };
 
-  const Sites& sites(SiteKind kind) const { return sites_[static_cast<int>(kind)]; }
-  Sites& sites(SiteKind kind) { return sites_[static_cast<int>(kind)]; }
+  const Watched& sites(SiteKind kind) const { return sites_[static_cast<int>(kind)]; }
+  Watched& sites(SiteKind kind) { return sites_[static_cast<int>(kind)]; }
   std::vector<int32_t> RankByEnergy(int layer, SiteKind kind, std::span<const float> energy,
-                                    std::span<const int> counts) const;
+                                    std::span<const int> counts);
 
   ProbeOptions options_;
-  std::array<Sites, kSiteKinds> sites_;
+  std::array<Watched, kSiteKinds> sites_;
   ProbeCounts counts_;
   int64_t decode_steps_ = 0;
+  bool back_due_ = false;
   bool prompts_ranked_ = false;  // so that the next ones replace them
 };
 
-// F [channels]: the sum over probed positions (or buckets, times their positions) of P fused with
+// F [columns]: the sum over probed positions (or buckets, times their positions) of P fused with
 // V: g P + (1 - g) V, g = P / (P + V + 1e-6), where P is the mean of h^2 over the sequences probed
-// there. hidden [rows probed, channels].
+// there. hidden [rows probed, columns].
 std::vector<float> FusedEnergy(const ProbeOptions& options, const History& history, int layer,
                                ConstMatrix hidden, std::span<const ProbeRow> rows);
 

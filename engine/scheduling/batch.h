@@ -97,11 +97,12 @@ struct PhaseTimes {
   }
 };
 
-// What looking ahead and back for channels to keep took, and how old the rankings are.
+// What looking ahead and back for heads and channels to keep took, and how old the rankings are.
 struct ProbeUse {
   bool ahead = false;    // narrowed prefill rows were ranked by a probe of their own step
-  int64_t rows = 0;      // probed, summed over layers
-  int64_t rankings = 0;  // renewed, of a layer each
+  bool whole = false;    // rows kept all of what they narrow, for once
+  int64_t rows = 0;      // probed, summed over layers' sites
+  int64_t rankings = 0;  // renewed, of a layer's heads or channels each
   int64_t age = 0;       // steps with narrowed rows since the last was
 };
 

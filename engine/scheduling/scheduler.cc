@@ -425,8 +425,9 @@ void Scheduler::Commit(const StepResult& result, std::vector<SequenceOutput>* ou
 
 StageRows Scheduler::Stages(const BatchSpan& span, const ProbeUse& probe) const {
   const Rung& rung = ladder_.rung(span.rung);
-  if ((span.decode ? rung.decode : rung.prefill).dense()) return {.full = span.rows};
-  if (!span.decode && probe.ahead) return {.probed = span.rows};
+  const KeepProfile& keep = span.decode ? rung.decode : rung.prefill;
+  if (keep.dense() || (span.decode && probe.whole && !keep.drops())) return {.full = span.rows};
+  if (!span.decode && probe.ahead && keep.narrows()) return {.probed = span.rows};
   return {.history = span.rows};
 }
 

@@ -1,5 +1,5 @@
-// Integers for a block of a weight. Included once by each kernels_*.cc, after half.h and the lanes;
-// every instruction set gives the same bits.
+// Integers for a block of a weight, and strips of what lies in others. Included once by each
+// kernels_*.cc, after half.h and the lanes; every instruction set gives the same bits.
 #pragma once
 
 constexpr int kInt8Levels = 240;  // 16 * 15: a source of 15 steps lies on them
@@ -224,7 +224,8 @@ void GatherInputs(const uint8_t* strip, int groups, const int32_t* inputs, int c
         const float* line = steps + int64_t{g} * 2 * kStripOutputs;
         const F u = LoadField(strip + g * kBlock + kBlockHeader + of_quad * kLine, shift,
                               kBits == 8 ? 255 : 15);
-        four[i] = u * Load(line) + Load(line + kStripOutputs);
+        const F near = u * Load(line) + Load(line + kStripOutputs);
+        four[i] = Min(Max(near, Set1(0)), Set1(kInt8Levels));  // steps are rounded, or infinite
       }
       StoreQuads(to + kBlockHeader + quad * kLine, four);
     }

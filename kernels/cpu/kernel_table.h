@@ -143,7 +143,8 @@ struct KernelTable {
   void (*gather_integers)(int bits, const uint8_t* strip, int groups, const int32_t* inputs,
                           int count, float* steps, uint8_t* to);
   // Lays sixteen outputs of a weight whose strips are `strip_bytes` long, of `groups` groups each,
-  // into a strip of their own, bit for bit.
+  // into a strip of their own, bit for bit. Quick where neighbours are of one strip. `blocks` and
+  // `to` are 64-aligned.
   void (*gather_outputs)(int bits, const uint8_t* blocks, int64_t strip_bytes,
                          const int32_t* outputs, int groups, uint8_t* to);
   // Quantises `depth` values per group of kGroup: scale = max|x| / 127, round to nearest even.

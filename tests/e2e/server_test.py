@@ -495,7 +495,8 @@ class Pruning(unittest.TestCase):
             with Server(BINARY, MODEL, *options) as server:
                 self.assertIn(start, server.log())
                 prompt, stages = self.served(server, 1)
-                self.assertEqual((stages.full, stages.probed, stages.history), (0, prompt, 19))
+                # Of 19 decode steps two keep all.
+                self.assertEqual((stages.full, stages.probed, stages.history), (2, prompt, 17))
                 self.assertGreater(self.metric(server, "espalier_probe_rows_total"), 0)
                 # One a layer's site in the prefill step, and one every five of 19 decode steps, but
                 # for those in which a whole one is due.
@@ -507,6 +508,19 @@ class Pruning(unittest.TestCase):
                     self.metric(server, 'espalier_step_phase_seconds_total{phase="probe"}'), 0)
                 self.assertEqual(server.terminate(), 0)
             self.assertTrue(history.exists())
+
+    def test_probe_refuses_a_history_that_is_not_there_or_cannot_be_kept(self):
+        folder = pathlib.Path(self.folder.name)
+        for options, told in (
+                (("--probe", "spread", "--history-file", folder / "no" / "history"),
+                 "--history-file: "),
+                (("--probe", "spread", "--history", "frozen", "--history-file", folder / "typo"),
+                 f"{folder / 'typo'}: "),
+                (("--history-file", folder / "h"), "--history-file: only a --probe")):
+            done = subprocess.run([BINARY, "--model", MODEL, "--port", "0", "--ladder", self.plain,
+                                   *options], capture_output=True, text=True, timeout=60)
+            self.assertNotEqual(done.returncode, 0)
+            self.assertIn(told, done.stderr)
 
     def test_probe_refuses_weights_of_other_channels(self):
         done = subprocess.run(

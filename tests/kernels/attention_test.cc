@@ -363,7 +363,6 @@ TEST_P(AttentionTest, ChunksAndCrowdsGiveTheSameBits) {
   }
 }
 
-// Nor does a fault in a token behind them.
 TEST_P(AttentionTest, QueriesMayBeRotatedApart) {
   const std::vector<int32_t> kept = {0, 2, 5};
   const auto run = [&](bool apart) {
@@ -377,6 +376,7 @@ TEST_P(AttentionTest, QueriesMayBeRotatedApart) {
   EXPECT_EQ(run(true), run(false));
 }
 
+// Nor does a fault in a token behind them.
 TEST_P(AttentionTest, FaultsAreSeenOnlyFromTheirTokenOn) {
   const Sequences::Heads heads{9, 3, 64};
   const std::vector<int32_t> all = Natural(9);

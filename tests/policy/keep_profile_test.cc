@@ -28,6 +28,19 @@ TEST(KeepProfile, KeepNarrowsOneSiteWithinItsWidth) {
   EXPECT_DOUBLE_EQ(profile.prune_ratio(), (9.0 + 4.0) / 32.0);
 }
 
+TEST(KeepProfile, TellsNarrowedSitesFromDroppedBlocks) {
+  KeepProfile profile = KeepProfile::Dense(kWidths);
+  EXPECT_FALSE(profile.narrows() || profile.drops());
+  profile.Keep(0, SiteKind::kHeads, 0);
+  EXPECT_TRUE(profile.drops());
+  EXPECT_FALSE(profile.narrows());
+  profile.Keep(1, SiteKind::kChannels, 3);
+  EXPECT_TRUE(profile.drops() && profile.narrows());
+  profile.Keep(0, SiteKind::kHeads, 3);
+  EXPECT_TRUE(profile.narrows());
+  EXPECT_FALSE(profile.drops());
+}
+
 TEST(KeepProfile, AProfileThatIsWidenedAgainIsDense) {
   KeepProfile profile = KeepProfile::Dense(kWidths);
   profile.Keep(0, SiteKind::kHeads, 1);

@@ -68,6 +68,14 @@ TEST_F(HistoryFileTest, ReadsWhatItWrote) {
   }
 }
 
+TEST_F(HistoryFileTest, ReadsOneWithoutHeads) {
+  ASSERT_TRUE(Write(Learned(), History(0, 0)).ok());
+  const absl::StatusOr<SiteHistories> read = ReadHistory(path_, *model_);
+  ASSERT_TRUE(read.ok()) << read.status();
+  EXPECT_GT(std::ranges::max(read->channels.Energies(1)), 0);
+  EXPECT_EQ(std::ranges::max(read->heads.Energies(1)), 0);
+}
+
 TEST_F(HistoryFileTest, IsNotThereBeforeItIsWritten) {
   EXPECT_EQ(ReadHistory(path_, *model_).status().code(), absl::StatusCode::kNotFound);
 }

@@ -254,104 +254,187 @@ TEST_P(ProbeForwardTest, WidensPanelsThatANarrowerStepRanked) {
   EXPECT_EQ(after(2), after(1));
 }
 
-// Of its four heads the first layer keeps two, on rung 1.
-class HeadProbeTest : public ProbeForwardTest {
- protected:
-  static constexpr int kKeptHeads = 2;
-
-  Ladder NarrowHeads() const {
-    KeepProfile keep = KeepProfile::Dense(widths_);
-    keep.Keep(0, SiteKind::kHeads, kKeptHeads);
-    Ladder ladder = Ladder::DenseOnly(widths_);
-    EXPECT_TRUE(ladder.Append({.prefill = keep, .decode = keep}));
-    return ladder;
-  }
-  int columns() const { return model_.file().config().columns(SiteKind::kHeads); }
-  std::vector<std::vector<float>> Ones() const {
-    return std::vector(widths_.layers, std::vector<float>(columns(), 1));
-  }
-  Probe ProbeOf(const ProbeOptions& options) const {
-    return Probe(options, {History(widths_.layers, widths_.channels), Norms()},
-                 {History(widths_.layers, columns()), Ones()}, model_.file().config().head_dim);
-  }
-  // Rung 1's prompt and decode rows with heads ranked so before.
-  Run ServeRanked(const std::vector<int32_t>& ranking) {
-    EXPECT_TRUE(model_.selector().SetRanking(0, SiteKind::kHeads, ranking));
-    model_.SetLadder(NarrowHeads());
-    return Serve();
-  }
+struct HeadCase {
+  const char* name;
+  const char* file;
+  WeightPlan weights;
 };
 
-// By what they give where their rows are, from all that is before them: as one sees it in the dense
-// model, which the first layer's heads are of until one leaves.
-TEST_P(HeadProbeTest, KeepsTheHeadsThatItsRowsHoldMostOf) {
-  const std::vector<int32_t> ids = RandomIds(23, 1);
-  std::vector<double> energy(widths_.heads);
-  model_.decoder().set_input_observer([&](int layer, MatrixInput input, ConstMatrix rows) {
-    if (layer != 0 || input != MatrixInput::kO) return;
-    const int dim = rows.cols / widths_.heads;
-    for (int r = 0; r < rows.rows; ++r) {
-      for (int c = 0; c < rows.cols; ++c) {
-        energy[c / dim] += double{rows.row(r)[c]} * rows.row(r)[c];
-      }
+// Of its four heads the first layer keeps three on rung 1, and two on rung 2. What it attends to is
+// the dense model's, whatever left it before; so its heads hold what they hold there.
+class HeadProbeTest : public ::testing::TestWithParam<HeadCase> {
+ protected:
+  HeadProbeTest()
+      : model_(std::string(ESPALIER_SOURCE_DIR "/tests/golden/data/") + GetParam().file,
+               {.weights = GetParam().weights, .sequences = 3}),
+        config_(model_.file().config()) {}
+
+  enum class Of : uint8_t { kBoth, kPrefill, kDecode };
+  Ladder Narrow(Of of = Of::kBoth) const {
+    Ladder ladder = Ladder::DenseOnly(config_.sites());
+    const KeepProfile dense = ladder.rung(0).prefill;
+    for (const int heads : {3, 2}) {
+      KeepProfile keep = dense;
+      keep.Keep(0, SiteKind::kHeads, heads);
+      EXPECT_TRUE(ladder.Append({.prefill = of == Of::kDecode ? dense : keep,
+                                 .decode = of == Of::kPrefill ? dense : keep}));
     }
-  });
-  model_.Logits(std::span(ids).first(20));
-  model_.decoder().set_input_observer({});
-  std::vector<int32_t> ranking(widths_.heads);
-  std::iota(ranking.begin(), ranking.end(), 0);
-  std::ranges::sort(ranking, [&](int a, int b) { return energy[a] > energy[b]; });
-  const auto in_bands = [](std::vector<int32_t> heads) {  // as a panel has them
-    std::sort(heads.begin(), heads.begin() + kKeptHeads);
-    std::sort(heads.begin() + kKeptHeads, heads.end());
-    return heads;
-  };
-  const std::vector<int32_t> best = in_bands(ranking);
-  const std::vector<int32_t> worst = in_bands({ranking.rbegin(), ranking.rend()});
-  const Run ranked = ServeRanked(best), wrong = ServeRanked(worst);
-  EXPECT_NE(ranked.narrow, wrong.narrow);
-  Probe probe = ProbeOf({.rows = ProbeOptions::Rows::kAll, .fuse = false});
-  model_.decoder().set_probe(&probe);
-  const Run probed = Serve();  // from the worst heads' panels
-  model_.decoder().set_probe(nullptr);
-  EXPECT_EQ(probed.narrow, ranked.narrow);
-  EXPECT_EQ(probed.dense, ranked.dense);
-  EXPECT_EQ(probe.counts().rankings, 1);
-  EXPECT_EQ(probe.counts().rows, 20);
-  // It was told of the heads that stayed, and of no others.
-  const std::span<const float> held = probe.history(SiteKind::kHeads).Energy(0, 2);
-  for (int head = 0; head < widths_.heads; ++head) {
-    const bool stayed = head == best[0] || head == best[1];
-    EXPECT_EQ(held[head * columns() / widths_.heads] > 0, stayed) << head;
+    return ladder;
+  }
+
+  std::vector<float> Step(int sequence, int start, int end, int rung, int ids = 1) {
+    const std::vector<int32_t> all = RandomIds(40, ids);
+    const ForwardHarness::Chunk chunk{.sequence = sequence,
+                                      .start = start,
+                                      .ids = std::span(all).subspan(start, end - start),
+                                      .rung = rung,
+                                      .decode = end - start == 1};
+    return model_.Step({&chunk, 1});
+  }
+
+  // Adds what heads hold in the dense model at the positions.
+  void AddEnergies(const std::vector<int>& positions, int ids, std::vector<double>* energies) {
+    energies->resize(config_.heads);
+    const int dim = config_.head_dim;
+    model_.decoder().set_input_observer([&](int layer, MatrixInput input, ConstMatrix rows) {
+      if (layer != 0 || input != MatrixInput::kO) return;
+      for (const int r : positions) {
+        for (int c = 0; c < rows.cols; ++c) {
+          (*energies)[c / dim] += double{rows.row(r)[c]} * rows.row(r)[c];
+        }
+      }
+    });
+    Step(2, 0, 20, 0, ids);
+    model_.decoder().set_input_observer({});
+  }
+
+  // Panels of the heads in the order of their energies, within a rung's as they are numbered.
+  void RankBy(const std::vector<double>& energies, const Ladder& ladder) {
+    std::vector<int32_t> ranking = {0, 1, 2, 3};
+    std::ranges::sort(ranking, [&](int a, int b) { return energies[a] > energies[b]; });
+    std::sort(ranking.begin(), ranking.begin() + 2);
+    EXPECT_TRUE(model_.selector().SetRanking(0, SiteKind::kHeads, ranking));
+    model_.SetLadder(ladder);
+  }
+  void RankBy(const std::vector<int>& positions, const Ladder& ladder) {
+    std::vector<double> energies;
+    AddEnergies(positions, 1, &energies);
+    RankBy(energies, ladder);
+  }
+  // Panels of the heads that hold least.
+  void RankWrongly(const Ladder& ladder) {
+    std::vector<double> energies;
+    AddEnergies(From(0, 20), 1, &energies);
+    for (double& energy : energies) energy = -energy;
+    RankBy(energies, ladder);
+  }
+  static std::vector<int> From(int begin, int end) {
+    std::vector<int> all(end - begin);
+    std::iota(all.begin(), all.end(), begin);
+    return all;
+  }
+
+  Probe ProbeOf(const ProbeOptions& options) const {
+    const auto ones = [&](int columns) {
+      return std::vector(config_.layers, std::vector<float>(columns, 1));
+    };
+    return Probe(options, {History(config_.layers, config_.channels), ones(config_.channels)},
+                 {History(config_.layers, columns()), ones(columns())}, config_.head_dim);
+  }
+  int columns() const { return config_.columns(SiteKind::kHeads); }
+
+  ForwardHarness model_;
+  const ModelConfig& config_;
+};
+
+TEST_P(HeadProbeTest, KeepsTheHeadsThatProbedRowsHoldMostOf) {
+  // Of eight rows of a later chunk all, and two evenly spread: the third and the seventh.
+  const std::pair<ProbeOptions, std::vector<int>> probes[] = {
+      {{.rows = ProbeOptions::Rows::kAll, .fuse = false, .keep = 1}, From(12, 20)},
+      {{.rows = ProbeOptions::Rows::kSpread, .budget = 0.25, .fuse = false, .keep = 1}, {14, 18}}};
+  for (const auto& [options, rows] : probes) {
+    const auto step = [&] {
+      Step(0, 0, 12, 0);
+      return Step(0, 12, 20, 2);
+    };
+    RankBy(rows, Narrow());
+    const std::vector<float> want = step();
+    RankWrongly(Narrow());
+    EXPECT_NE(step(), want);
+    Probe probe = ProbeOf(options);
+    model_.decoder().set_probe(&probe);
+    EXPECT_EQ(step(), want);
+    model_.decoder().set_probe(nullptr);
+    EXPECT_EQ(probe.counts().rankings, 1);
+    EXPECT_EQ(probe.counts().rows, static_cast<int64_t>(rows.size()));
   }
 }
 
-TEST_P(HeadProbeTest, ProbesFewRowsAndLooksBackAndKeepsAllForOnce) {
-  model_.SetLadder(NarrowHeads());
-  const Run plain = Serve();
-  Probe spread = ProbeOf({.rows = ProbeOptions::Rows::kSpread, .budget = 0.1, .refresh = 1});
-  model_.decoder().set_probe(&spread);
-  const Run looked = Serve();
-  EXPECT_EQ(spread.counts().rows, 2) << "of 20";
-  EXPECT_EQ(spread.counts().rankings, 4) << "one ahead, three back";
-  EXPECT_EQ(looked.dense, plain.dense);
-  for (const float value : looked.narrow) ASSERT_TRUE(std::isfinite(value));
-
-  Ladder half = Ladder::DenseOnly(widths_);
-  half.Append({.prefill = NarrowHeads().rung(1).prefill, .decode = half.rung(0).decode});
+TEST_P(HeadProbeTest, RanksOnceForRungsOfOneStep) {
+  std::vector<double> energies;
+  AddEnergies(From(0, 20), 1, &energies);
+  AddEnergies(From(0, 20), 2, &energies);
+  const std::vector<int32_t> one = RandomIds(40, 1), other = RandomIds(40, 2);
+  const ForwardHarness::Chunk chunks[] = {
+      {.sequence = 0, .ids = std::span(one).first(20), .rung = 1},
+      {.sequence = 1, .ids = std::span(other).first(20), .rung = 2}};
+  RankBy(energies, Narrow());
+  const std::vector<float> want = model_.Step(chunks);
+  RankWrongly(Narrow());
+  EXPECT_NE(model_.Step(chunks), want);
+  Probe probe = ProbeOf({.rows = ProbeOptions::Rows::kAll, .fuse = false, .keep = 0.5});
+  model_.decoder().set_probe(&probe);
+  EXPECT_EQ(model_.Step(chunks), want);
   model_.decoder().set_probe(nullptr);
-  model_.SetLadder(half);
-  const Run whole = Serve();
-  model_.SetLadder(NarrowHeads());
-  Probe seldom = ProbeOf({.least_rows = 1000, .whole = 1});
-  model_.decoder().set_probe(&seldom);
-  EXPECT_EQ(Serve().narrow, whole.narrow);
+  // It was told of the heads that stayed, and of no others: of the second bucket, both rungs' rows.
+  const std::span<const float> held = probe.history(SiteKind::kHeads).Energy(0, 1);
+  const auto least = std::ranges::min_element(energies) - energies.begin();
+  for (int head = 0; head < config_.heads; ++head) {
+    EXPECT_EQ(held[head * config_.head_dim] > 0, head != least) << head;
+  }
+}
+
+TEST_P(HeadProbeTest, RanksDecodeStepsByPromptsReadWhole) {
+  RankBy(From(1, 20), Narrow(Of::kDecode));
+  Step(0, 0, 20, 2);
+  const std::vector<float> want = Step(0, 20, 21, 2);
+  RankWrongly(Narrow(Of::kDecode));
+  Probe probe = ProbeOf({.rows = ProbeOptions::Rows::kPrompts});
+  model_.decoder().set_probe(&probe);
+  Step(0, 0, 20, 2);
+  EXPECT_EQ(probe.counts().rankings, 0);
+  EXPECT_EQ(Step(0, 20, 21, 2), want);
+  EXPECT_EQ(probe.counts().rankings, 1);
   model_.decoder().set_probe(nullptr);
 }
 
-INSTANTIATE_TEST_SUITE_P(Weights, HeadProbeTest,
-                         ::testing::Values(WeightPlan::kF32, WeightPlan::kInt8, WeightPlan::kInt4),
-                         [](const auto& info) { return std::string(WeightPlanName(info.param)); });
+TEST_P(HeadProbeTest, LooksBackAtWhatIsKnownAndKeepsAllForOnce) {
+  model_.SetLadder(Narrow());
+  Step(0, 0, 20, 0);
+  const std::vector<float> want = Step(0, 20, 21, 2);
+  Probe nothing = ProbeOf({.keep = 1, .refresh = 1});
+  model_.decoder().set_probe(&nothing);
+  EXPECT_EQ(Step(0, 20, 21, 2), want) << "by what there was";
+  EXPECT_EQ(nothing.counts().rankings, 0);
+
+  model_.decoder().set_probe(nullptr);
+  Step(0, 0, 20, 0);
+  const std::vector<float> dense = Step(0, 20, 21, 0);
+  Probe probe = ProbeOf({.keep = 0.5, .refresh = 2, .whole = 1});
+  model_.decoder().set_probe(&probe);
+  EXPECT_EQ(Step(0, 20, 21, 2), dense);
+  for (const float energy : probe.history(SiteKind::kHeads).Energy(0, 3)) EXPECT_GT(energy, 0);
+  model_.decoder().set_probe(nullptr);
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    Models, HeadProbeTest,
+    ::testing::Values(HeadCase{"f32", "tiny-llama.gguf", WeightPlan::kF32},
+                      HeadCase{"int8", "tiny-llama.gguf", WeightPlan::kInt8},
+                      HeadCase{"int4", "tiny-llama.gguf", WeightPlan::kInt4},
+                      HeadCase{"biased", "tiny-qwen2-quantized.gguf", WeightPlan::kF32},
+                      HeadCase{"normed", "tiny-qwen3-quantized.gguf", WeightPlan::kF32}),
+    [](const auto& info) { return std::string(info.param.name); });
 
 INSTANTIATE_TEST_SUITE_P(Weights, ProbeForwardTest,
                          ::testing::Values(WeightPlan::kF32, WeightPlan::kInt8, WeightPlan::kInt4),

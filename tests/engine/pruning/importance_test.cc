@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <span>
 #include <vector>
@@ -42,13 +43,11 @@ TEST(Importance, RanksAndLetsTheLowerOfTwoAlikeGoFirst) {
   EXPECT_THAT(RankByScore(scores), ElementsAre(3, 4, 1, 2, 0));
 }
 
-TEST(RankInBands, HasTheSetsOfTheRanking) {
-  std::mt19937 random(1);
-  std::vector<float> scores(200);
-  for (float& score : scores) score = static_cast<float>(random() % 50);  // with ties
+// Each band is the ranking's, in natural order.
+void ExpectBands(const std::vector<float>& scores) {
   const std::vector<int32_t> whole = RankByScore(scores);
   for (const std::vector<int>& counts :
-       {std::vector<int>{}, {64}, {32, 96, 160}, {200}, {1, 199}}) {
+       {std::vector<int>{}, {64}, {32, 96, 160}, {32, 33, 34}, {200}, {1, 199}}) {
     const std::vector<int32_t> bands = RankInBands(scores, counts);
     int begin = 0;
     for (size_t i = 0; i <= counts.size(); ++i) {
@@ -59,6 +58,20 @@ TEST(RankInBands, HasTheSetsOfTheRanking) {
                   ElementsAreArray(want));
       begin = end;
     }
+  }
+}
+
+TEST(RankInBands, HasTheSetsOfTheRanking) {
+  std::mt19937 random(1);
+  std::vector<float> scores(200), near(200), of_any_sign(200);
+  for (float& score : scores) score = static_cast<float>(random() % 50);  // with ties
+  for (float& score : near) score = 1 + 1e-6f * static_cast<float>(random() % 100);
+  for (float& score : of_any_sign) {
+    score = std::ldexp(static_cast<float>(random() % 100) - 50, static_cast<int>(random() % 40));
+  }
+  of_any_sign[7] = std::numeric_limits<float>::infinity();
+  for (const std::vector<float>* each : {&scores, &near, &of_any_sign}) {
+    ExpectBands(*each);
   }
 }
 

@@ -80,8 +80,13 @@ TEST(Probe, LooksAheadInPrefillAndBackInDecode) {
   EXPECT_EQ(probe.Next(0, 3), Look::kWhole);
   EXPECT_EQ(probe.Next(0, 1), Look::kBack);
   EXPECT_EQ(probe.Next(0, 1), Look::kNone);
-  EXPECT_EQ(probe.Next(0, 1), Look::kWhole) << "the sixth is both: whole is rarer";
-  EXPECT_EQ(probe.counts().age, 8) << "nothing was ranked";
+  EXPECT_EQ(probe.Next(0, 1), Look::kWhole) << "the sixth is both";
+  EXPECT_EQ(probe.Next(0, 1), Look::kBack) << "at what the sixth has shown";
+  EXPECT_EQ(probe.counts().age, 9) << "nothing was ranked";
+  Probe both({.refresh = 2, .whole = 2}, ProbeSites{History(1, 2), {{1, 1}}});
+  for (const Look look : {Look::kNone, Look::kWhole, Look::kBack, Look::kWhole, Look::kBack}) {
+    EXPECT_EQ(both.Next(0, 1), look);
+  }
 }
 
 TEST(Probe, RanksByHistoryWhereItsRowsAre) {
@@ -98,6 +103,20 @@ TEST(Probe, RanksByHistoryWhereItsRowsAre) {
   EXPECT_EQ(probe.counts().rankings, 2);
   EXPECT_EQ(probe.counts().rows, 0);
   EXPECT_EQ(probe.counts().age, 0);
+}
+
+TEST(Probe, RanksNothingOfWhichNothingIsKnown) {
+  for (const Rows rows : {Rows::kSpread, Rows::kPrompts}) {
+    Probe probe({.rows = rows, .refresh = 1}, ProbeSites{History(1, 3), {{1, 1, 1}}},
+                ProbeSites{History(1, 6), {{1, 1, 1, 1, 1, 1}}}, 2);
+    const ProbeRow row[] = {{0, 5}};
+    const float held[] = {3, 1, 2};
+    const int32_t all[] = {0, 1, 2};
+    probe.Update(0, kChannels, ConstMatrix(held, 1, 3), row, all);
+    EXPECT_THAT(probe.RankByHistory(0, kChannels, row, kCounts), ElementsAre(0, 2, 1));
+    EXPECT_THAT(probe.RankByHistory(0, kHeads, row, kCounts), testing::IsEmpty());
+    EXPECT_EQ(probe.counts().rankings, 1);
+  }
 }
 
 TEST(Probe, RanksByThePromptsLastRead) {

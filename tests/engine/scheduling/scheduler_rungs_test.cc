@@ -245,26 +245,34 @@ TEST_F(SchedulerTest, RowsAreCountedByHowTheirChannelsWereChosen) {
   for (KeepProfile* profile : {&narrow.prefill, &narrow.decode}) {
     profile->Keep(0, SiteKind::kChannels, 4);
   }
+  Rung drops = narrow;
+  for (KeepProfile* profile : {&drops.prefill, &drops.decode}) {
+    profile->Keep(0, SiteKind::kChannels, 0);
+  }
   ASSERT_TRUE(ladder_.Append(decodes_narrow));
   ASSERT_TRUE(ladder_.Append(narrow));
-  FixedPolicy hard(2);
+  ASSERT_TRUE(ladder_.Append(drops));
+  FixedPolicy hard(3);
   policy_ = &hard;
-  Make(8, {.max_batch_tokens = 12});
-  for (int rung = 0; rung < 3; ++rung) {
-    Request request = MakeRequest(rung, {.prompt = 3 + rung, .max_tokens = 3});
+  Make(16, {.max_batch_tokens = 18});
+  for (int rung = 0; rung < 4; ++rung) {
+    Request request = MakeRequest(rung, {.prompt = 3 + rung, .max_tokens = 4});
     request.bounds.rung = rung;
     ASSERT_EQ(scheduler_->Submit(request), absl::OkStatus());
   }
   result_.probe.ahead = true;
-  EXPECT_EQ(Step(), "0[0,3) 1[0,4) 2[0,5)");
+  EXPECT_EQ(Step(), "0[0,3) 1[0,4) 2[0,5) 3[0,6)");
   result_.probe.ahead = false;
   Step();
   result_.probe.ahead = true;  // of others' prompts: decode rows meet what was there
   Step();
-  EXPECT_EQ(outputs_.at(0).stages, (StageRows{.full = 5}));
-  EXPECT_EQ(outputs_.at(1).stages, (StageRows{.full = 4, .history = 2}));
-  EXPECT_EQ(outputs_.at(2).stages, (StageRows{.probed = 5, .history = 2}));
-  EXPECT_EQ(scheduler_->stats().stages, (StageRows{.full = 9, .probed = 5, .history = 4}));
+  result_.probe = {.whole = true};  // what is dropped stays away
+  Step();
+  EXPECT_EQ(outputs_.at(0).stages, (StageRows{.full = 6}));
+  EXPECT_EQ(outputs_.at(1).stages, (StageRows{.full = 5, .history = 2}));
+  EXPECT_EQ(outputs_.at(2).stages, (StageRows{.full = 1, .probed = 5, .history = 2}));
+  EXPECT_EQ(outputs_.at(3).stages, (StageRows{.history = 9})) << "nothing of it was ranked";
+  EXPECT_EQ(scheduler_->stats().stages, (StageRows{.full = 12, .probed = 5, .history = 13}));
 }
 
 TEST_F(SchedulerTest, ToldIsWhatARequestIsChosenByAndWhatBecomesOfIt) {
