@@ -361,8 +361,8 @@ const std::vector<Setting>& Settings() {
       {kPruning, "probe-refresh", "Decode steps after which history ranks anew; 0: never",
        Whole(&O::probe_refresh, 0, 1'000'000)},
       {kPruning, "probe-whole",
-       "Of so many decode steps one leaves nothing out, so that history sees all\n"
-       "channels; 0: none",
+       "Of so many decode steps one leaves nothing out, so that history sees all;\n"
+       "0: none",
        Whole(&O::probe_whole, 0, 1'000'000)},
       {kPruning, "history", "What a probe learns: ema: from traffic; frozen: nothing",
        Choice<bool>(&O::frozen_history, {{"ema", false}, {"frozen", true}})},

@@ -140,8 +140,9 @@ Look Probe::Next(int prefill_rows, int decode_rows, int prompt_rows) {
   if (prefill_rows > 0 || decode_rows == 0) return Look::kNone;
   ++decode_steps_;
   back_due_ = back_due_ || (options_.refresh > 0 && decode_steps_ % options_.refresh == 0);
-  // Where both are due, the next step looks back, at what this one shows.
-  if (options_.whole > 0 && decode_steps_ % options_.whole == 0) return Look::kWhole;
+  // Where both are due, the next step looks back, at what this one shows. None is shown to who does
+  // not learn.
+  if (learns() && options_.whole > 0 && decode_steps_ % options_.whole == 0) return Look::kWhole;
   return std::exchange(back_due_, false) ? Look::kBack : Look::kNone;
 }
 
@@ -169,10 +170,15 @@ std::vector<int32_t> Probe::RankByHistory(int layer, SiteKind kind, std::span<co
 
 std::vector<int32_t> Probe::RankByEnergy(int layer, SiteKind kind, std::span<const float> energy,
                                          std::span<const int> counts) {
-  if (std::ranges::all_of(energy, [](float e) { return e == 0; })) return {};
+  const Watched& of = sites(kind);
+  int known = 0;
+  for (size_t at = 0; at < energy.size(); at += of.width) {
+    const std::span<const float> one = energy.subspan(at, of.width);
+    known += std::ranges::any_of(one, [](float e) { return e != 0; }) ? 1 : 0;
+  }
+  if (known == 0 || (!counts.empty() && known < counts.back())) return {};
   ++counts_.rankings;
   counts_.age = 0;
-  const Watched& of = sites(kind);
   std::vector<float> scores = Scores(Importance::kPpsp, energy, {}, of.norms[layer]);
   if (kind == SiteKind::kChannels) {
     ScoreGroups(options_.group, scores);

@@ -93,8 +93,8 @@ class Probe {
   Look Next(int prefill_rows, int decode_rows, int prompt_rows = 0);
 
   // The layer's heads or channels by FusedEnergy of the rows probed times their norms, as
-  // RankInBands. hidden [rows probed, columns]. Empty if nothing is known of any: they would be
-  // ranked by their numbers.
+  // RankInBands. hidden [rows probed, columns]. Empty if less is known than the last of `counts`:
+  // the others would be ranked by their numbers.
   std::vector<int32_t> Rank(int layer, SiteKind kind, ConstMatrix hidden,
                             std::span<const ProbeRow> rows, std::span<const int> counts);
   // The same by what history holds at the rows' positions, or, where prompts rank, by what those

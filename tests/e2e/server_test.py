@@ -498,8 +498,8 @@ class Pruning(unittest.TestCase):
                 # Of 19 decode steps two keep all.
                 self.assertEqual((stages.full, stages.probed, stages.history), (2, prompt, 17))
                 self.assertGreater(self.metric(server, "espalier_probe_rows_total"), 0)
-                # One a layer's site in the prefill step, and one every five of 19 decode steps, but
-                # for those in which a whole one is due.
+                # One a layer's site in the prefill step, and one every five of 19 decode steps, as
+                # soon as a whole one has shown what had left.
                 rankings = self.metric(server, "espalier_rankings_total")
                 self.assertEqual(rankings % (2 * sites), 0)
                 self.assertGreater(rankings, 2 * 2 * sites)

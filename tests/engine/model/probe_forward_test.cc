@@ -304,7 +304,7 @@ class HeadProbeTest : public ::testing::TestWithParam<HeadCase> {
         }
       }
     });
-    Step(2, 0, 20, 0, ids);
+    Step(2, 0, 24, 0, ids);
     model_.decoder().set_input_observer({});
   }
 
@@ -417,14 +417,26 @@ TEST_P(HeadProbeTest, LooksBackAtWhatIsKnownAndKeepsAllForOnce) {
   EXPECT_EQ(Step(0, 20, 21, 2), want) << "by what there was";
   EXPECT_EQ(nothing.counts().rankings, 0);
 
+  // The second of three decode steps keeps all, and the third looks back at what that held.
   model_.decoder().set_probe(nullptr);
   Step(0, 0, 20, 0);
-  const std::vector<float> dense = Step(0, 20, 21, 0);
-  Probe probe = ProbeOf({.keep = 0.5, .refresh = 2, .whole = 1});
+  const std::vector<float> before = Step(0, 20, 21, 2), dense = Step(0, 21, 22, 0);
+  // Of the first two heads, which stayed in the first step, history is half of either.
+  std::vector<double> first, energies;
+  AddEnergies({20}, 1, &first);
+  AddEnergies({21}, 1, &energies);
+  for (const int head : {0, 1}) energies[head] = (first[head] + energies[head]) / 2;
+  Probe probe = ProbeOf({.keep = 0.5, .refresh = 1, .whole = 2});
   model_.decoder().set_probe(&probe);
-  EXPECT_EQ(Step(0, 20, 21, 2), dense);
+  EXPECT_EQ(Step(0, 20, 21, 2), before);
+  EXPECT_EQ(Step(0, 21, 22, 2), dense);
   for (const float energy : probe.history(SiteKind::kHeads).Energy(0, 3)) EXPECT_GT(energy, 0);
+  EXPECT_EQ(probe.counts().rankings, 0);
+  const std::vector<float> got = Step(0, 22, 23, 2);
+  EXPECT_EQ(probe.counts().rankings, 1);
   model_.decoder().set_probe(nullptr);
+  RankBy(energies, Narrow());
+  EXPECT_EQ(Step(0, 22, 23, 2), got);
 }
 
 INSTANTIATE_TEST_SUITE_P(

@@ -87,6 +87,8 @@ TEST(Probe, LooksAheadInPrefillAndBackInDecode) {
   for (const Look look : {Look::kNone, Look::kWhole, Look::kBack, Look::kWhole, Look::kBack}) {
     EXPECT_EQ(both.Next(0, 1), look);
   }
+  Probe frozen({.keep = 1, .whole = 1}, ProbeSites{History(1, 2), {{1, 1}}});
+  EXPECT_EQ(frozen.Next(0, 1), Look::kNone) << "nothing would learn";
 }
 
 TEST(Probe, RanksByHistoryWhereItsRowsAre) {
@@ -115,6 +117,8 @@ TEST(Probe, RanksNothingOfWhichNothingIsKnown) {
     probe.Update(0, kChannels, ConstMatrix(held, 1, 3), row, all);
     EXPECT_THAT(probe.RankByHistory(0, kChannels, row, kCounts), ElementsAre(0, 2, 1));
     EXPECT_THAT(probe.RankByHistory(0, kHeads, row, kCounts), testing::IsEmpty());
+    probe.Update(0, kHeads, ConstMatrix(held, 1, 2), row, std::span(all).subspan(1, 1));
+    EXPECT_THAT(probe.RankByHistory(0, kHeads, row, kCounts), testing::IsEmpty()) << "one of two";
     EXPECT_EQ(probe.counts().rankings, 1);
   }
 }
