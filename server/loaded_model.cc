@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "engine/model/decoder.h"
-#include "engine/model/down_norms.h"
 #include "engine/model/history_file.h"
+#include "engine/model/model_probe.h"
 #include "engine/model/moments_file.h"
 #include "engine/model/policy_file.h"
 #include "engine/model/pruning_file.h"
@@ -152,7 +152,7 @@ absl::Status LoadedModel::LoadWeights(const std::shared_ptr<const ModelFile>& op
                       order.ladder));
     }
     absl::Status status = executor_->SetLadder(std::move(ladder->ladder), *ladder->channels);
-    if (status.ok() && options_.probe.has_value()) status = MakeProbe(file);
+    if (status.ok() && options_.probe.has_value()) status = SetProbe(file);
     if (!status.ok()) return status;
     WeightSources sources{.model = opened, .channels = ladder->channels, .files = file.files()};
     sources.files.insert(sources.files.end(), ladder->files.begin(), ladder->files.end());
@@ -172,11 +172,8 @@ absl::Status LoadedModel::LoadWeights(const std::shared_ptr<const ModelFile>& op
   return absl::OkStatus();
 }
 
-absl::Status LoadedModel::MakeProbe(const ModelFile& file) {
-  const ModelConfig& config = file.config();
-  SiteHistories histories = {
-      .channels = History(config.layers, config.columns(SiteKind::kChannels)),
-      .heads = History(config.layers, config.columns(SiteKind::kHeads))};
+absl::Status LoadedModel::SetProbe(const ModelFile& file) {
+  SiteHistories histories(file.config());
   if (!options_.history_file.empty()) {
     absl::StatusOr<SiteHistories> read = ReadHistory(options_.history_file, file);
     const bool begins = absl::IsNotFound(read.status()) && !options_.frozen_history;
@@ -191,21 +188,18 @@ absl::Status LoadedModel::MakeProbe(const ModelFile& file) {
     Log(LogLevel::kInfo, read.ok() ? "history read" : "history begins anew",
         {{"file", options_.history_file}});
   }
-  absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(file, SiteKind::kChannels);
-  if (!norms.ok()) return norms.status();
-  absl::StatusOr<std::vector<std::vector<float>>> of_heads = PpspNorms(file, SiteKind::kHeads);
-  if (!of_heads.ok()) return of_heads.status();
-  probe_ = std::make_unique<Probe>(ProbeOptions{.rows = *options_.probe,
-                                                .budget = options_.probe_budget,
-                                                .least_rows = options_.probe_least_rows,
-                                                .keep = options_.frozen_history ? 1 : 0.99,
-                                                .learn_rows = kLearnRows,
-                                                .refresh = options_.probe_refresh,
-                                                .whole = options_.probe_whole,
-                                                .group = executor_->channel_group()},
-                                   ProbeSites{std::move(histories.channels), *std::move(norms)},
-                                   ProbeSites{std::move(histories.heads), *std::move(of_heads)},
-                                   config.head_dim);
+  absl::StatusOr<std::unique_ptr<Probe>> probe =
+      MakeProbe({.rows = *options_.probe,
+                 .budget = options_.probe_budget,
+                 .least_rows = options_.probe_least_rows,
+                 .keep = options_.frozen_history ? 1 : 0.99,
+                 .learn_rows = kLearnRows,
+                 .refresh = options_.probe_refresh,
+                 .whole = options_.probe_whole,
+                 .group = executor_->channel_group()},
+                file, std::move(histories));
+  if (!probe.ok()) return probe.status();
+  probe_ = *std::move(probe);
   executor_->set_probe(probe_.get());
   return absl::OkStatus();
 }

@@ -75,7 +75,7 @@ class LoadedModel {
   explicit LoadedModel(const ServerOptions& options);
   absl::Status LoadWeights(const std::shared_ptr<const ModelFile>& opened, const Order& order);
   absl::Status MakePolicy(const Order& order);
-  absl::Status MakeProbe(const ModelFile& file);
+  absl::Status SetProbe(const ModelFile& file);
   absl::Status OpenMoments(const ModelFile& file, const std::string& path);
 
   const ServerOptions& options_;

@@ -15,7 +15,7 @@
 #include <CLI/CLI.hpp>
 #include <nlohmann/json.hpp>
 
-#include "engine/model/down_norms.h"
+#include "engine/model/model_probe.h"
 #include "engine/model/pruning_file.h"
 #include "engine/model/text/tokenizer.h"
 #include "engine/pruning/probe.h"
@@ -241,19 +241,12 @@ absl::Status Plot(const std::string& path, const nlohmann::ordered_json& report)
 }
 
 // A probe with the history of the texts asked for.
-absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const ModelFile& file,
-                                                 const Tokenizer& tokenizer,
-                                                 ModelExecutor* executor) {
-  const ModelConfig& config = file.config();
-  absl::StatusOr<std::vector<std::vector<float>>> norms = PpspNorms(file, SiteKind::kChannels);
-  if (!norms.ok()) return norms.status();
-  absl::StatusOr<std::vector<std::vector<float>>> of_heads = PpspNorms(file, SiteKind::kHeads);
-  if (!of_heads.ok()) return of_heads.status();
+absl::StatusOr<std::unique_ptr<Probe>> LearnedProbe(const Options& options, const ModelFile& file,
+                                                    const Tokenizer& tokenizer,
+                                                    ModelExecutor* executor) {
   // As long as what is evaluated, so that positions are those that the history knows.
   const int window = std::min(options.prompt, options.step_rows);
-  const int exact = options.exact ? options.prompt : 0;
-  History history(config.layers, config.columns(SiteKind::kChannels), exact);
-  History heads(config.layers, config.columns(SiteKind::kHeads), exact);
+  SiteHistories histories(file.config(), options.exact ? options.prompt : 0);
   ProbeOptions probing = options.probing;
   probing.rows = static_cast<ProbeOptions::Rows>(std::ranges::find(kProbeNames, options.probe) -
                                                  std::begin(kProbeNames) - 1);
@@ -268,9 +261,9 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
     std::vector<int> positions(window);
     std::iota(positions.begin(), positions.end(), 0);
     executor->set_channel_observer(
-        [&](int layer, ConstMatrix hidden) { history.Learn(layer, hidden, positions); });
+        [&](int layer, ConstMatrix rows) { histories.channels.Learn(layer, rows, positions); });
     executor->set_input_observer([&](int layer, MatrixInput input, ConstMatrix rows) {
-      if (input == MatrixInput::kO) heads.Learn(layer, rows, positions);
+      if (input == MatrixInput::kO) histories.heads.Learn(layer, rows, positions);
     });
     Progress bar("history");
     int64_t done = 0, all = 0;
@@ -287,9 +280,7 @@ absl::StatusOr<std::unique_ptr<Probe>> MakeProbe(const Options& options, const M
     executor->set_channel_observer({});
     executor->set_input_observer({});
   }
-  return std::make_unique<Probe>(probing, ProbeSites{std::move(history), *std::move(norms)},
-                                 ProbeSites{std::move(heads), *std::move(of_heads)},
-                                 config.head_dim);
+  return MakeProbe(probing, file, std::move(histories));
 }
 
 absl::Status Run(Options options) {
@@ -326,7 +317,7 @@ absl::Status Run(Options options) {
   std::unique_ptr<Probe> probe;
   if (options.probe != "off") {
     absl::StatusOr<std::unique_ptr<Probe>> made =
-        MakeProbe(options, *model->file, **tokenizer, model->executor.get());
+        LearnedProbe(options, *model->file, **tokenizer, model->executor.get());
     if (!made.ok()) return made.status();
     probe = *std::move(made);
     model->executor->set_probe(probe.get());
@@ -411,7 +402,7 @@ void AddEval(CLI::App& root, Action* action) {
   every("--probe-refresh", options->probing.refresh,
         "Decode steps after which history ranks anew; 0: never");
   every("--probe-whole", options->probing.whole,
-        "Of so many decode steps one keeps all channels; 0: none");
+        "Of so many decode steps one leaves nothing out; 0: none");
   sub->add_option("--history-text", options->history,
                   "Files or folders that history is learned from before; without: no history")
       ->type_name("PATH")

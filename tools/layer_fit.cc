@@ -68,12 +68,9 @@ std::vector<int32_t> RankHeads(const std::string& by, std::span<const float> o, 
     energy.push_back(static_cast<float>(sums.squares[j] / static_cast<double>(sums.rows)));
     mean.push_back(static_cast<float>(sums.first[j] / static_cast<double>(sums.rows)));
   }
-  std::vector<float> scores = Scores(importance, energy, mean, DownNorms(importance, o, columns));
-  const int dim = columns / heads;
-  ScoreGroups(dim, scores);
-  for (int head = 0; head < heads; ++head) scores[head] = scores[head * dim];
-  scores.resize(heads);
-  return RankByScore(scores);
+  const std::vector<float> scores =
+      Scores(importance, energy, mean, DownNorms(importance, o, columns));
+  return RankByScore(HeadScores(columns / heads, scores));
 }
 
 class LayerFit {

@@ -406,70 +406,76 @@ Decoder::LookedAt Decoder::RowsProbed(const LookedAt& looked_at,
   return probed;
 }
 
+std::vector<int32_t> Decoder::ProbeHeads(int layer, const LookedAt& looked_at,
+                                         const AttentionMatrices& at, Activations* activations,
+                                         PhaseTimes* phases) {
+  const Layer& weights = layers_[layer];
+  {
+    PhaseTimer timer(&phases->attention_projections);
+    const MatMulTarget targets[] = {{.weight = &weights.k, .out = at.k, .bias = weights.k_bias},
+                                    {.weight = &weights.v, .out = at.v, .bias = weights.v_bias}};
+    backend_->MatMul({.x = at.normed, .targets = targets});
+    NormHeads(weights.k_norm, at.k);
+  }
+  const int hidden = config_.hidden, width = at.q.cols;
+  LookedAt probed;
+  Matrix held;
+  {
+    PhaseTimer timer(&phases->probe);
+    probed = RowsProbed(looked_at, *activations);
+    const int count = static_cast<int>(probed.rows.size());
+    const Matrix x(activations->gate.data(), count, hidden);  // free until the MLP
+    held = Matrix(activations->up.data(), count, width);
+    for (int i = 0; i < count; ++i) std::copy_n(at.normed.row(probed.rows[i]), hidden, x.row(i));
+    const MatMulTarget target[] = {{.weight = &weights.q, .out = held, .bias = weights.q_bias}};
+    backend_->MatMul({.x = x, .targets = target});
+    NormHeads(weights.q_norm, held);
+    // Where the step's own queries will be: what the other rows hold is nobody's.
+    for (int i = 0; i < count; ++i) std::copy_n(held.row(i), width, at.q.row(probed.rows[i]));
+  }
+  {
+    PhaseTimer timer(&phases->attention);
+    RopeAndStore(layer, {.spans = at.spans,
+                         .page_tables = at.tables,
+                         .q = at.q,
+                         .k = at.k,
+                         .v = at.v,
+                         .pool = at.pool});
+  }
+  PhaseTimer timer(&phases->probe);
+  std::vector<AttentionSpan> spans;
+  std::vector<std::span<const int32_t>> tables;
+  for (int i = 0; i < held.rows; ++i) {
+    const int of = probed.of_rows[i].sequence;
+    spans.push_back({.first_row = probed.rows[i],
+                     .rows = 1,
+                     .start = probed.of_rows[i].position,
+                     .int4_kv = at.spans[of].int4_kv});
+    tables.push_back(at.tables[of]);
+  }
+  backend_->Attention({.spans = spans,
+                       .page_tables = tables,
+                       .q = at.q,
+                       .heads_kept = all_heads_,
+                       .heads = config_.heads,
+                       .scale = AttentionScale(),
+                       .pool = at.pool,
+                       .out = at.attended});
+  for (int i = 0; i < held.rows; ++i) {
+    std::copy_n(at.attended.row(probed.rows[i]), width, held.row(i));
+  }
+  return probe_->Rank(layer, SiteKind::kHeads, held, probed.of_rows, panels_[layer].head_counts);
+}
+
 bool Decoder::RankHeads(int layer, const StepPlan& plan, const AttentionMatrices& at,
                         Activations* activations, PhaseTimes* phases) {
   Panels& panels = panels_[layer];
   const LookedAt looked_at = RowsLookedAt(layer, plan, SiteKind::kHeads);
   if (looked_at.rows.empty()) return false;
-  const Layer& weights = layers_[layer];
   const bool ahead = look_ == Look::kAhead;
   std::vector<int32_t> ranking;
   if (ahead) {
-    {
-      PhaseTimer timer(&phases->attention_projections);
-      const MatMulTarget targets[] = {{.weight = &weights.k, .out = at.k, .bias = weights.k_bias},
-                                      {.weight = &weights.v, .out = at.v, .bias = weights.v_bias}};
-      backend_->MatMul({.x = at.normed, .targets = targets});
-      NormHeads(weights.k_norm, at.k);
-    }
-    const int hidden = config_.hidden, width = at.q.cols;
-    LookedAt probed;
-    Matrix held;
-    {
-      PhaseTimer timer(&phases->probe);
-      probed = RowsProbed(looked_at, *activations);
-      const int count = static_cast<int>(probed.rows.size());
-      const Matrix x(activations->gate.data(), count, hidden);  // free until the MLP
-      held = Matrix(activations->up.data(), count, width);
-      for (int i = 0; i < count; ++i) std::copy_n(at.normed.row(probed.rows[i]), hidden, x.row(i));
-      const MatMulTarget target[] = {{.weight = &weights.q, .out = held, .bias = weights.q_bias}};
-      backend_->MatMul({.x = x, .targets = target});
-      NormHeads(weights.q_norm, held);
-      // Where the step's own queries will be: what the other rows hold is nobody's.
-      for (int i = 0; i < count; ++i) std::copy_n(held.row(i), width, at.q.row(probed.rows[i]));
-    }
-    {
-      PhaseTimer timer(&phases->attention);
-      RopeAndStore(layer, {.spans = at.spans,
-                           .page_tables = at.tables,
-                           .q = at.q,
-                           .k = at.k,
-                           .v = at.v,
-                           .pool = at.pool});
-    }
-    PhaseTimer timer(&phases->probe);
-    std::vector<AttentionSpan> spans;
-    std::vector<std::span<const int32_t>> tables;
-    for (int i = 0; i < held.rows; ++i) {
-      const int of = probed.of_rows[i].sequence;
-      spans.push_back({.first_row = probed.rows[i],
-                       .rows = 1,
-                       .start = probed.of_rows[i].position,
-                       .int4_kv = at.spans[of].int4_kv});
-      tables.push_back(at.tables[of]);
-    }
-    backend_->Attention({.spans = spans,
-                         .page_tables = tables,
-                         .q = at.q,
-                         .heads_kept = all_heads_,
-                         .heads = config_.heads,
-                         .scale = AttentionScale(),
-                         .pool = at.pool,
-                         .out = at.attended});
-    for (int i = 0; i < held.rows; ++i) {
-      std::copy_n(at.attended.row(probed.rows[i]), width, held.row(i));
-    }
-    ranking = probe_->Rank(layer, SiteKind::kHeads, held, probed.of_rows, panels.head_counts);
+    ranking = ProbeHeads(layer, looked_at, at, activations, phases);
   } else {
     PhaseTimer timer(&phases->probe);
     ranking = probe_->RankByHistory(layer, SiteKind::kHeads, looked_at.of_rows, panels.head_counts);

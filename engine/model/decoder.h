@@ -269,8 +269,11 @@ class Decoder {
   // Ranks a layer's channels as look_ says, by the rows looked at. False: there are none, or
   // nothing is known of them, and the ranking is as it was.
   bool RankChannels(int layer, const StepPlan& plan, Activations* activations);
-  // The same of its heads, and makes panels for them. Probed rows attend by all heads to all that
-  // is before them; true: for that, K and V of all rows were stored.
+  // A ranking of its heads by probed rows, which attend by all of them to all that is before them;
+  // for that it stores K and V of the step's rows.
+  std::vector<int32_t> ProbeHeads(int layer, const LookedAt& looked_at, const AttentionMatrices& at,
+                                  Activations* activations, PhaseTimes* phases);
+  // Ranks its heads as look_ says and makes panels for them. True: K and V are stored.
   bool RankHeads(int layer, const StepPlan& plan, const AttentionMatrices& at,
                  Activations* activations, PhaseTimes* phases);
   // Panels of the first `count` channels of a ranking that is not the one they were made for.

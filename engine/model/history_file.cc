@@ -70,9 +70,7 @@ absl::StatusOr<SiteHistories> ReadHistory(const std::string& path, const ModelFi
       !status.ok()) {
     return status;
   }
-  const ModelConfig& config = model.config();
-  SiteHistories read = {.channels = History(config.layers, config.columns(SiteKind::kChannels)),
-                        .heads = History(config.layers, config.columns(SiteKind::kHeads))};
+  SiteHistories read(model.config());
   absl::Status status = Read(path, *gguf, kChannelsPart, &read.channels);
   const bool has_heads = std::ranges::any_of(
       gguf->tensors, [](const StoredTensor& t) { return t.name == NameOf(0, kHeadsPart); });

@@ -11,14 +11,10 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "engine/model/files/model_file.h"
+#include "engine/model/model_probe.h"
 #include "engine/pruning/history.h"
 
 namespace espalier {
-
-struct SiteHistories {
-  History channels;
-  History heads;
-};
 
 // NotFound if there is no file; InvalidArgument, with file and key or tensor, if it is of another
 // model or not whole, or if a value is not finite or negative.

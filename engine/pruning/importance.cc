@@ -53,6 +53,15 @@ void ScoreGroups(int group, std::span<float> scores) {
   }
 }
 
+std::vector<float> HeadScores(int width, std::span<const float> columns) {
+  std::vector<float> scores;
+  for (size_t at = 0; at < columns.size(); at += width) {
+    const std::span<const float> of = columns.subspan(at, width);
+    scores.push_back(std::accumulate(of.begin(), of.end(), 0.0f));
+  }
+  return scores;
+}
+
 std::vector<int32_t> RankByScore(std::span<const float> scores) {
   std::vector<int32_t> ranking(scores.size());
   std::iota(ranking.rbegin(), ranking.rend(), 0);

@@ -32,6 +32,9 @@ std::vector<float> Scores(Importance importance, std::span<const float> energy,
 // Rankings below then split none, as long as counts are of whole groups.
 void ScoreGroups(int group, std::span<float> scores);
 
+// Of heads: the sum of the scores of each `width` columns.
+std::vector<float> HeadScores(int width, std::span<const float> columns);
+
 // Channels by falling score; of two alike the lower index leaves first.
 std::vector<int32_t> RankByScore(std::span<const float> scores);
 

@@ -180,14 +180,9 @@ std::vector<int32_t> Probe::RankByEnergy(int layer, SiteKind kind, std::span<con
   ++counts_.rankings;
   counts_.age = 0;
   std::vector<float> scores = Scores(Importance::kPpsp, energy, {}, of.norms[layer]);
-  if (kind == SiteKind::kChannels) {
-    ScoreGroups(options_.group, scores);
-    return RankInBands(scores, counts);
-  }
-  ScoreGroups(of.width, scores);
-  const size_t heads = scores.size() / of.width;
-  for (size_t head = 0; head < heads; ++head) scores[head] = scores[head * of.width];
-  return RankInBands(std::span(scores).first(heads), counts);
+  if (kind == SiteKind::kHeads) return RankInBands(HeadScores(of.width, scores), counts);
+  ScoreGroups(options_.group, scores);
+  return RankInBands(scores, counts);
 }
 
 void Probe::Update(int layer, SiteKind kind, ConstMatrix hidden, std::span<const ProbeRow> rows,

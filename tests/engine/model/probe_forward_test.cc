@@ -21,6 +21,17 @@ std::vector<int32_t> RandomIds(int count, uint64_t seed) {
   return ids;
 }
 
+// Logits of ids [start, end) of a sequence alone in a step; one row decodes.
+std::vector<float> StepOf(ForwardHarness* model, std::span<const int32_t> ids, int sequence,
+                          int start, int end, int rung) {
+  const ForwardHarness::Chunk chunk{.sequence = sequence,
+                                    .start = start,
+                                    .ids = ids.subspan(start, end - start),
+                                    .rung = rung,
+                                    .decode = end - start == 1};
+  return model->Step({&chunk, 1});
+}
+
 Ladder Narrow(const SiteWidths& widths) {
   Ladder ladder = Ladder::DenseOnly(widths);
   for (const int kept : {kKept, 32}) {
@@ -209,19 +220,15 @@ TEST_P(ProbeForwardTest, LeavesPanelsThatEveryRungCanUse) {
   model_.SetLadder(Narrow(widths_));
   Probe probe = ThirdsLeave({});
   const std::vector<int32_t> ids = RandomIds(20, 3);
-  const std::span<const int32_t> all(ids);
-  const auto step = [&](int sequence, int start, int count, int rung) {
-    const ForwardHarness::Chunk chunk{.sequence = sequence,
-                                      .start = start,
-                                      .ids = all.subspan(start, count),
-                                      .rung = rung,
-                                      .decode = start > 0};
-    for (const float value : model_.Step({&chunk, 1})) ASSERT_TRUE(std::isfinite(value));
+  const auto step = [&](int sequence, int start, int end, int rung) {
+    for (const float value : StepOf(&model_, ids, sequence, start, end, rung)) {
+      ASSERT_TRUE(std::isfinite(value));
+    }
   };
   model_.decoder().set_probe(&probe);
   step(0, 0, 19, 1);
   step(1, 0, 19, 2);  // ranks anew, for the narrowest alone
-  step(0, 19, 1, 1);
+  step(0, 19, 20, 1);
   model_.decoder().set_probe(nullptr);
   // Few dense rows beside pruned ones share gate and up where panels hold all channels.
   Serve();
@@ -229,14 +236,8 @@ TEST_P(ProbeForwardTest, LeavesPanelsThatEveryRungCanUse) {
 
 TEST_P(ProbeForwardTest, WidensPanelsThatANarrowerStepRanked) {
   const std::vector<int32_t> ids = RandomIds(21, 4);
-  const std::span<const int32_t> all(ids);
-  const auto step = [&](int sequence, int start, int count, int rung) {
-    const ForwardHarness::Chunk chunk{.sequence = sequence,
-                                      .start = start,
-                                      .ids = all.subspan(start, count),
-                                      .rung = rung,
-                                      .decode = start > 0};
-    return model_.Step({&chunk, 1});
+  const auto step = [&](int sequence, int start, int end, int rung) {
+    return StepOf(&model_, ids, sequence, start, end, rung);
   };
   // The second decode step ranks; the third is on rung 1 whatever rung that was.
   const auto after = [&](int ranking_rung) {
@@ -244,9 +245,9 @@ TEST_P(ProbeForwardTest, WidensPanelsThatANarrowerStepRanked) {
     Probe probe({.least_rows = 1000, .keep = 1, .refresh = 2}, {Ones(), Norms()});
     model_.decoder().set_probe(&probe);
     for (const int sequence : {0, 1}) step(sequence, 0, 19, 0);
-    for (const int start : {19, 20}) step(0, start, 1, ranking_rung);
+    for (const int start : {19, 20}) step(0, start, start + 1, ranking_rung);
     EXPECT_EQ(probe.counts().rankings, widths_.layers);
-    std::vector<float> logits = step(1, 19, 1, 1);
+    std::vector<float> logits = step(1, 19, 20, 1);
     model_.decoder().set_probe(nullptr);
     EXPECT_EQ(probe.counts().rankings, widths_.layers);
     return logits;
@@ -283,13 +284,7 @@ class HeadProbeTest : public ::testing::TestWithParam<HeadCase> {
   }
 
   std::vector<float> Step(int sequence, int start, int end, int rung, int ids = 1) {
-    const std::vector<int32_t> all = RandomIds(40, ids);
-    const ForwardHarness::Chunk chunk{.sequence = sequence,
-                                      .start = start,
-                                      .ids = std::span(all).subspan(start, end - start),
-                                      .rung = rung,
-                                      .decode = end - start == 1};
-    return model_.Step({&chunk, 1});
+    return StepOf(&model_, RandomIds(40, ids), sequence, start, end, rung);
   }
 
   // Adds what heads hold in the dense model at the positions.
