@@ -14,6 +14,8 @@
 namespace espalier {
 namespace {
 
+int DivideUp(int value, int by) { return (value + by - 1) / by; }
+
 void RequireShape(const char* what, const ConstMatrix& m, int rows, int cols) {
   Require(m.rows == rows && m.cols == cols && m.stride >= m.cols,
           "{}: expected [{}, {}], got [{}, {}] with stride {}", what, rows, cols, m.rows, m.cols,
@@ -197,8 +199,24 @@ int CpuBackend::RowsOfTask(int rows, int tasks_wide) const {
 }
 
 CpuBackend::TaskBlock CpuBackend::TaskBlock::Of(int rows, int most) {
-  const int splits = (rows + most - 1) / most;
-  return {.splits = splits, .rows = rows, .part_rows = (rows + splits - 1) / splits};
+  const int splits = DivideUp(rows, most);
+  return {.splits = splits, .rows = rows, .part_rows = DivideUp(rows, splits)};
+}
+
+int CpuBackend::ShareOf(int outputs, int task_outputs, int unit) const {
+  const int longest = DivideUp(DivideUp(outputs, task_outputs), pool_.threads()) * task_outputs;
+  const int share = DivideUp(DivideUp(outputs, pool_.threads()), unit) * unit;
+  return share < longest ? share : outputs;
+}
+
+int CpuBackend::AddTasks(TaskBlock block, int task_outputs, int unit) {
+  // Of rows in many parts there are tasks enough.
+  block.share = block.splits > 1 ? block.outputs : ShareOf(block.outputs, task_outputs, unit);
+  const int pieces = block.outputs / block.share * DivideUp(block.share, task_outputs) +
+                     DivideUp(block.outputs % block.share, task_outputs);
+  block.end = (task_blocks_.empty() ? 0 : task_blocks_.back().end) + pieces * block.splits;
+  task_blocks_.push_back(block);
+  return block.end;
 }
 
 CpuBackend::TaskPlace CpuBackend::PlaceOf(int task, int task_outputs) const {
@@ -206,8 +224,14 @@ CpuBackend::TaskPlace CpuBackend::PlaceOf(int task, int task_outputs) const {
   int begin = 0;
   for (; task >= block->end; ++block) begin = block->end;
   const int part = (task - begin) % block->splits * block->part_rows;
+  const int piece = (task - begin) / block->splits;
+  const int pieces = DivideUp(block->share, task_outputs);
+  const int share = piece / pieces * block->share;
+  const int first = share + piece % pieces * task_outputs;
+  const int end = std::min(block->outputs, share + block->share);
   return {.block = block,
-          .first = block->first + (task - begin) / block->splits * task_outputs,
+          .first = block->first + first,
+          .outputs = std::min(task_outputs, end - first),
           .row = part,
           .rows = std::min(block->part_rows, block->rows - part)};
 }
@@ -215,26 +239,25 @@ CpuBackend::TaskPlace CpuBackend::PlaceOf(int task, int task_outputs) const {
 void CpuBackend::RunTasks(const MatMulArgs& args, const QuantizedRows& quantized) {
   // Few strips: narrower tasks, then with fewer rows, so that every worker has some of them and the
   // last to end is not much later than the rest.
-  const auto pieces_of = [](const MatMulTarget& target, int outputs) {
-    return (target.out.cols + outputs - 1) / outputs;
-  };
   int task_outputs = kTaskOutputs, tasks_wide = 0, rows = 0;
   for (const MatMulTarget& target : args.targets) rows = std::max(rows, target.out.rows);
   if (rows == 0) return;
   for (;; task_outputs /= 2) {
     tasks_wide = 0;
-    for (const MatMulTarget& target : args.targets) tasks_wide += pieces_of(target, task_outputs);
+    for (const MatMulTarget& target : args.targets) {
+      tasks_wide += DivideUp(target.out.cols, task_outputs);
+    }
     if (tasks_wide >= wanted_tasks() || task_outputs == kStripOutputs * 2) break;
   }
   const int most = RowsOfTask(rows, tasks_wide);
   task_blocks_.clear();
   int tasks = 0;
   for (const MatMulTarget& target : args.targets) {
-    if (target.out.rows == 0) continue;
+    if (target.out.rows == 0 || target.out.cols == 0) continue;
     TaskBlock block = TaskBlock::Of(target.out.rows, most);
     block.target = &target;
-    block.end = tasks += pieces_of(target, task_outputs) * block.splits;
-    task_blocks_.push_back(block);
+    block.outputs = target.out.cols;
+    tasks = AddTasks(block, task_outputs, kStripOutputs);
   }
   pool_.Run(tasks, [&](int worker, int task) {
     const TaskPlace place = PlaceOf(task, task_outputs);
@@ -250,7 +273,7 @@ void CpuBackend::RunTasks(const MatMulArgs& args, const QuantizedRows& quantized
                      .next_strip_bytes = StripBytes(next_weight),
                      .groups = GroupsOf(depth),
                      .depth = depth,
-                     .outputs = std::min(task_outputs, target.out.cols - place.first),
+                     .outputs = place.outputs,
                      .rows = place.rows,
                      .x = args.x.row(target.first_row + place.row),
                      .x_stride = args.x.stride,
@@ -334,30 +357,31 @@ void CpuBackend::MakeChannels(const GatedMlpArgs& args, int channels, const Quan
   const QuantizedRows quantized = Quantize(args.x);
   // Whole groups to a task, so that it can quantise them.
   static_assert(kTaskOutputs % kGroup == 0);
-  const auto pieces_of = [&](int outputs) { return (channels + outputs - 1) / outputs; };
-  const int task_outputs = pieces_of(kTaskOutputs) < wanted_tasks() ? kGroup : kTaskOutputs;
-  const int most = RowsOfTask(args.x.rows, pieces_of(task_outputs));
+  const int task_outputs =
+      DivideUp(channels, kTaskOutputs) < wanted_tasks() ? kGroup : kTaskOutputs;
+  const int most = RowsOfTask(args.x.rows, DivideUp(channels, task_outputs));
   // The staircase: the rows of a task end where nobody after them keeps its channels.
   task_blocks_.clear();
   int tasks = 0;
-  for (int first = 0; first < channels; first += task_outputs) {
+  for (int first = 0, next = 0; first < channels; first = next) {
     int rows = 0, end = 0;
     for (const MlpStep& step : args.steps) {
       end += step.rows;
-      if (step.channels > first) rows = end;
+      if (step.channels <= first) continue;
+      rows = end;
+      next = DivideUp(step.channels, kGroup) * kGroup;
     }
-    if (task_blocks_.empty() || task_blocks_.back().rows != rows) {
-      task_blocks_.push_back(TaskBlock::Of(rows, most));
-      task_blocks_.back().first = first;
-    }
-    task_blocks_.back().end = tasks += task_blocks_.back().splits;
+    TaskBlock block = TaskBlock::Of(rows, most);
+    block.first = first;
+    block.outputs = std::min(next, channels) - first;
+    tasks = AddTasks(block, task_outputs, kGroup);
   }
   const Weight* const weights[] = {&args.gate, &args.up};
   const int groups = GroupsOf(args.x.cols);
   pool_.Run(tasks, [&](int worker, int task) {
     const TaskPlace place = PlaceOf(task, task_outputs);
     const TaskPlace next = PlaceOf(std::min(task + 1, tasks - 1), task_outputs);
-    const int outputs = std::min(task_outputs, channels - place.first);
+    const int outputs = place.outputs;
     auto* tile = static_cast<ChannelsTile*>(channels_scratch_[worker].get());
     for (const bool up : {false, true}) {
       const Weight& next_weight = *weights[!up];

@@ -84,6 +84,8 @@ class CpuBackend final : public Backend {
   struct TaskBlock {
     const MatMulTarget* target = nullptr;  // null: GatedMlp's channels
     int first = 0;                         // first output, or channel
+    int outputs = 0;                       // from there on
+    int share = 0;                         // of them, cut into tasks by itself: ShareOf
     int splits = 0;
     int rows = 0;       // of all parts
     int part_rows = 0;  // of each but the last
@@ -95,11 +97,18 @@ class CpuBackend final : public Backend {
   struct TaskPlace {
     const TaskBlock* block = nullptr;
     int first = 0;  // output or channel
-    int row = 0;    // of the block's
+    int outputs = 0;
+    int row = 0;  // of the block's
     int rows = 0;
   };
+  // Ends task_blocks_ with this one, but for its last fields: `outputs` in pieces of at most
+  // `task_outputs`, whole units each. Returns the tasks so far.
+  int AddTasks(TaskBlock block, int task_outputs, int unit);
   // In task_blocks_.
   TaskPlace PlaceOf(int task, int task_outputs) const;
+  // Nine tasks of 64 outputs keep one of two workers waiting for a tenth of the time: where that is
+  // so, a worker's share ends with a smaller task. Else all outputs.
+  int ShareOf(int outputs, int task_outputs, int unit) const;
   // Memory of quantised rows, which grows and is kept.
   struct QuantizedBuffer {
     std::vector<int8_t> values;

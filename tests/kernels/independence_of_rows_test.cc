@@ -27,7 +27,7 @@ class RowsTest : public ::testing::TestWithParam<KernelCase> {
 INSTANTIATE_TEST_SUITE_P(Isa, RowsTest, ::testing::ValuesIn(AllKernelCases()), KernelCaseName);
 
 TEST_P(RowsTest, MatMulGivesTheSameBitsHoweverRowsAndThreadsAreSplit) {
-  const auto two = MakeBackend(GetParam().isa, 2), one = MakeBackend(GetParam().isa, 1);
+  const auto two = MakeBackend(GetParam().isa, 2);
   constexpr int kRows = 150;
   for (WeightLayout layout : {WeightLayout::kOutputRows, WeightLayout::kInputRows}) {
     const Weight weight = Upload(two.get(), RandomWeight(GetParam().type, layout, 200, 1100, 1));
@@ -37,8 +37,47 @@ TEST_P(RowsTest, MatMulGivesTheSameBitsHoweverRowsAndThreadsAreSplit) {
       EXPECT_TRUE(BitEqual(all, Multiply(two.get(), weight, x, kRows, step)))
           << step << " rows a call";
     }
-    EXPECT_TRUE(BitEqual(all, Multiply(one.get(), weight, x, kRows, kRows))) << "one thread";
+    for (int threads : {1, 3, 5, 7}) {
+      const auto other = MakeBackend(GetParam().isa, threads);
+      for (int step : {30, kRows}) {
+        EXPECT_TRUE(BitEqual(all, Multiply(other.get(), weight, x, kRows, step)))
+            << threads << " threads, " << step << " rows a call";
+      }
+    }
   }
+}
+
+// Slices of a staircase are cut for the workers, each by itself: of 17, 10 and 7 tasks here.
+TEST_P(RowsTest, GatedMlpGivesTheSameBitsHoweverThreadsAreSplit) {
+  constexpr int kHidden = 64, kChannels = 1088;
+  const std::pair<int, int> stairs[] = {{3, kChannels}, {4, 640}, {2, 416}};
+  const auto run = [&](int threads) {
+    const auto backend = MakeBackend(GetParam().isa, threads);
+    const auto upload = [&](WeightLayout layout, int seed) {
+      return Upload(backend.get(), RandomWeight(GetParam().type, layout, kChannels, kHidden, seed));
+    };
+    const Weight gate = upload(WeightLayout::kOutputRows, 1);
+    const Weight up = upload(WeightLayout::kOutputRows, 2);
+    const Weight down = upload(WeightLayout::kInputRows, 3);
+    std::vector<MlpStep> steps;
+    int rows = 0;
+    for (const auto& [count, channels] : stairs) {
+      steps.push_back({.rows = count, .channels = channels, .down = &down});
+      rows += count;
+    }
+    const auto x = RandomValues(rows * kHidden, 4);
+    std::vector<float> a(rows * kChannels), b(a), out(x.size());
+    backend->GatedMlp({.x = View(x, rows, kHidden),
+                       .gate = gate,
+                       .up = up,
+                       .steps = steps,
+                       .gate_room = Matrix(a.data(), rows, kChannels),
+                       .up_room = Matrix(b.data(), rows, kChannels),
+                       .out = Matrix(out.data(), rows, kHidden)});
+    return out;
+  };
+  const std::vector<float> alone = run(1);
+  for (int threads : {2, 3, 4, 7}) EXPECT_TRUE(BitEqual(alone, run(threads))) << threads;
 }
 
 // int8 products are the same integers everywhere; only the last fp32 additions may differ.
