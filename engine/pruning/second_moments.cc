@@ -10,7 +10,8 @@ SecondMoments::SecondMoments(int channels, int outputs, Backend* backend)
       backend_(backend),
       sums_(static_cast<size_t>(channels) * channels),
       missed_(static_cast<size_t>(outputs) * channels),
-      first_(channels + outputs) {}
+      first_(channels + outputs),
+      sink_(channels + outputs) {}
 
 absl::Status SecondMoments::Add(ConstMatrix hidden, ConstMatrix missed) {
   const int rows = hidden.rows;
@@ -57,6 +58,25 @@ absl::Status SecondMoments::Add(ConstMatrix hidden, ConstMatrix missed) {
   return backend_->Synchronize();
 }
 
+void SecondMoments::AddSink(std::span<const float> hidden, std::span<const float> missed) {
+  for (int c = 0; c < channels_; ++c) sink_[c] += hidden[c];
+  for (int n = 0; n < outputs_; ++n) sink_[channels_ + n] += missed[n];
+  ++sinks_;
+}
+
+double SecondMoments::SinkWeight() const {
+  constexpr double kLarge = 100;  // times the others' energy; SmolLM2-135M's are 300 and 200,000
+  if (sinks_ == 0 || tokens_ == 0) return 0;
+  double squares = 0, others = 0;
+  for (int c = 0; c < channels_; ++c) {
+    squares += sink_[c] * sink_[c];
+    others += sums_[static_cast<size_t>(c) * (channels_ + 1)];
+  }
+  others /= static_cast<double>(tokens_);
+  const double mean = squares / static_cast<double>(sinks_ * sinks_);
+  return mean > kLarge * others ? others / squares : 0;
+}
+
 std::vector<float> SecondMoments::Energy() const {
   std::vector<float> energy(channels_);
   for (int c = 0; tokens_ > 0 && c < channels_; ++c) {
@@ -84,20 +104,27 @@ std::vector<float> SecondMoments::Mean() const {
   const size_t width = channels_;
   std::vector<float> mean(width * width);
   if (tokens_ == 0) return mean;
-  const double scale = 1.0 / static_cast<double>(tokens_);
+  const double scale = 1.0 / static_cast<double>(tokens_), sinks = SinkWeight();
   for (size_t i = 0; i < width; ++i) {
     for (size_t j = 0; j <= i; ++j) {
-      mean[i * width + j] = mean[j * width + i] = static_cast<float>(sums_[i * width + j] * scale);
+      mean[i * width + j] = mean[j * width + i] =
+          static_cast<float>(sums_[i * width + j] * scale + sinks * sink_[i] * sink_[j]);
     }
   }
   return mean;
 }
 
 std::vector<float> SecondMoments::Missed() const {
+  const size_t width = channels_;
   std::vector<float> mean(missed_.size());
-  const double scale = tokens_ == 0 ? 0 : 1.0 / static_cast<double>(tokens_);
-  std::ranges::transform(missed_, mean.begin(),
-                         [=](float sum) { return static_cast<float>(sum * scale); });
+  if (tokens_ == 0) return mean;
+  const double scale = 1.0 / static_cast<double>(tokens_), sinks = SinkWeight();
+  for (int n = 0; n < outputs_; ++n) {
+    for (size_t c = 0; c < width; ++c) {
+      mean[n * width + c] =
+          static_cast<float>(missed_[n * width + c] * scale + sinks * sink_[width + n] * sink_[c]);
+    }
+  }
   return mean;
 }
 
