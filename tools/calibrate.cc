@@ -10,6 +10,7 @@
 #include <fstream>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -17,8 +18,10 @@
 
 #include <CLI/CLI.hpp>
 
+#include "engine/model/channel_moments_file.h"
 #include "engine/model/pruning_file.h"
 #include "engine/model/text/tokenizer.h"
+#include "engine/pruning/channel_moments.h"
 #include "engine/pruning/importance.h"
 #include "policy/blocks/block_orders.h"
 #include "policy/kept_counts.h"
@@ -31,6 +34,7 @@
 #include "tools/layer_fit.h"
 #include "tools/local_model.h"
 #include "tools/machine.h"
+#include "tools/moment_fit.h"
 #include "tools/progress.h"
 #include "tools/self_text.h"
 #include "tools/statistics.h"
@@ -102,7 +106,8 @@ struct Options {
   int dense_layers = 3;
   std::string rank = "elimination";
   std::string compensate = "refit";
-  std::string blocks;  // removal orders; empty: attention alone, by what is missed least
+  std::string moments;  // what channels are ranked and refitted by; empty: text
+  std::string blocks;   // removal orders; empty: attention alone, by what is missed least
   int64_t resident_tokens = 8192;
   std::string reprice;  // a ladder to time again, in place of all else
   std::string out;
@@ -430,6 +435,42 @@ absl::Status Reprice(const Options& options) {
   return absl::OkStatus();
 }
 
+// Rankings and refits, of the corpus or of a server's moments, if those are not null.
+absl::StatusOr<PruningData> FindChannels(const Options& options, const Ladder& planned,
+                                         const Corpus& corpus, const ChannelMoments* moments,
+                                         const std::string& checkpoint, const LocalModel& model) {
+  const ModelConfig& config = model.file->config();
+  const auto compensation = static_cast<Compensation>(
+      std::ranges::find(kCompensationNames, options.compensate) - std::begin(kCompensationNames));
+  Progress bar("rankings and refits");
+  const auto progress = [&](int64_t done, int64_t total) {
+    bar.Update(done, total);
+    return !Interrupt::raised();
+  };
+  if (moments != nullptr) {
+    return FitToMoments({.rank = options.rank,
+                         .compensation = compensation,
+                         .channel_group = model.executor->channel_group()},
+                        planned, *model.file, *moments, model.backend.get(), progress);
+  }
+  absl::StatusOr<PruningData> data = FitLayers(
+      {.rank = options.rank,
+       .compensation = compensation,
+       .step_rows = kStepRows,
+       .checkpoint = checkpoint,
+       .resumed =
+           [&](int layers) {
+             fmt::print(stderr, "{}: goes on after {} of {} layers\n", checkpoint, layers,
+                        config.layers);
+           }},
+      planned, *model.file, corpus.windows, model.executor.get(), model.backend.get(), progress);
+  if (absl::IsCancelled(data.status())) {
+    fmt::print(stderr, "{}; the same command goes on from {}\n",
+               std::string(data.status().message()), checkpoint);
+  }
+  return data;
+}
+
 absl::Status Run(const Options& options) {
   const Interrupt interrupt([] {});
   const std::string out = options.out.empty() ? LadderPathOf(options.model.model) : options.out;
@@ -456,6 +497,16 @@ absl::Status Run(const Options& options) {
   }
   auto tokenizer = Tokenizer::Create(file.vocabulary());
   if (!tokenizer.ok()) return tokenizer.status();
+  std::optional<ChannelMoments> moments;
+  if (!options.moments.empty()) {
+    absl::StatusOr<ChannelMoments> read = ReadChannelMoments(options.moments, file);
+    if (!read.ok()) return read.status();
+    moments = *std::move(read);
+    if (const absl::Status enough = CheckEnough(*moments); !enough.ok()) {
+      return absl::InvalidArgumentError(
+          fmt::format("--moments: {}: {}", options.moments, std::string(enough.message())));
+    }
+  }
   const std::vector<RungPlan> plans = PlansOf(options);
   absl::StatusOr<std::vector<int>> drop_order;
   if (!options.blocks.empty()) {
@@ -487,28 +538,8 @@ absl::Status Run(const Options& options) {
   const Ladder planned = *std::move(plan);
 
   const std::string checkpoint = ChannelsPathOf(out) + ".part";
-  Progress bar_of_fit("rankings and refits");
-  absl::StatusOr<PruningData> data = FitLayers(
-      {.rank = options.rank,
-       .compensation =
-           static_cast<Compensation>(std::ranges::find(kCompensationNames, options.compensate) -
-                                     std::begin(kCompensationNames)),
-       .step_rows = kStepRows,
-       .checkpoint = checkpoint,
-       .resumed =
-           [&](int layers) {
-             fmt::print(stderr, "{}: goes on after {} of {} layers\n", checkpoint, layers,
-                        config.layers);
-           }},
-      planned, file, corpus->windows, executor, model->backend.get(),
-      [&](int64_t done, int64_t total) {
-        bar_of_fit.Update(done, total);
-        return !Interrupt::raised();
-      });
-  if (absl::IsCancelled(data.status())) {
-    fmt::print(stderr, "{}; the same command goes on from {}\n",
-               std::string(data.status().message()), checkpoint);
-  }
+  absl::StatusOr<PruningData> data = FindChannels(
+      options, planned, *corpus, moments.has_value() ? &*moments : nullptr, checkpoint, *model);
   if (!data.ok()) return data.status();
   absl::Status status;
   if (int4_kv) status = FindKeyMeans(*corpus, executor, &*data);
@@ -578,9 +609,16 @@ absl::Status Run(const Options& options) {
                             std::filesystem::path(options.blocks).filename().string(),
                             options.resident_tokens));
   }
-  told += fmt::format("{}: {} tokens, measured on {}, {} threads, batch 8, weights {}, kv {}\n",
-                      config.name, corpus->windows.size() * options.window, MachineName(),
-                      model->threads, executor->weight_types(), KvTypeName(model->kv));
+  if (moments.has_value()) {
+    told.insert(
+        told.size() - 1,
+        fmt::format(" --moments {}", std::filesystem::path(options.moments).filename().string()));
+  }
+  told += fmt::format(
+      "{}: {} tokens, measured on {}, {} threads, batch 8, weights {}, kv {}\n", config.name,
+      moments.has_value() ? static_cast<uint64_t>(moments->tokens())
+                          : corpus->windows.size() * options.window,
+      MachineName(), model->threads, executor->weight_types(), KvTypeName(model->kv));
   const std::string text = FormatLadder(ladder, told + lines);
   status = WriteText(out, text);
   if (!status.ok()) return status;
@@ -649,6 +687,11 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->check(CLI::IsMember(
           std::vector<std::string>(std::begin(kCompensationNames), std::end(kCompensationNames))))
       ->capture_default_str();
+  sub->add_option("--moments", options->moments,
+                  "Rank and refit by what a server gathered of its own traffic "
+                  "(--channel-moments-file), in place of --text, on which losses are then "
+                  "measured, and the order of attention blocks; not of heads")
+      ->type_name("PATH");
   sub->add_option("--blocks", options->blocks,
                   "Which blocks to drop first, attention or MLP: removal orders of `espalier train "
                   "--task rap`")

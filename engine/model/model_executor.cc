@@ -130,7 +130,7 @@ struct ModelExecutor::Impl {
     bool now = false;  // of the step in flight
 
     void Begin(int rows) {
-      now = moments != nullptr && !moments->frozen() && rows >= kGatheredRows && --in <= 0;
+      now = moments != nullptr && rows >= kGatheredRows && !moments->frozen() && --in <= 0;
       if (now) in = every;
     }
   };

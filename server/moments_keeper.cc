@@ -1,0 +1,172 @@
+#include "server/moments_keeper.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <filesystem>
+#include <system_error>
+#include <utility>
+
+#include "engine/model/channel_moments_file.h"
+#include "engine/model/moments_file.h"
+#include "engine/model/pruning_file.h"
+#include "server/logging.h"
+
+namespace espalier {
+namespace {
+
+using std::chrono::minutes;
+
+// Of so many steps with rows enough at rung 0 the inputs of one are summed; and the channels.
+constexpr int kGatherEvery = 16;
+constexpr int kGatherChannelsEvery = 4;
+
+// How often sums are written: a megabyte or so, and a hundred and more.
+constexpr minutes kInputsInterval{1};
+constexpr minutes kChannelsInterval{10};
+
+// Whether a file could be written there: rather now than when all has been gathered.
+absl::Status CheckFolder(std::string_view option, const std::string& path) {
+  const std::string folder = std::filesystem::absolute(path).parent_path().string();
+  if (access(folder.c_str(), W_OK) == 0) return absl::OkStatus();
+  return absl::NotFoundError(
+      fmt::format("{}: {}: {}", option, folder, std::generic_category().message(errno)));
+}
+
+// What a file has, to `moments`, if it is there; whether it is.
+template <typename Moments>
+absl::StatusOr<bool> Read(std::string_view option, const std::string& path,
+                          absl::StatusOr<Moments> read, Moments* moments) {
+  if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
+  if (absl::Status status = CheckFolder(option, path); !status.ok()) return status;
+  if (!read.ok()) return false;
+  *moments = *std::move(read);
+  return true;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<MomentsKeeper>> MomentsKeeper::Open(const ServerOptions& options,
+                                                                   const ModelFile& model) {
+  auto keeper = std::make_unique<MomentsKeeper>();
+  keeper->config_ = model.config();
+  if (const std::string& path = options.moments_file; !path.empty()) {
+    keeper->inputs_ = std::make_unique<InputMoments>(model.config());
+    InputMoments* const sums = keeper->inputs_.get();
+    const absl::StatusOr<bool> read = Read("--moments-file", path, ReadMoments(path, model), sums);
+    if (!read.ok()) return read.status();
+    Kept& kept = keeper->kept_.emplace_back();
+    kept.name = "moments";
+    kept.file = path;
+    kept.known_by = LineageOf;
+    kept.model = LineageOf(model);
+    kept.interval = kInputsInterval;
+    kept.tokens = [sums] { return sums->tokens(); };
+    kept.set_frozen = [sums](bool frozen) { sums->set_frozen(frozen); };
+    kept.write = [sums, &kept, &config = keeper->config_] {
+      return WriteMoments(kept.file, kept.model, config, *sums);
+    };
+    keeper->Add(&kept, *read);
+  }
+  if (const std::string& path = options.channel_moments_file; !path.empty()) {
+    keeper->channels_ =
+        std::make_unique<ChannelMoments>(model.config().layers, model.config().channels);
+    ChannelMoments* const sums = keeper->channels_.get();
+    const absl::StatusOr<bool> read =
+        Read("--channel-moments-file", path, ReadChannelMoments(path, model), sums);
+    if (!read.ok()) return read.status();
+    Kept& kept = keeper->kept_.emplace_back();
+    kept.name = "channel moments";
+    kept.file = path;
+    kept.known_by = FingerprintOf;
+    kept.model = FingerprintOf(model);
+    kept.interval = kChannelsInterval;
+    kept.tokens = [sums] { return sums->tokens(); };
+    kept.set_frozen = [sums](bool frozen) { sums->set_frozen(frozen); };
+    kept.write = [sums, &kept] { return WriteChannelMoments(kept.file, kept.model, *sums); };
+    keeper->Add(&kept, *read);
+  }
+  return keeper;
+}
+
+void MomentsKeeper::Add(Kept* kept, bool read) {
+  if (read) kept->written = kept->tokens();
+  Log(LogLevel::kInfo, fmt::format("{} are gathered", kept->name),
+      {{"file", kept->file}, {"tokens", kept->tokens()}});
+}
+
+void MomentsKeeper::Attach(const ModelFile& model, ModelExecutor* executor) {
+  for (const Kept& kept : kept_) {
+    if (kept.known_by(model) != kept.model) continue;
+    if (kept.known_by == LineageOf) {
+      executor->set_input_moments(inputs_.get(), kGatherEvery);
+    } else {
+      executor->set_channel_moments(channels_.get(), kGatherChannelsEvery);
+    }
+  }
+}
+
+void MomentsKeeper::Tell(const ModelFile& model) {
+  for (Kept& kept : kept_) {
+    const bool served = kept.known_by(model) == kept.model;
+    if (std::exchange(kept.served, served) == served) continue;
+    Log(LogLevel::kInfo,
+        served ? fmt::format("{} are gathered again", kept.name)
+               : fmt::format("{} are gathered no more: another model is served", kept.name));
+  }
+}
+
+void MomentsKeeper::Tend(Instant now, EngineThread* engine) {
+  for (Kept& kept : kept_) {
+    if (kept.due == Instant{}) kept.due = now + kept.interval;
+    if (kept.writing.valid()) {
+      if (kept.writing.wait_for(std::chrono::seconds(0)) != std::future_status::ready) continue;
+      Took(kept.writing.get(), &kept);
+    } else if (kept.frozen.exchange(false, std::memory_order_acquire)) {
+      kept.in_hand = kept.tokens();
+      if (kept.in_hand > kept.written) {
+        kept.writing = std::async(std::launch::async, kept.write);
+        continue;
+      }
+    } else {
+      if (now < kept.due || kept.asked) continue;
+      kept.due = now + kept.interval;
+      kept.asked = true;
+      engine->SoonBetweenSteps([&kept] {
+        kept.set_frozen(true);
+        kept.frozen.store(true, std::memory_order_release);
+      });
+      continue;
+    }
+    kept.asked = false;
+    engine->SoonBetweenSteps([&kept] { kept.set_frozen(false); });
+  }
+}
+
+void MomentsKeeper::Close() {
+  for (Kept& kept : kept_) {
+    if (kept.writing.valid()) Took(kept.writing.get(), &kept);
+    kept.in_hand = kept.tokens();
+    if (kept.in_hand > kept.written) Took(kept.write(), &kept);
+  }
+}
+
+void MomentsKeeper::Took(absl::Status status, Kept* kept) {
+  if (status.ok()) {
+    kept->written = kept->in_hand;
+    return;
+  }
+  Log(LogLevel::kError, fmt::format("{} lost", kept->name),
+      {{"error", std::string(status.message())}});
+}
+
+std::optional<int64_t> MomentsKeeper::input_tokens() const {
+  return inputs_ == nullptr ? std::nullopt : std::optional(inputs_->tokens());
+}
+
+std::optional<int64_t> MomentsKeeper::channel_tokens() const {
+  return channels_ == nullptr ? std::nullopt : std::optional(channels_->tokens());
+}
+
+}  // namespace espalier
