@@ -20,7 +20,7 @@ using std::chrono::minutes;
 
 // Of so many steps with rows enough at rung 0 the inputs of one are summed; and the channels.
 constexpr int kGatherEvery = 16;
-constexpr int kGatherChannelsEvery = 4;
+constexpr int kGatherChannelsEvery = 8;
 
 // How often sums are written: a megabyte or so, and a hundred and more.
 constexpr minutes kInputsInterval{1};

@@ -6,6 +6,7 @@
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,6 +16,8 @@
 
 #include "absl/status/status.h"
 #include "engine/machine_memory.h"
+#include "engine/pruning/channel_moments.h"
+#include "engine/pruning/weights/input_moments.h"
 #include "tools/bench_run.h"
 #include "tools/command.h"
 #include "tools/cost_fit.h"
@@ -41,8 +44,9 @@ struct Options {
   int footprint_mib = 0;
   bool phases = false;
   std::string figures = "build/figures/bench.json";
-  int gather = 0;   // steps, of which one gathers moments; 0: none does
-  std::string fit;  // costs to write, in place of all else
+  int gather = 0;           // steps, of which one gathers moments; 0: none does
+  int gather_channels = 0;  // the same of channels
+  std::string fit;          // costs to write, in place of all else
   std::string ladder;
 };
 
@@ -185,6 +189,11 @@ absl::Status Run(const Options& options) {
                            .step_rows = options.step_rows};
   InputMoments moments(config);
   if (options.gather > 0) model->executor->set_input_moments(&moments, options.gather);
+  std::optional<ChannelMoments> channels;
+  if (options.gather_channels > 0) {
+    channels.emplace(config.layers, config.channels);
+    model->executor->set_channel_moments(&*channels, options.gather_channels);
+  }
   const absl::StatusOr<BenchResult> warm = RunBench(
       engine, {.batch = 1, .prompt = 16, .generate = 8}, options.seed, [](int64_t, int64_t) {});
   if (!warm.ok()) return warm.status();
@@ -224,6 +233,12 @@ absl::Status Run(const Options& options) {
   if (options.gather > 0) {
     fmt::print("moments of {} rows gathered, in one of {} steps of whole rows\n", moments.tokens(),
                options.gather);
+  }
+  if (channels.has_value()) {
+    fmt::print(
+        "channel moments of {} rows or more of each layer gathered, of one in one of {} "
+        "steps of whole rows\n",
+        channels->tokens(), options.gather_channels);
   }
   if (options.figures.empty()) return absl::OkStatus();
 
@@ -281,6 +296,9 @@ void AddBench(CLI::App& root, Action* action) {
   count(
       "--gather", options->gather, 0, 1 << 20, "STEPS",
       "Of so many steps one sums its inputs, as a server with --moments-file does of 16; 0: none");
+  count("--gather-channels", options->gather_channels, 0, 1 << 20, "STEPS",
+        "Of so many steps one sums how a layer's channels go together, as a server with "
+        "--channel-moments-file does of 8; 0: none");
   sub->add_flag("--phases", options->phases, "Also tell where a step's time goes, ms");
   sub->add_option("--figures", options->figures, "JSON file for the figures; empty: none")
       ->type_name("FILE")
