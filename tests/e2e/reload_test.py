@@ -289,10 +289,10 @@ class Reload(unittest.TestCase):
         with Server(BINARY, MODEL, *options) as server:
             before = answer(server, self.prompts[1])
             self.assertEqual(before, self.old[1])
-            ask(server, 8)
+            ask(server, 3)
             self.assertEqual(server.terminate(), 0)
         made = espalier("calibrate", "--model", MODEL, "--moments", moments, "--text",
-                        DATA / "prose.txt", "--out", ladder)
+                        DATA / "prose.txt", "--dense-layers", "0", "--out", ladder)
         self.assertEqual(made.returncode, 1)
         self.assertIn("served.channels: layer 1 was seen for 0 tokens, and 96 channels",
                       made.stderr)
