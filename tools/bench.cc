@@ -3,9 +3,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <utility>
@@ -136,6 +138,22 @@ void AddFigures(const Row& row, Json* figures) {
   (*figures)["total" + at + "_tokens_per_s"] = row.total;
 }
 
+// What a step that gathers takes for it, seconds: the median of some.
+double TimeGathering(int rows, int channels, Backend* backend) {
+  using Clock = std::chrono::steady_clock;
+  const std::vector<float> hidden(static_cast<size_t>(rows) * channels, 1);
+  std::vector<int> listed(rows);
+  std::iota(listed.begin(), listed.end(), 0);
+  ChannelMoments moments(1, channels);
+  std::vector<double> seconds;
+  for (int turn = 0; turn < 31; ++turn) {
+    const Clock::time_point begun = Clock::now();
+    moments.Add(0, ConstMatrix(hidden.data(), rows, channels), listed, backend);
+    seconds.push_back(std::chrono::duration<double>(Clock::now() - begun).count());
+  }
+  return Median(seconds);
+}
+
 absl::Status Run(const Options& options) {
   std::vector<BenchShape> shapes;
   int64_t kv_tokens = 0;  // the pool holds the largest run whole
@@ -235,6 +253,10 @@ absl::Status Run(const Options& options) {
                options.gather);
   }
   if (channels.has_value()) {
+    for (const int rows : {ModelExecutor::kGatheredRows, ChannelMoments::kMostRows}) {
+      fmt::print("{} rows of {} channels are added in {:.2f} ms\n", rows, config.channels,
+                 1e3 * TimeGathering(rows, config.channels, model->backend.get()));
+    }
     fmt::print(
         "channel moments of {} rows or more of each layer gathered, of one in one of {} "
         "steps of whole rows\n",
