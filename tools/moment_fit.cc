@@ -64,7 +64,17 @@ RefittedDown RefitTo(const LayerSums& of, int kept, Compensation compensation) {
 
 }  // namespace
 
-absl::Status CheckEnough(const ChannelMoments& moments) {
+absl::Status CheckMoments(const ChannelMoments& moments, const Ladder& planned) {
+  const SiteWidths widths = planned.rung(0).prefill.widths();
+  for (int rung = 1; rung < planned.size(); ++rung) {
+    for (int layer = 0; layer < widths.layers; ++layer) {
+      const int heads = planned.rung(rung).prefill.kept(layer, SiteKind::kHeads);
+      if (heads == 0 || heads == widths.heads) continue;
+      return absl::InvalidArgumentError(
+          fmt::format("a rung keeps {} of {} heads: sums of channels say nothing of which", heads,
+                      widths.heads));
+    }
+  }
   const int layer = moments.least_layer();
   const int64_t tokens = moments.tokens();
   if (tokens >= moments.channels()) return absl::OkStatus();
@@ -78,18 +88,8 @@ absl::StatusOr<PruningData> FitToMoments(
     const MomentFitOptions& options, const Ladder& planned, const ModelFile& file,
     const ChannelMoments& moments, Backend* backend,
     const std::function<bool(int64_t done, int64_t total)>& progress) {
-  if (absl::Status status = CheckEnough(moments); !status.ok()) return status;
+  if (absl::Status status = CheckMoments(moments, planned); !status.ok()) return status;
   const ModelConfig& config = file.config();
-  for (int rung = 1; rung < planned.size(); ++rung) {
-    for (int layer = 0; layer < config.layers; ++layer) {
-      const int heads = planned.rung(rung).prefill.kept(layer, SiteKind::kHeads);
-      if (heads == 0 || heads == config.heads) continue;
-      return absl::InvalidArgumentError(
-          fmt::format("a rung keeps {} of {} heads: moments are of channels, and say nothing of "
-                      "which heads",
-                      heads, config.heads));
-    }
-  }
   PruningData data;
   data.layers.resize(config.layers);
   for (int layer = 0; layer < config.layers; ++layer) {

@@ -27,12 +27,12 @@ struct MomentFitOptions {
   int channel_group = 1;  // Decoder::channel_group
 };
 
-// That sums say enough: rows of each layer as many as channels, since fewer tell them not apart.
-// InvalidArgument, naming the layer, how many there are and how many it takes.
-absl::Status CheckEnough(const ChannelMoments& moments);
+// That sums say what a ladder asks of them. InvalidArgument if it narrows heads, of which they say
+// nothing, or if a layer has fewer rows than channels, which do not tell those apart: names the
+// layer, how many there are and how many it takes.
+absl::Status CheckMoments(const ChannelMoments& moments, const Ladder& planned);
 
-// InvalidArgument too if the ladder narrows heads, of which the sums say nothing. Cancelled if
-// progress(layers done, layers) says false.
+// InvalidArgument by CheckMoments; Cancelled if progress(layers done, layers) says false.
 absl::StatusOr<PruningData> FitToMoments(
     const MomentFitOptions& options, const Ladder& planned, const ModelFile& file,
     const ChannelMoments& moments, Backend* backend,

@@ -135,9 +135,8 @@ TEST_F(MomentFitTest, FitsTheFirstNarrowedLayerAsItsTextDoes) {
     const RefittedDown& want = text.layers[0].refits.at(kKept);
     EXPECT_LT(Off(ValuesOf(got), ValuesOf(want)), 0.01) << rank;
     EXPECT_LT(Off(got.bias, want.bias), 0.01) << rank;
-    const std::vector<float> loaded =
-        TakeColumns(ReadDown(*file_, 0).value(), widths_.channels,
-                    std::span(text.layers[0].ranking).first(kKept));
+    const std::vector<float> loaded = TakeColumns(ReadDown(*file_, 0).value(), widths_.channels,
+                                                  std::span(text.layers[0].ranking).first(kKept));
     EXPECT_GT(Off(ValuesOf(got), loaded), 0.1) << "they are not the same by themselves";
   }
 }
@@ -171,7 +170,8 @@ TEST_F(MomentFitTest, SaysNothingOfHeads) {
   ASSERT_TRUE(ladder_.Append({.prefill = keep, .decode = keep}));
   const absl::Status status = ByMoments("ppsp", Compensation::kNone).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(std::string(status.message()), HasSubstr("say nothing of which heads"));
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr("2 of 4 heads: sums of channels say nothing"));
 }
 
 TEST_F(MomentFitTest, StopsWhenTold) {
@@ -200,6 +200,12 @@ TEST_F(MomentFitTest, CommandTellsWhatTheLadderIsOf) {
   const std::unique_ptr<PruningFile> made =
       PruningFile::Open(ChannelsPathOf(ladder), *file_).value();
   EXPECT_TRUE(made->has_refits());
+
+  std::vector<std::string> heads = command;
+  *(std::ranges::find(heads, "--rungs") + 1) = "0.5h0.5";
+  outcome = RunWith(heads);
+  EXPECT_EQ(outcome.code, 1);
+  EXPECT_THAT(outcome.err, HasSubstr("--moments: " + path + ": a rung keeps 2 of 4 heads"));
 
   moments_.layer(0).tokens = 7;
   for (double& sum : moments_.layer(0).sums) sum = 0;
