@@ -16,15 +16,13 @@
 namespace espalier {
 namespace {
 
-using std::chrono::minutes;
-
 // Of so many steps with rows enough at rung 0 the inputs of one are summed; and the channels.
 constexpr int kGatherEvery = 16;
 constexpr int kGatherChannelsEvery = 8;
 
 // How often sums are written: a megabyte or so, and a hundred and more.
-constexpr minutes kInputsInterval{1};
-constexpr minutes kChannelsInterval{10};
+constexpr std::chrono::minutes kInputsInterval{1};
+constexpr std::chrono::minutes kChannelsInterval{10};
 
 // Whether a file could be written there: rather now than when all has been gathered.
 absl::Status CheckFolder(std::string_view option, const std::string& path) {
@@ -34,76 +32,70 @@ absl::Status CheckFolder(std::string_view option, const std::string& path) {
       fmt::format("{}: {}: {}", option, folder, std::generic_category().message(errno)));
 }
 
-// What a file has, to `moments`, if it is there; whether it is.
-template <typename Moments>
-absl::StatusOr<bool> Read(std::string_view option, const std::string& path,
-                          absl::StatusOr<Moments> read, Moments* moments) {
-  if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
-  if (absl::Status status = CheckFolder(option, path); !status.ok()) return status;
-  if (!read.ok()) return false;
-  *moments = *std::move(read);
-  return true;
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<MomentsKeeper>> MomentsKeeper::Open(const ServerOptions& options,
                                                                    const ModelFile& model) {
   auto keeper = std::make_unique<MomentsKeeper>();
-  keeper->config_ = model.config();
+  const ModelConfig& config = model.config();
   if (const std::string& path = options.moments_file; !path.empty()) {
-    keeper->inputs_ = std::make_unique<InputMoments>(model.config());
-    InputMoments* const sums = keeper->inputs_.get();
-    const absl::StatusOr<bool> read = Read("--moments-file", path, ReadMoments(path, model), sums);
-    if (!read.ok()) return read.status();
-    Kept& kept = keeper->kept_.emplace_back();
-    kept.name = "moments";
-    kept.file = path;
-    kept.known_by = LineageOf;
-    kept.model = LineageOf(model);
-    kept.interval = kInputsInterval;
-    kept.tokens = [sums] { return sums->tokens(); };
-    kept.set_frozen = [sums](bool frozen) { sums->set_frozen(frozen); };
-    kept.write = [sums, &kept, &config = keeper->config_] {
+    keeper->inputs_ = std::make_unique<InputMoments>(config);
+    absl::Status status = keeper->Keep("moments", "--moments-file", path, kInputsInterval, model,
+                                       LineageOf, ReadMoments, keeper->inputs_.get());
+    if (!status.ok()) return status;
+    Kept& kept = keeper->kept_.back();
+    kept.attach = [sums = keeper->inputs_.get()](ModelExecutor* executor) {
+      executor->set_input_moments(sums, kGatherEvery);
+    };
+    kept.write = [sums = keeper->inputs_.get(), &kept, config] {
       return WriteMoments(kept.file, kept.model, config, *sums);
     };
-    keeper->Add(&kept, *read);
   }
   if (const std::string& path = options.channel_moments_file; !path.empty()) {
-    keeper->channels_ =
-        std::make_unique<ChannelMoments>(model.config().layers, model.config().channels);
-    ChannelMoments* const sums = keeper->channels_.get();
-    const absl::StatusOr<bool> read =
-        Read("--channel-moments-file", path, ReadChannelMoments(path, model), sums);
-    if (!read.ok()) return read.status();
-    Kept& kept = keeper->kept_.emplace_back();
-    kept.name = "channel moments";
-    kept.file = path;
-    kept.known_by = FingerprintOf;
-    kept.model = FingerprintOf(model);
-    kept.interval = kChannelsInterval;
-    kept.tokens = [sums] { return sums->tokens(); };
-    kept.set_frozen = [sums](bool frozen) { sums->set_frozen(frozen); };
-    kept.write = [sums, &kept] { return WriteChannelMoments(kept.file, kept.model, *sums); };
-    keeper->Add(&kept, *read);
+    keeper->channels_ = std::make_unique<ChannelMoments>(config.layers, config.channels);
+    absl::Status status =
+        keeper->Keep("channel moments", "--channel-moments-file", path, kChannelsInterval, model,
+                     FingerprintOf, ReadChannelMoments, keeper->channels_.get());
+    if (!status.ok()) return status;
+    Kept& kept = keeper->kept_.back();
+    kept.attach = [sums = keeper->channels_.get()](ModelExecutor* executor) {
+      executor->set_channel_moments(sums, kGatherChannelsEvery);
+    };
+    kept.write = [sums = keeper->channels_.get(), &kept] {
+      return WriteChannelMoments(kept.file, kept.model, *sums);
+    };
   }
   return keeper;
 }
 
-void MomentsKeeper::Add(Kept* kept, bool read) {
-  if (read) kept->written = kept->tokens();
-  Log(LogLevel::kInfo, fmt::format("{} are gathered", kept->name),
-      {{"file", kept->file}, {"tokens", kept->tokens()}});
+template <typename Moments>
+absl::Status MomentsKeeper::Keep(
+    std::string_view name, std::string_view option, const std::string& path,
+    std::chrono::milliseconds interval, const ModelFile& model, KnownBy known_by,
+    absl::StatusOr<Moments> (*read)(const std::string&, const ModelFile&), Moments* sums) {
+  absl::StatusOr<Moments> found = read(path, model);
+  if (!found.ok() && !absl::IsNotFound(found.status())) return found.status();
+  if (absl::Status status = CheckFolder(option, path); !status.ok()) return status;
+  Kept& kept = kept_.emplace_back();
+  if (found.ok()) {
+    *sums = *std::move(found);
+    kept.written = sums->tokens();
+  }
+  kept.name = name;
+  kept.file = path;
+  kept.known_by = known_by;
+  kept.model = known_by(model);
+  kept.interval = interval;
+  kept.tokens = [sums] { return sums->tokens(); };
+  kept.set_frozen = [sums](bool frozen) { sums->set_frozen(frozen); };
+  Log(LogLevel::kInfo, fmt::format("{} are gathered", name),
+      {{"file", path}, {"tokens", sums->tokens()}});
+  return absl::OkStatus();
 }
 
-void MomentsKeeper::Attach(const ModelFile& model, ModelExecutor* executor) {
+void MomentsKeeper::Attach(const ModelFile& model, ModelExecutor* executor) const {
   for (const Kept& kept : kept_) {
-    if (kept.known_by(model) != kept.model) continue;
-    if (kept.known_by == LineageOf) {
-      executor->set_input_moments(inputs_.get(), kGatherEvery);
-    } else {
-      executor->set_channel_moments(channels_.get(), kGatherChannelsEvery);
-    }
+    if (kept.known_by(model) == kept.model) kept.attach(executor);
   }
 }
 
@@ -152,7 +144,7 @@ void MomentsKeeper::Close() {
   }
 }
 
-void MomentsKeeper::Took(absl::Status status, Kept* kept) {
+void MomentsKeeper::Took(const absl::Status& status, Kept* kept) {
   if (status.ok()) {
     kept->written = kept->in_hand;
     return;

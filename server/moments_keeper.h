@@ -38,7 +38,7 @@ class MomentsKeeper {
 
   // Has `executor`, which serves `model`, add to the sums that are of such a model: of its lineage
   // (inputs), or of its very weights (channels). Before its first step.
-  void Attach(const ModelFile& model, ModelExecutor* executor);
+  void Attach(const ModelFile& model, ModelExecutor* executor) const;
   // Says in the log which sums nobody adds to any more, or again, as `model` alone is served now.
   void Tell(const ModelFile& model);
 
@@ -52,15 +52,18 @@ class MomentsKeeper {
   std::optional<int64_t> channel_tokens() const;
 
  private:
+  using KnownBy = std::string (*)(const ModelFile&);
+
   // One kind of sums, and its file.
   struct Kept {
     std::string_view name;  // in the log
     std::string file;
     std::string model;  // by what it is known: lineage or fingerprint
-    std::string (*known_by)(const ModelFile&);
+    KnownBy known_by = nullptr;
     std::chrono::milliseconds interval{0};
     std::function<int64_t()> tokens;
     std::function<void(bool)> set_frozen;
+    std::function<void(ModelExecutor*)> attach;
     std::function<absl::Status()> write;
     bool served = true;  // somebody adds to them
     // Whoever supervises.
@@ -72,12 +75,17 @@ class MomentsKeeper {
     int64_t in_hand = 0;   // the same, of what is being written
   };
 
-  static void Took(absl::Status status, Kept* kept);
-  void Add(Kept* kept, bool read);
+  // All of a kind but `attach` and `write`; `sums` become what its file has, if it is there.
+  template <typename Moments>
+  absl::Status Keep(std::string_view name, std::string_view option, const std::string& path,
+                    std::chrono::milliseconds interval, const ModelFile& model, KnownBy known_by,
+                    absl::StatusOr<Moments> (*read)(const std::string&, const ModelFile&),
+                    Moments* sums);
+  // What came of writing it.
+  static void Took(const absl::Status& status, Kept* kept);
 
   std::unique_ptr<InputMoments> inputs_;
   std::unique_ptr<ChannelMoments> channels_;
-  ModelConfig config_;
   std::list<Kept> kept_;  // which do not move
 };
 
