@@ -292,7 +292,7 @@ class Reload(unittest.TestCase):
             ask(server, 3)
             self.assertEqual(server.terminate(), 0)
         made = espalier("calibrate", "--model", MODEL, "--moments", moments, "--text",
-                        DATA / "prose.txt", "--dense-layers", "0", "--out", ladder)
+                        DATA / "prose.txt", "--dense-layers", "0", "--rungs", "0.6", "--out", ladder)
         self.assertEqual(made.returncode, 1)
         self.assertIn("served.channels: layer 1 was seen for 0 tokens, and 96 channels",
                       made.stderr)
