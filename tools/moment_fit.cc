@@ -77,11 +77,12 @@ absl::Status CheckMoments(const ChannelMoments& moments, const Ladder& planned) 
   }
   const int layer = moments.least_layer();
   const int64_t tokens = moments.tokens();
-  if (tokens >= moments.channels()) return absl::OkStatus();
+  const int64_t asked = kTokensAChannel * moments.channels();
+  if (tokens >= asked) return absl::OkStatus();
   return absl::InvalidArgumentError(
-      fmt::format("layer {} was seen for {} tokens, and {} channels take as many at least: let the "
+      fmt::format("layer {} was seen for {} tokens, and {} channels take {} at least: let the "
                   "server gather for longer",
-                  layer, tokens, moments.channels()));
+                  layer, tokens, moments.channels(), asked));
 }
 
 absl::StatusOr<PruningData> FitToMoments(

@@ -28,8 +28,10 @@ struct MomentFitOptions {
 };
 
 // That sums say what a ladder asks of them. InvalidArgument if it narrows heads, of which they say
-// nothing, or if a layer has fewer rows than channels, which do not tell those apart: names the
-// layer, how many there are and how many it takes.
+// nothing, or if a layer was seen for fewer than kTokensAChannel tokens for each channel, which
+// fits then take for more than they say (tests/bench/pruning/README.md): names the layer, how many
+// there are and how many it takes.
+inline constexpr int64_t kTokensAChannel = 16;
 absl::Status CheckMoments(const ChannelMoments& moments, const Ladder& planned);
 
 // InvalidArgument by CheckMoments; Cancelled if progress(layers done, layers) says false.

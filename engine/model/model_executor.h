@@ -85,8 +85,8 @@ class ModelExecutor final : public Executor {
   // Adds what meets `down` in one layer, the one of which `moments` have least, in one of `every`
   // steps with kGatheredRows or more rows of rung 0 that are not at position 0: of those rows, or
   // of ChannelMoments::kMostRows among them, evenly spread. Else as above, and beside it or not.
-  // Such a step takes channels * (channels + 64) multiply-adds a row more, in fp32, and allocates
-  // nothing.
+  // Such a step takes channels * (channels + 64) / 2 multiply-adds a row more, in fp32, and
+  // allocates nothing.
   void set_channel_moments(ChannelMoments* moments, int every);
 
   absl::Status Execute(const Batch& batch, StepResult* result) override;

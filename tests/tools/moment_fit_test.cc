@@ -64,7 +64,7 @@ class MomentFitTest : public ::testing::Test {
   MomentFitTest() : moments_(file_->config().layers, file_->config().channels) {
     std::mt19937 random(3);
     std::uniform_int_distribution<int32_t> token(0, file_->config().vocabulary - 1);
-    windows_.assign(24, std::vector<int32_t>(kLength));
+    windows_.assign(48, std::vector<int32_t>(kLength));
     for (std::vector<int32_t>& window : windows_) {
       for (int32_t& id : window) id = token(random);
     }
@@ -156,12 +156,12 @@ TEST_F(MomentFitTest, ABiasIsWhatChannelsThatLeftGaveOnTheMean) {
 }
 
 TEST_F(MomentFitTest, RefusesSumsThatSayTooLittle) {
-  moments_.layer(1).tokens = 95;
+  moments_.layer(1).tokens = 1535;
   const absl::Status status = ByMoments("elimination", Compensation::kRefit).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(status.message()),
-              HasSubstr("layer 1 was seen for 95 tokens, and " + std::to_string(widths_.channels) +
-                        " channels take as many"));
+              HasSubstr("layer 1 was seen for 1535 tokens, and " +
+                        std::to_string(widths_.channels) + " channels take 1536"));
 }
 
 TEST_F(MomentFitTest, SaysNothingOfHeads) {
