@@ -17,7 +17,6 @@
 #include "engine/model/decoder.h"
 #include "engine/model/history_file.h"
 #include "engine/model/model_probe.h"
-#include "engine/model/moments_file.h"
 #include "engine/model/policy_file.h"
 #include "engine/model/pruning_file.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -32,9 +31,6 @@ namespace {
 
 // Rows of a step that Probe Pruning learns from: an eighth of a whole one's.
 constexpr int kLearnRows = 64;
-
-// Of so many steps with rows enough at rung 0 the inputs of one are summed.
-constexpr int kGatherEvery = 16;
 
 std::string_view Text(const absl::Status& status) {
   return {status.message().data(), status.message().size()};
@@ -66,13 +62,12 @@ absl::StatusOr<std::unique_ptr<LoadedModel>> LoadedModel::Load(
     const ServerOptions& options, std::shared_ptr<const ModelFile> file, const Order& order) {
   std::unique_ptr<LoadedModel> loaded(new LoadedModel(options));
   loaded->fingerprint_ = FingerprintOf(*file);
-  loaded->lineage_ = LineageOf(*file);
   loaded->name_ = !order.name.empty()          ? order.name
                   : options.model_name.empty() ? file->config().name
                                                : options.model_name;
   absl::Status status = loaded->LoadWeights(file, order);
-  if (status.ok() && order.gathers) status = loaded->OpenMoments(*file, order.moments_file);
   if (!status.ok()) return status;
+  if (order.moments != nullptr) order.moments->Attach(*file, loaded->executor_.get());
   return loaded;
 }
 
@@ -201,20 +196,6 @@ absl::Status LoadedModel::SetProbe(const ModelFile& file) {
   if (!probe.ok()) return probe.status();
   probe_ = *std::move(probe);
   executor_->set_probe(probe_.get());
-  return absl::OkStatus();
-}
-
-absl::Status LoadedModel::OpenMoments(const ModelFile& file, const std::string& path) {
-  moments_ = std::make_unique<InputMoments>(file.config());
-  if (!path.empty()) {
-    absl::StatusOr<InputMoments> read = ReadMoments(path, file);
-    if (!read.ok() && !absl::IsNotFound(read.status())) return read.status();
-    if (absl::Status status = CheckFolder("--moments-file", path); !status.ok()) return status;
-    if (read.ok()) *moments_ = *std::move(read);
-  }
-  Log(LogLevel::kInfo, "moments are gathered",
-      {{"file", options_.moments_file}, {"tokens", moments_->tokens()}});
-  executor_->set_input_moments(moments_.get(), kGatherEvery);
   return absl::OkStatus();
 }
 

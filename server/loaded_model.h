@@ -15,11 +15,11 @@
 #include "engine/model/model_executor.h"
 #include "engine/model/pruning_file.h"
 #include "engine/pruning/probe.h"
-#include "engine/pruning/weights/input_moments.h"
 #include "policy/capped_policy.h"
 #include "policy/policy.h"
 #include "policy/training/q_network.h"
 #include "server/decision_log.h"
+#include "server/moments_keeper.h"
 #include "server/options.h"
 #include "server/quality_check.h"
 #include "server/served_model.h"
@@ -33,8 +33,7 @@ class LoadedModel {
     std::string name;          // that calls know it by; empty: the option's, or the file's own
     uint64_t kv_bytes = 0;     // as ModelOptions
     std::string decision_log;  // empty: none
-    bool gathers = false;      // for --moments-file
-    std::string moments_file;  // that gathering goes on from, if it is there; empty: it begins anew
+    MomentsKeeper* moments = nullptr;  // which it adds to where they are of it; null: none
     ModelExecutor::Progress progress;
   };
 
@@ -59,10 +58,6 @@ class LoadedModel {
     capped_->set_hardest(hardest);
     if (decisions_ != nullptr) decisions_->AddCap(hardest);
   }
-  // What is gathered for --moments-file; null: nothing. The engine thread's while it runs.
-  const InputMoments* moments() const { return moments_.get(); }
-  InputMoments* moments() { return moments_.get(); }
-  const std::string& lineage() const { return lineage_; }
   // Callers may still ask for its last decisions; their file ends with it.
   ~LoadedModel() {
     if (decisions_ != nullptr) decisions_->Close();
@@ -76,7 +71,6 @@ class LoadedModel {
   absl::Status LoadWeights(const std::shared_ptr<const ModelFile>& opened, const Order& order);
   absl::Status MakePolicy(const Order& order);
   absl::Status SetProbe(const ModelFile& file);
-  absl::Status OpenMoments(const ModelFile& file, const std::string& path);
 
   const ServerOptions& options_;
   // In the order in which they are made; whoever uses another comes after it.
@@ -90,8 +84,7 @@ class LoadedModel {
   Policy* policy_ = nullptr;  // the outermost of these
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<Probe> probe_;
-  std::unique_ptr<InputMoments> moments_;
-  std::string fingerprint_, lineage_, name_;  // of the model
+  std::string fingerprint_, name_;  // of the model
   std::unique_ptr<ModelExecutor> executor_;
   std::unique_ptr<Engine> engine_;
 };

@@ -257,6 +257,10 @@ struct Metrics::Instruments : prometheus::Collectable {
   std::atomic<uint64_t> checks_before{0};  // of models before this one
   Gauge& gathered = AddGauge(r, "espalier_moments_tokens",
                              "Rows in the sums that --moments-file keeps for espalier prune.");
+  Gauge& gathered_channels =
+      AddGauge(r, "espalier_channel_moments_tokens",
+               "Rows in the sums that --channel-moments-file keeps for espalier calibrate, of the "
+               "layer that was seen least.");
   Counter& reloads = AddCounter(r, "espalier_reloads_total", "Times the model was replaced.");
   Gauge& weights = Memory("weights");
   Gauge& weights_released = Memory("weights_released");
@@ -419,8 +423,9 @@ void Metrics::OnReload(const BuildInfo& build, int rungs, int rungs_before) {
   }
 }
 
-void Metrics::OnGathered(int64_t tokens) {
-  instruments_->gathered.Set(static_cast<double>(tokens));
+void Metrics::OnGathered(std::optional<int64_t> inputs, std::optional<int64_t> channels) {
+  if (inputs.has_value()) instruments_->gathered.Set(static_cast<double>(*inputs));
+  if (channels.has_value()) instruments_->gathered_channels.Set(static_cast<double>(*channels));
 }
 
 void Metrics::OnFinished(const RequestSummary& summary) {

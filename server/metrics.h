@@ -57,8 +57,9 @@ class Metrics {
   // forgotten. vLLM's series keep the name that they began with.
   void OnReload(const BuildInfo& build, int rungs, int rungs_before);
 
-  // Engine thread: rows in the sums of --moments-file.
-  void OnGathered(int64_t tokens);
+  // Engine thread: rows in the sums of --moments-file and --channel-moments-file, if there are
+  // such.
+  void OnGathered(std::optional<int64_t> inputs, std::optional<int64_t> channels);
 
   // When the engine begins and ceases to be stuck (Watchdog). Thread-safe.
   void OnStall(bool stuck);

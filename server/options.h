@@ -80,6 +80,10 @@ struct ServerOptions {
   // --moments`: read at the start if the file exists, written every minute and at the end; empty:
   // none are gathered.
   std::string moments_file;
+  // The same of what the channels of its MLPs hold together, a layer at a time, for `espalier
+  // calibrate --moments`: read at the start if the file exists, written every ten minutes and at
+  // the end; empty: none are gathered.
+  std::string channel_moments_file;
 
   // --- Network.
   // Address to listen at, for gRPC and metrics.

@@ -115,8 +115,7 @@ std::optional<RpcError> Reloader::Replace(const ReloadOrder& order,
        .name = before->name,
        .kv_bytes = served_.kv_bytes,
        .decision_log = log.empty() ? "" : fmt::format("{}.{}", log, generation_ + 1),
-       .gathers = (*served_.loaded)->moments() != nullptr &&
-                  LineageOf(*file) == (*served_.loaded)->lineage(),
+       .moments = served_.moments,
        .progress = [this](int, int) { return !stop_.load(); }});
   if (loaded.ok() && !stop_) status = (*loaded)->WarmUp();
   if (stop_ || !loaded.ok() || !status.ok()) {
@@ -127,7 +126,6 @@ std::optional<RpcError> Reloader::Replace(const ReloadOrder& order,
     return NotReloaded(Text(status).starts_with("--") ? "" : "model", status);
   }
   std::unique_ptr<LoadedModel> next = *std::move(loaded);
-  file.reset();
   // Nobody is served by it yet: all of its weights are in memory.
   const Ledger ledger = next->executor().ledger({});
   const uint64_t fixed_bytes = ledger.weights + ledger.workspace;
@@ -138,13 +136,12 @@ std::optional<RpcError> Reloader::Replace(const ReloadOrder& order,
   served_.models->Set(generation_ + 1, reloaded.model);
   std::promise<void> left;
   const std::optional<int> requests_before =
-      served_.engine->Replace(hooks_.engine_of(next.get()), [&] {
-        hooks_.on_left(next.get());
-        left.set_value();
-      });
+      served_.engine->Replace(hooks_.engine_of(next.get()), [&] { left.set_value(); });
   if (!requests_before.has_value()) return Over();
   reloaded.before = *requests_before;
   ++generation_;
+  served_.moments->Tell(*file);
+  file.reset();
   path_ = path;
   ladder_ = ladder_path;
   served_.engine->BetweenSteps([&] { hooks_.on_replaced(*before, *reloaded.model); });
@@ -160,7 +157,6 @@ std::optional<RpcError> Reloader::Replace(const ReloadOrder& order,
   left.get_future().wait();
   const uint64_t held = ResidentMemoryBytes();
   std::unique_ptr<LoadedModel> gone = std::exchange(*served_.loaded, std::move(next));
-  hooks_.on_release(*gone, **served_.loaded);
   gone.reset();
   malloc_trim(0);
   const uint64_t both = other + fixed_bytes;

@@ -30,6 +30,7 @@ class Reloader {
     const ServerOptions* options = nullptr;
     EngineThread* engine = nullptr;
     MemoryKeeper* memory = nullptr;
+    MomentsKeeper* moments = nullptr;
     ServedModels* models = nullptr;
     // Never null; the reload thread's until Join, and changed by it.
     std::unique_ptr<LoadedModel>* loaded = nullptr;
@@ -40,11 +41,8 @@ class Reloader {
     // A generation as calls see it, and as the engine thread drives it.
     std::function<std::shared_ptr<const ServedModel>(const LoadedModel&)> describe;
     std::function<NextEngine(LoadedModel*)> engine_of;
-    // Engine thread: newcomers are served by `now`; and nobody is left on what was before `now`.
+    // Engine thread: newcomers are served by `now`.
     std::function<void(const ServedModel& before, const ServedModel& now)> on_replaced;
-    std::function<void(LoadedModel* now)> on_left;
-    // Before the memory of `before` is given back.
-    std::function<void(const LoadedModel& before, const LoadedModel& now)> on_release;
   };
 
   Reloader(const Served& served, Hooks hooks);

@@ -20,7 +20,6 @@
 
 #include "engine/machine_memory.h"
 #include "engine/model/files/model_file.h"
-#include "engine/model/moments_file.h"
 #include "kernels/nvml.h"
 #include "server/api_service.h"
 #include "server/engine_thread.h"
@@ -29,6 +28,7 @@
 #include "server/logging.h"
 #include "server/memory_keeper.h"
 #include "server/metrics.h"
+#include "server/moments_keeper.h"
 #include "server/quality_check.h"
 #include "server/ready_queue.h"
 #include "server/reloader.h"
@@ -49,9 +49,6 @@ constexpr int kWriters = 1;
 
 // How often memory is looked at, which takes some 300 us.
 constexpr milliseconds kMemoryInterval{250};
-
-// How often what is gathered is written, a megabyte or so.
-constexpr milliseconds kMomentsInterval{60'000};
 
 std::string_view Text(const absl::Status& status) {
   return {status.message().data(), status.message().size()};
@@ -115,6 +112,9 @@ class Server {
     absl::StatusOr<std::unique_ptr<ModelFile>> opened_file = ModelFile::Open(options_.model);
     if (!opened_file.ok()) return opened_file.status();
     const std::shared_ptr<const ModelFile> file = *std::move(opened_file);
+    absl::StatusOr<std::unique_ptr<MomentsKeeper>> moments = MomentsKeeper::Open(options_, *file);
+    if (!moments.ok()) return moments.status();
+    moments_ = *std::move(moments);
     const Instant opened = SteadyNow();
     // Beside the weights: a tenth of their time, on one core.
     std::future<absl::Status> text =
@@ -124,8 +124,7 @@ class Server {
                           {.ladder = options_.ladder,
                            .kv_bytes = options_.kv_memory,
                            .decision_log = options_.decision_log,
-                           .gathers = !options_.moments_file.empty(),
-                           .moments_file = options_.moments_file,
+                           .moments = moments_.get(),
                            .progress = [](int done, int total) {
                              ShowProgress(done, total);
                              return true;
@@ -135,12 +134,6 @@ class Server {
       return loaded.ok() ? status : loaded.status();
     }
     loaded_ = *std::move(loaded);
-    gathering_ = loaded_->moments();
-    if (gathering_ != nullptr) {
-      moments_config_ = loaded_->executor().config();
-      moments_lineage_ = loaded_->lineage();
-      moments_copy_.emplace(moments_config_);
-    }
     kv_ = loaded_->executor().kv_geometry();
     const std::shared_ptr<const ServedModel> model = Serve(*loaded_);
     models_.emplace(model);
@@ -232,7 +225,7 @@ class Server {
             .on_step =
                 [this](const StepReport& report, const LoadSnapshot& load, const StepTimes& times) {
                   metrics_->OnStep(report, load, times);
-                  if (gathering_ != nullptr) metrics_->OnGathered(gathering_->tokens());
+                  metrics_->OnGathered(moments_->input_tokens(), moments_->channel_tokens());
                   released_.store(load.ledger.weights_released, std::memory_order_relaxed);
                   TellPolicy(load);
                   TellWeights(load);
@@ -282,29 +275,19 @@ class Server {
         Reloader::Served{.options = &options_,
                          .engine = thread_.get(),
                          .memory = memory_.get(),
+                         .moments = moments_.get(),
                          .models = &*models_,
                          .loaded = &loaded_,
                          .kv_bytes = page_bytes_ * static_cast<uint64_t>(kv_.pages),
                          .fixed_bytes = fixed_bytes},
-        Reloader::Hooks{
-            .describe = [this](const LoadedModel& loaded) { return Serve(loaded); },
-            .engine_of = [this](LoadedModel* loaded) { return EngineOf(loaded); },
-            .on_replaced =
-                [this](const ServedModel& before, const ServedModel& now) {
-                  metrics_->OnReload(BuildOf(now), now.ladder.size(), before.ladder.size());
-                  hardest_ = now.ladder.size() - 1;
-                },
-            .on_left =
-                [this](LoadedModel* now) {
-                  if (now->moments() != nullptr) now->moments()->Add(*gathering_);
-                  gathering_ = now->moments();
-                },
-            .on_release =
-                [this](const LoadedModel& before, const LoadedModel& now) {
-                  if (before.moments() == nullptr || now.moments() != nullptr) return;
-                  KeepMoments(*before.moments());
-                  Log(LogLevel::kInfo, "moments are gathered no more: another model is served");
-                }});
+        Reloader::Hooks{.describe = [this](const LoadedModel& loaded) { return Serve(loaded); },
+                        .engine_of = [this](LoadedModel* loaded) { return EngineOf(loaded); },
+                        .on_replaced =
+                            [this](const ServedModel& before, const ServedModel& now) {
+                              metrics_->OnReload(BuildOf(now), now.ladder.size(),
+                                                 before.ladder.size());
+                              hardest_ = now.ladder.size() - 1;
+                            }});
   }
 
   void FindMemorySources() {
@@ -375,36 +358,6 @@ class Server {
     thread_->LimitPages(pages);
   }
 
-  // Unless they are there already. Threads that keep them must not put older ones in their place.
-  void KeepMoments(const InputMoments& moments) {
-    std::lock_guard lock(moments_mutex_);
-    if (moments.tokens() <= moments_written_) return;
-    const absl::Status status =
-        WriteMoments(options_.moments_file, moments_lineage_, moments_config_, moments);
-    if (status.ok()) {
-      moments_written_ = moments.tokens();
-    } else {
-      Log(LogLevel::kError, "moments lost", {{"error", Text(status)}});
-    }
-  }
-
-  // What is gathered goes to its file: asks for a copy, which is made between two steps, whenever
-  // that may be, and is written when it is looked for next.
-  void TendMoments(Instant now) {
-    if (moments_copied_.exchange(false, std::memory_order_acquire)) {
-      KeepMoments(*moments_copy_);
-      moments_asked_ = false;
-    }
-    if (now < moments_due_ || moments_asked_ || !moments_copy_.has_value()) return;
-    moments_due_ = now + kMomentsInterval;
-    moments_asked_ = true;
-    thread_->SoonBetweenSteps([this] {
-      if (gathering_ == nullptr) return;  // it has ended: nobody need ask again
-      *moments_copy_ = *gathering_;
-      moments_copied_.store(true, std::memory_order_release);
-    });
-  }
-
   // Looks for memory and says so; where it cannot be seen, what is known of it grows old.
   void TendMemory() {
     if (const auto seen = memory_->Look()) {
@@ -416,12 +369,11 @@ class Server {
   // Until a signal comes, health follows the engine's progress, and KV memory what there is.
   void Supervise() {
     Watchdog watchdog(options_.stall_timeout);
-    moments_due_ = SteadyNow() + kMomentsInterval;
     while (!stop_->WaitFor(std::min(watchdog.interval(), kMemoryInterval))) {
       TendMemory();
       const auto device = nvml_ == nullptr ? std::nullopt : nvml_->Read();
       if (device.has_value()) metrics_->OnDeviceMemory(device->total, device->free);
-      TendMoments(SteadyNow());
+      moments_->Tend(SteadyNow(), thread_.get());
       const double still = thread_->seconds_without_progress();
       if (!watchdog.Look(still)) continue;
       SetHealth(&Health::stuck, watchdog.stuck());
@@ -447,7 +399,7 @@ class Server {
     service_.WaitForCalls(until);  // slow readers may have some to read yet
     front_->Shutdown(kGoodbye);
     loaded_->KeepHistory();
-    if (loaded_->moments() != nullptr) KeepMoments(*loaded_->moments());
+    moments_->Close();
     Log(LogLevel::kInfo, "stopped", {{"all_finished", all_finished}});
     return lost_ ? 1 : 0;
   }
@@ -492,22 +444,13 @@ class Server {
   std::unique_ptr<PromptEncoder> encoder_;
   KvGeometry kv_;  // of every generation
   uint64_t page_bytes_ = 0;
+  std::unique_ptr<MomentsKeeper> moments_;
   std::unique_ptr<LoadedModel> loaded_;  // the reload thread's while that replaces it
   std::optional<ServedModels> models_;
-  // Of what is gathered, whichever generation gathers: all are of one lineage.
-  std::string moments_lineage_;
-  ModelConfig moments_config_;
-  Instant moments_due_{};
-  bool moments_asked_ = false;
-  std::optional<InputMoments> moments_copy_;  // the engine thread's until moments_copied_
-  std::atomic<bool> moments_copied_{false};
-  std::mutex moments_mutex_;
-  int64_t moments_written_ = -1;             // tokens
-  const InputMoments* gathering_ = nullptr;  // engine thread
-  int told_rung_ = 0;                        // engine thread
-  WeightsReport told_weights_;               // engine thread
-  std::atomic<uint64_t> released_{0};        // bytes of weights that are out of memory
-  int hardest_ = 0;                          // engine thread; that may be served
+  int told_rung_ = 0;                  // engine thread
+  WeightsReport told_weights_;         // engine thread
+  std::atomic<uint64_t> released_{0};  // bytes of weights that are out of memory
+  int hardest_ = 0;                    // engine thread; that may be served
   std::unique_ptr<ReadyQueue> ready_;
   std::unique_ptr<EngineThread> thread_;
   std::unique_ptr<MemoryKeeper> memory_;

@@ -3,9 +3,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
 #include <memory>
+#include <numeric>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,6 +18,8 @@
 
 #include "absl/status/status.h"
 #include "engine/machine_memory.h"
+#include "engine/pruning/channel_moments.h"
+#include "engine/pruning/weights/input_moments.h"
 #include "tools/bench_run.h"
 #include "tools/command.h"
 #include "tools/cost_fit.h"
@@ -41,8 +46,9 @@ struct Options {
   int footprint_mib = 0;
   bool phases = false;
   std::string figures = "build/figures/bench.json";
-  int gather = 0;   // steps, of which one gathers moments; 0: none does
-  std::string fit;  // costs to write, in place of all else
+  int gather = 0;           // steps, of which one gathers moments; 0: none does
+  int gather_channels = 0;  // the same of channels
+  std::string fit;          // costs to write, in place of all else
   std::string ladder;
 };
 
@@ -132,6 +138,22 @@ void AddFigures(const Row& row, Json* figures) {
   (*figures)["total" + at + "_tokens_per_s"] = row.total;
 }
 
+// What a step that gathers takes for it, seconds: the median of some.
+double TimeGathering(int rows, int channels, Backend* backend) {
+  using Clock = std::chrono::steady_clock;
+  const std::vector<float> hidden(static_cast<size_t>(rows) * channels, 1);
+  std::vector<int> listed(rows);
+  std::iota(listed.begin(), listed.end(), 0);
+  ChannelMoments moments(1, channels);
+  std::vector<double> seconds;
+  for (int turn = 0; turn < 31; ++turn) {
+    const Clock::time_point begun = Clock::now();
+    moments.Add(0, ConstMatrix(hidden.data(), rows, channels), listed, backend);
+    seconds.push_back(std::chrono::duration<double>(Clock::now() - begun).count());
+  }
+  return Median(seconds);
+}
+
 absl::Status Run(const Options& options) {
   std::vector<BenchShape> shapes;
   int64_t kv_tokens = 0;  // the pool holds the largest run whole
@@ -185,6 +207,11 @@ absl::Status Run(const Options& options) {
                            .step_rows = options.step_rows};
   InputMoments moments(config);
   if (options.gather > 0) model->executor->set_input_moments(&moments, options.gather);
+  std::optional<ChannelMoments> channels;
+  if (options.gather_channels > 0) {
+    channels.emplace(config.layers, config.channels);
+    model->executor->set_channel_moments(&*channels, options.gather_channels);
+  }
   const absl::StatusOr<BenchResult> warm = RunBench(
       engine, {.batch = 1, .prompt = 16, .generate = 8}, options.seed, [](int64_t, int64_t) {});
   if (!warm.ok()) return warm.status();
@@ -224,6 +251,16 @@ absl::Status Run(const Options& options) {
   if (options.gather > 0) {
     fmt::print("moments of {} rows gathered, in one of {} steps of whole rows\n", moments.tokens(),
                options.gather);
+  }
+  if (channels.has_value()) {
+    for (const int rows : {ModelExecutor::kGatheredRows, ChannelMoments::kMostRows}) {
+      fmt::print("{} rows of {} channels are added in {:.2f} ms\n", rows, config.channels,
+                 1e3 * TimeGathering(rows, config.channels, model->backend.get()));
+    }
+    fmt::print(
+        "channel moments of {} rows or more of each layer gathered, of one in one of {} "
+        "steps of whole rows\n",
+        channels->tokens(), options.gather_channels);
   }
   if (options.figures.empty()) return absl::OkStatus();
 
@@ -281,6 +318,9 @@ void AddBench(CLI::App& root, Action* action) {
   count(
       "--gather", options->gather, 0, 1 << 20, "STEPS",
       "Of so many steps one sums its inputs, as a server with --moments-file does of 16; 0: none");
+  count("--gather-channels", options->gather_channels, 0, 1 << 20, "STEPS",
+        "Of so many steps one sums how a layer's channels go together, as a server with "
+        "--channel-moments-file does of 8; 0: none");
   sub->add_flag("--phases", options->phases, "Also tell where a step's time goes, ms");
   sub->add_option("--figures", options->figures, "JSON file for the figures; empty: none")
       ->type_name("FILE")

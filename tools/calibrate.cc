@@ -3,13 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <span>
 #include <string>
 #include <utility>
@@ -17,20 +17,23 @@
 
 #include <CLI/CLI.hpp>
 
+#include "engine/model/channel_moments_file.h"
 #include "engine/model/pruning_file.h"
 #include "engine/model/text/tokenizer.h"
+#include "engine/pruning/channel_moments.h"
 #include "engine/pruning/importance.h"
 #include "policy/blocks/block_orders.h"
-#include "policy/kept_counts.h"
 #include "policy/ladder_file.h"
 #include "tools/bench_run.h"
 #include "tools/command.h"
 #include "tools/corpus.h"
 #include "tools/forced_run.h"
 #include "tools/interrupt.h"
+#include "tools/ladder_plan.h"
 #include "tools/layer_fit.h"
 #include "tools/local_model.h"
 #include "tools/machine.h"
+#include "tools/moment_fit.h"
 #include "tools/progress.h"
 #include "tools/self_text.h"
 #include "tools/statistics.h"
@@ -40,56 +43,10 @@ namespace espalier {
 namespace {
 
 constexpr int kStepRows = 512;
-constexpr int kChannelMultiple = 64;  // the published code's; also what a task of the kernels takes
-constexpr int kTurns = 5;             // of timings
-constexpr size_t kDropWindows = 8;    // that the order of attention blocks is found on
+constexpr int kTurns = 5;           // of timings
+constexpr size_t kDropWindows = 8;  // that the order of attention blocks is found on
 
 constexpr size_t kKeyWindows = 64;  // that mean keys are of
-constexpr std::string_view kInt4 = "/int4";
-
-// A rung as it is asked for: "0.4h0.1+3/int4".
-struct RungPlan {
-  double ratio = 0;      // of the MLPs' channels, left out
-  double heads = 0;      // the same of query heads
-  int blocks = 0;        // dropped
-  bool int4_kv = false;  // K and V in four bits
-
-  auto operator<=>(const RungPlan&) const = default;
-};
-
-bool ReadRung(std::string_view text, RungPlan* plan) {
-  plan->int4_kv = text.ends_with(kInt4);
-  if (plan->int4_kv) text.remove_suffix(kInt4.size());
-  const char* const end = text.data() + text.size();
-  const char* stop = text.data();
-  const auto share = [&](double* to) {
-    const auto read = std::from_chars(stop, end, *to);
-    stop = read.ptr;
-    return read.ec == std::errc() && *to >= 0 && *to <= 0.95;
-  };
-  if (!share(&plan->ratio)) return false;
-  if (stop != end && *stop == 'h') {
-    ++stop;
-    if (!share(&plan->heads)) return false;
-  }
-  if (stop != end) {
-    if (*stop != '+') return false;
-    const auto blocks = std::from_chars(stop + 1, end, plan->blocks);
-    if (blocks.ec != std::errc() || blocks.ptr != end || plan->blocks < 1) return false;
-  }
-  return plan->ratio > 0 || plan->heads > 0 || plan->blocks > 0 || plan->int4_kv;
-}
-
-CLI::Validator IsRung() {
-  const auto check = [](std::string& text) -> std::string {
-    RungPlan plan;
-    return ReadRung(text, &plan)
-               ? ""
-               : fmt::format("expected RATIO[hHEADS][+BLOCKS], with {} behind it or not, got {}",
-                             kInt4, text);
-  };
-  return CLI::Validator(check, "");
-}
 
 struct Options {
   LocalModelOptions model;
@@ -102,7 +59,8 @@ struct Options {
   int dense_layers = 3;
   std::string rank = "elimination";
   std::string compensate = "refit";
-  std::string blocks;  // removal orders; empty: attention alone, by what is missed least
+  std::string moments;  // what channels are ranked and refitted by; empty: text
+  std::string blocks;   // removal orders; empty: attention alone, by what is missed least
   int64_t resident_tokens = 8192;
   std::string reprice;  // a ladder to time again, in place of all else
   std::string out;
@@ -311,57 +269,6 @@ absl::StatusOr<Prices> Time(ModelExecutor* executor, int rungs) {
   return prices;
 }
 
-// The rungs asked for, without prices, mildest first; rung 0 is dense. A ratio between two widths
-// has the harder in its first layers: what those leave in the stream is what later layers of the
-// harder rung were fitted to.
-absl::StatusOr<Ladder> PlanLadder(const Options& options, const ModelConfig& config,
-                                  const std::vector<RungPlan>& plans,
-                                  std::span<const int> drop_order) {
-  const auto kept = [&](double ratio) {
-    return KeptChannels(config.channels,
-                        NarrowedLayerRatio(config.layers, options.dense_layers, ratio),
-                        config.channels % kChannelMultiple == 0 ? kChannelMultiple : kQuantGroup);
-  };
-  const auto kept_heads = [&](double ratio) {
-    return KeptHeads(config.heads, NarrowedLayerRatio(config.layers, options.dense_layers, ratio));
-  };
-  const int narrowed = config.layers - options.dense_layers;
-  Ladder ladder = Ladder::DenseOnly(config.sites());
-  for (const RungPlan& plan : plans) {
-    const auto above = std::ranges::lower_bound(options.widths, plan.ratio);
-    const double harder = above == options.widths.end() ? plan.ratio : *above;
-    const double milder = above == options.widths.begin() ? 0 : *std::prev(above);
-    const auto front = std::lround(narrowed * (plan.ratio - milder) / (harder - milder));
-    KeepProfile keep = KeepProfile::Dense(config.sites());
-    for (int layer = options.dense_layers; layer < config.layers; ++layer) {
-      const bool first = layer - options.dense_layers < front;
-      keep.Keep(layer, SiteKind::kChannels, kept(first ? harder : milder));
-      keep.Keep(layer, SiteKind::kHeads, kept_heads(plan.heads));
-    }
-    if (plan.blocks > static_cast<int>(drop_order.size())) {
-      return absl::InvalidArgumentError(fmt::format("--rungs: {} blocks to drop, of {} that may",
-                                                    plan.blocks, drop_order.size()));
-    }
-    for (const int block : drop_order.first(plan.blocks)) {
-      keep.Keep(LayerOfBlock(block), IsAttention(block) ? SiteKind::kHeads : SiteKind::kChannels,
-                0);
-    }
-    const Rung& last = ladder.rung(ladder.size() - 1);
-    if (keep == last.decode && plan.int4_kv == last.int4_kv) continue;  // nothing to tell apart
-    if (!ladder.Append({.prefill = keep, .decode = keep, .price = {}, .int4_kv = plan.int4_kv})) {
-      return absl::InvalidArgumentError(
-          fmt::format("--rungs: {}h{}+{} leaves out fewer heads or blocks, or keeps K and V at "
-                      "more bits, than a "
-                      "rung of a smaller ratio",
-                      plan.ratio, plan.heads, plan.blocks));
-    }
-  }
-  if (ladder.size() == 1) {
-    return absl::InvalidArgumentError("--rungs: none of them narrows this model");
-  }
-  return ladder;
-}
-
 // The plans, mildest first.
 std::vector<RungPlan> PlansOf(const Options& options) {
   std::vector<RungPlan> plans(options.rungs.size());
@@ -430,6 +337,42 @@ absl::Status Reprice(const Options& options) {
   return absl::OkStatus();
 }
 
+// Rankings and refits, of the corpus or of a server's moments, if those are not null.
+absl::StatusOr<PruningData> FindChannels(const Options& options, const Ladder& planned,
+                                         const Corpus& corpus, const ChannelMoments* moments,
+                                         const std::string& checkpoint, const LocalModel& model) {
+  const ModelConfig& config = model.file->config();
+  const auto compensation = static_cast<Compensation>(
+      std::ranges::find(kCompensationNames, options.compensate) - std::begin(kCompensationNames));
+  Progress bar("rankings and refits");
+  const auto progress = [&](int64_t done, int64_t total) {
+    bar.Update(done, total);
+    return !Interrupt::raised();
+  };
+  if (moments != nullptr) {
+    return FitToMoments({.rank = options.rank,
+                         .compensation = compensation,
+                         .channel_group = model.executor->channel_group()},
+                        planned, *model.file, *moments, model.backend.get(), progress);
+  }
+  absl::StatusOr<PruningData> data = FitLayers(
+      {.rank = options.rank,
+       .compensation = compensation,
+       .step_rows = kStepRows,
+       .checkpoint = checkpoint,
+       .resumed =
+           [&](int layers) {
+             fmt::print(stderr, "{}: goes on after {} of {} layers\n", checkpoint, layers,
+                        config.layers);
+           }},
+      planned, *model.file, corpus.windows, model.executor.get(), model.backend.get(), progress);
+  if (absl::IsCancelled(data.status())) {
+    fmt::print(stderr, "{}; the same command goes on from {}\n",
+               std::string(data.status().message()), checkpoint);
+  }
+  return data;
+}
+
 absl::Status Run(const Options& options) {
   const Interrupt interrupt([] {});
   const std::string out = options.out.empty() ? LadderPathOf(options.model.model) : options.out;
@@ -456,6 +399,12 @@ absl::Status Run(const Options& options) {
   }
   auto tokenizer = Tokenizer::Create(file.vocabulary());
   if (!tokenizer.ok()) return tokenizer.status();
+  std::optional<ChannelMoments> moments;
+  if (!options.moments.empty()) {
+    absl::StatusOr<ChannelMoments> read = ReadChannelMoments(options.moments, file);
+    if (!read.ok()) return read.status();
+    moments = *std::move(read);
+  }
   const std::vector<RungPlan> plans = PlansOf(options);
   absl::StatusOr<std::vector<int>> drop_order;
   if (!options.blocks.empty()) {
@@ -468,47 +417,34 @@ absl::Status Run(const Options& options) {
       drop_order->push_back(AttentionBlock(layer));
     }
   }
-  absl::StatusOr<Ladder> plan = PlanLadder(options, config, plans, *drop_order);
+  const LayerWidths widths{.dense_layers = options.dense_layers, .left_out = options.widths};
+  absl::StatusOr<Ladder> plan = PlanLadder(widths, config, plans, *drop_order);
   if (!plan.ok()) return plan.status();
+  if (moments.has_value()) {
+    if (const absl::Status says = CheckMoments(*moments, *plan); !says.ok()) {
+      return absl::InvalidArgumentError(
+          fmt::format("--moments: {}: {}", options.moments, std::string(says.message())));
+    }
+  }
   ModelExecutor* executor = model->executor.get();
   const bool int4_kv = plan->rung(plan->size() - 1).int4_kv;
   if (int4_kv && model->kv != KvType::kInt8) {
     return absl::InvalidArgumentError(fmt::format(
-        "--rungs: {} is of K and V in int8, not {} (--kv)", kInt4, KvTypeName(model->kv)));
+        "--rungs: {} is of K and V in int8, not {} (--kv)", kInt4Rung, KvTypeName(model->kv)));
   }
   const absl::StatusOr<Corpus> corpus = ReadCorpus(options, **tokenizer, executor);
   if (!corpus.ok()) return corpus.status();
   if (plans.back().blocks > 0 && options.blocks.empty()) {
     drop_order = DropOrder(*corpus, executor);
     if (!drop_order.ok()) return drop_order.status();
-    plan = PlanLadder(options, config, plans, *drop_order);
+    plan = PlanLadder(widths, config, plans, *drop_order);
     if (!plan.ok()) return plan.status();
   }
   const Ladder planned = *std::move(plan);
 
   const std::string checkpoint = ChannelsPathOf(out) + ".part";
-  Progress bar_of_fit("rankings and refits");
-  absl::StatusOr<PruningData> data = FitLayers(
-      {.rank = options.rank,
-       .compensation =
-           static_cast<Compensation>(std::ranges::find(kCompensationNames, options.compensate) -
-                                     std::begin(kCompensationNames)),
-       .step_rows = kStepRows,
-       .checkpoint = checkpoint,
-       .resumed =
-           [&](int layers) {
-             fmt::print(stderr, "{}: goes on after {} of {} layers\n", checkpoint, layers,
-                        config.layers);
-           }},
-      planned, file, corpus->windows, executor, model->backend.get(),
-      [&](int64_t done, int64_t total) {
-        bar_of_fit.Update(done, total);
-        return !Interrupt::raised();
-      });
-  if (absl::IsCancelled(data.status())) {
-    fmt::print(stderr, "{}; the same command goes on from {}\n",
-               std::string(data.status().message()), checkpoint);
-  }
+  absl::StatusOr<PruningData> data = FindChannels(
+      options, planned, *corpus, moments.has_value() ? &*moments : nullptr, checkpoint, *model);
   if (!data.ok()) return data.status();
   absl::Status status;
   if (int4_kv) status = FindKeyMeans(*corpus, executor, &*data);
@@ -578,9 +514,16 @@ absl::Status Run(const Options& options) {
                             std::filesystem::path(options.blocks).filename().string(),
                             options.resident_tokens));
   }
-  told += fmt::format("{}: {} tokens, measured on {}, {} threads, batch 8, weights {}, kv {}\n",
-                      config.name, corpus->windows.size() * options.window, MachineName(),
-                      model->threads, executor->weight_types(), KvTypeName(model->kv));
+  if (moments.has_value()) {
+    told.insert(
+        told.size() - 1,
+        fmt::format(" --moments {}", std::filesystem::path(options.moments).filename().string()));
+  }
+  told += fmt::format(
+      "{}: {} tokens, measured on {}, {} threads, batch 8, weights {}, kv {}\n", config.name,
+      moments.has_value() ? static_cast<uint64_t>(moments->tokens())
+                          : corpus->windows.size() * options.window,
+      MachineName(), model->threads, executor->weight_types(), KvTypeName(model->kv));
   const std::string text = FormatLadder(ladder, told + lines);
   status = WriteText(out, text);
   if (!status.ok()) return status;
@@ -649,6 +592,11 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->check(CLI::IsMember(
           std::vector<std::string>(std::begin(kCompensationNames), std::end(kCompensationNames))))
       ->capture_default_str();
+  sub->add_option("--moments", options->moments,
+                  "Rank and refit by what a server gathered of its own traffic "
+                  "(--channel-moments-file), in place of --text, on which losses are then "
+                  "measured, and the order of attention blocks; not of heads")
+      ->type_name("PATH");
   sub->add_option("--blocks", options->blocks,
                   "Which blocks to drop first, attention or MLP: removal orders of `espalier train "
                   "--task rap`")

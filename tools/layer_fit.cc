@@ -17,27 +17,12 @@
 #include "engine/pruning/importance.h"
 #include "engine/pruning/refit.h"
 #include "engine/pruning/second_moments.h"
+#include "tools/channel_fit.h"
 
 namespace espalier {
 namespace {
 
 using Stream = std::vector<float>;  // [windows * tokens of each, hidden]
-
-std::optional<Importance> PublishedMeasure(const std::string& by) {
-  const auto* const name = std::ranges::find(kImportanceNames, by);
-  if (name == std::end(kImportanceNames)) return std::nullopt;
-  return static_cast<Importance>(name - std::begin(kImportanceNames));
-}
-
-std::vector<int32_t> Rank(const std::string& by, const DownSite& site, const SecondMoments& moments,
-                          int group) {
-  const std::optional<Importance> importance = PublishedMeasure(by);
-  if (!importance.has_value()) return RankByElimination(site);
-  std::vector<float> scores = Scores(*importance, moments.Energy(), moments.FirstMoment(),
-                                     DownNorms(*importance, site.down, site.channels));
-  ScoreGroups(group, scores);
-  return RankByScore(scores);
-}
 
 // What met `o`, column by column.
 struct HeadSums {
@@ -100,7 +85,7 @@ class LayerFit {
       if (rungs_ == 1) continue;
       const std::vector<int> narrowed = Narrowed(layer);
       left.insert(narrowed.begin(), narrowed.end());
-      total_ += static_cast<int64_t>(Counts(layer).size());
+      total_ += static_cast<int64_t>(KeptCounts(planned_, layer).size());
       if (layer + 1 < config_.layers) total_ += static_cast<int64_t>(left.size());
     }
   }
@@ -147,7 +132,7 @@ class LayerFit {
   // What a checkpoint is of: other windows, options or profiles are another calibration.
   std::string StampOf() const {
     std::string of =
-        fmt::format("{} {} {} {} ", options_.rank, static_cast<int>(options_.compensation),
+        fmt::format("sinks {} {} {} {} ", options_.rank, static_cast<int>(options_.compensation),
                     options_.step_rows, executor_->weight_types());
     for (int rung = 0; rung < planned_.size(); ++rung) {
       for (int layer = 0; layer < config_.layers; ++layer) {
@@ -184,7 +169,7 @@ class LayerFit {
     }
     for (int layer = 0; layer < done; ++layer) {
       PruningData::Layer& found = data_.layers[layer];
-      const std::map<int, int> counts = Counts(layer);
+      const std::map<int, int> counts = KeptCounts(planned_, layer);
       if (NarrowsHeads(layer)) {
         const std::span<const int32_t> heads = (*file)->Ranking(layer, SiteKind::kHeads);
         found.heads.assign(heads.begin(), heads.end());
@@ -222,32 +207,12 @@ class LayerFit {
     return false;
   }
 
-  // Of what keeps so much of a layer, the rung that does so in most layers, and the mildest of
-  // those: its stream is what `down` is fitted to. Rungs that mix counts share it.
-  std::map<int, int> Counts(int layer) const {
-    std::map<int, int> counts;
-    for (int rung = 1; rung < planned_.size(); ++rung) {
-      const int kept = Kept(layer, rung);
-      if (kept == 0 || kept == config_.channels) continue;
-      const auto [found, added] = counts.try_emplace(kept, rung);
-      if (!added && Layers(kept, rung) > Layers(kept, found->second)) found->second = rung;
-    }
-    return counts;
-  }
-
-  // How many layers of a rung keep so many channels.
-  int Layers(int kept, int rung) const {
-    int layers = 0;
-    for (int layer = 0; layer < config_.layers; ++layer) layers += Kept(layer, rung) == kept;
-    return layers;
-  }
-
   // Rungs that `down` is fitted to, at any layer.
   std::set<int> Fitted() const {
     std::set<int> rungs;
     if (rungs_ == 1) return rungs;
     for (int layer = 0; layer < config_.layers; ++layer) {
-      for (const auto& [kept, rung] : Counts(layer)) rungs.insert(rung);
+      for (const auto& [kept, rung] : KeptCounts(planned_, layer)) rungs.insert(rung);
     }
     return rungs;
   }
@@ -360,7 +325,8 @@ class LayerFit {
     int others = 0;
     for (int r = 0, sink = 0; r < rows; ++r) {
       const std::span held(hidden.row(r), hidden.cols);
-      const std::span misses(missed.row(r), missed.cols);
+      const auto misses =
+          missed.cols == 0 ? std::span<const float>() : std::span(missed.row(r), missed.cols);
       if (sink < static_cast<int>(sinks_.size()) && sinks_[sink] == r) {
         moments->AddSink(held, misses);
         ++sink;
@@ -388,7 +354,7 @@ class LayerFit {
         if (input == MatrixInput::kO) attended.Add(WithoutFirst(rows));
       });
     }
-    if (Counts(layer).empty() || !to_find) {
+    if (KeptCounts(planned_, layer).empty() || !to_find) {
       status = Advance(layer, 0, &dense_);
       if (status.ok()) status = TakeHeads(layer, attended, found);
       if (status.ok() && rungs_ > 1 && !narrowed.empty()) status = SetOnlyAt(layer);
@@ -427,8 +393,9 @@ class LayerFit {
         });
     if (!status.ok()) return status;
     const std::vector<float> mean = moments.Mean();
-    found->ranking = Rank(options_.rank, {config_.hidden, config_.channels, down, mean}, moments,
-                          executor_->channel_group());
+    found->ranking =
+        RankChannels(options_.rank, {config_.hidden, config_.channels, down, mean},
+                     moments.Energy(), moments.FirstMoment(), executor_->channel_group());
     return absl::OkStatus();
   }
 
@@ -453,7 +420,7 @@ class LayerFit {
     absl::Status status = SetOnlyAt(layer);
     std::map<int, RefittedDown> refits;    // by count
     std::map<int, SecondMoments> moments;  // the same
-    for (const auto& [kept, rung] : Counts(layer)) {
+    for (const auto& [kept, rung] : KeptCounts(planned_, layer)) {
       if (!status.ok()) return status;
       if (options_.compensation == Compensation::kMean) {
         status = FitMean(layer, kept, rung, &refits[kept]);
@@ -496,13 +463,9 @@ class LayerFit {
   RefittedDown FitSquares(std::span<const float> down, std::span<const int32_t> ranking,
                           const SecondMoments& sums) const {
     const int kept = sums.channels();
-    std::vector<float> columns;
+    const std::vector<float> columns = TakeColumns(down, config_.channels, ranking.first(kept));
     const std::vector<float> moments = sums.Mean(), missed = sums.Missed();
     const std::vector<float> mean = sums.FirstMoment(), missed_mean = sums.MissedFirst();
-    for (int n = 0; n < config_.hidden; ++n) {
-      const auto row = down.subspan(static_cast<size_t>(n) * config_.channels, config_.channels);
-      for (const int32_t channel : ranking.first(kept)) columns.push_back(row[channel]);
-    }
     return RefitDown({.hidden = config_.hidden,
                       .kept = kept,
                       .down = columns,

@@ -13,23 +13,15 @@
 #include <functional>
 #include <span>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "engine/model/model_executor.h"
 #include "engine/model/pruning_file.h"
 #include "policy/ladder.h"
+#include "tools/channel_fit.h"
 
 namespace espalier {
-
-// What makes up for channels that left.
-enum class Compensation : uint8_t {
-  kNone,   // nothing: rankings alone
-  kMean,   // a bias: the mean of what is missing
-  kRefit,  // `down` by least squares, and a bias
-};
-inline constexpr std::string_view kCompensationNames[] = {"none", "mean", "refit"};
 
 struct LayerFitOptions {
   // "elimination", or one of kImportanceNames. Heads go by the published measures alone: by kPpsp

@@ -265,6 +265,8 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
   const auto kept_by = [&](const PlanStep& step) {
     return KeptNow(layer, step, SiteKind::kChannels);
   };
+  const bool observed =
+      channel_observer_ != nullptr && (observed_layer_ == kEveryLayer || observed_layer_ == layer);
   int whole_rows = 0, narrow_rows = 0;
   for (const PlanStep& step : plan.steps) {
     if (kept_by(step) > 0) {
@@ -274,7 +276,7 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
   // Few rows that keep all channels join those that keep some at gate and up, to open those weights
   // once. Many do better by themselves: their channels are then quantised where they are made.
   constexpr int kFewRows = 32;
-  const bool join = narrow_rows > 0 && whole_rows <= kFewRows && !channel_observer_ &&
+  const bool join = narrow_rows > 0 && whole_rows <= kFewRows && !observed &&
                     panels.gate.rows == config_.channels;
   enum class By : uint8_t { kNothing, kPanels, kWeights };
   const auto multiplied_by = [&](const PlanStep& step) {
@@ -336,8 +338,8 @@ void Decoder::MlpBlock(int layer, const StepPlan& plan, Activations* activations
                         .gate_room = gate,
                         .up_room = up,
                         .out = residual,
-                        .keep_hidden = channel_observer_ || told});
-    if (channel_observer_) {
+                        .keep_hidden = observed || told});
+    if (observed) {
       for (int row = 0; const MlpStep& step : mlp_steps_) {
         channel_observer_(layer, ConstMatrix(up.row(row), step.rows, step.channels, up.stride));
         row += step.rows;

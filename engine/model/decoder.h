@@ -135,9 +135,13 @@ class Decoder {
 
   // Called with what meets `down` in a layer, silu(gate) * up: once for consecutive rows that keep
   // as many channels, [rows, kept], in natural order if they keep all, else in that of the ranking.
-  // For calibration.
+  // Of one layer or of every one: where it is not called, nothing is written for it.
   using ChannelObserver = std::function<void(int layer, ConstMatrix hidden)>;
-  void set_channel_observer(ChannelObserver observer) { channel_observer_ = std::move(observer); }
+  void set_channel_observer(ChannelObserver observer, int layer = kEveryLayer) {
+    channel_observer_ = std::move(observer);
+    observed_layer_ = layer;
+  }
+  static constexpr int kEveryLayer = -1;
 
   // Called with a layer's rotated keys ([rows, kv_heads * head_dim]); for calibration.
   void set_key_observer(std::function<void(int layer, ConstMatrix keys)> observer) {
@@ -307,6 +311,7 @@ class Decoder {
   std::vector<MlpStep> mlp_steps_;
   std::function<void(int, ConstMatrix)> observer_;
   ChannelObserver channel_observer_;
+  int observed_layer_ = kEveryLayer;
   std::function<void(int, ConstMatrix)> key_observer_;
   InputObserver input_observer_;
   InputObserver before_weights_;

@@ -83,7 +83,9 @@ struct ModelExecutor::Impl {
         activations(model->config(), options.max_batch_tokens),
         logits(static_cast<size_t>(options.max_logit_rows) * model->config().vocabulary),
         stats(options.max_logit_rows),
-        samplers(kSamplerLanes, Sampler(model->config().vocabulary)) {}
+        samplers(kSamplerLanes, Sampler(model->config().vocabulary)) {
+    counted.reserve(options.max_batch_tokens);
+  }
 
   void MakePlan(const Batch& batch);
   // Draws or scores all that batch.logits asks for, by the plan's residual rows.
@@ -114,30 +116,59 @@ struct ModelExecutor::Impl {
   const Probe* probe = nullptr;
   ProbeCounts probe_counts;  // as of the last step
 
-  // Whether this step's inputs are summed; then observers are set for it.
+  // Whether this step's inputs are summed; then observers are set for it. After MakePlan.
   bool BeginGathering(const Batch& batch);
   void EndGathering();
   // Of what is told of an input, layer by layer, the rows of rung 0 come first.
   void Gather(int layer, MatrixInput input, ConstMatrix rows);
-  InputMoments* moments = nullptr;
-  int gather_every = 1;
-  int gather_in = 0;      // steps with rows enough, until one is taken
-  int gathered_rows = 0;  // of the step in flight, as is the next
+  // Sums of one step in so many.
+  template <typename Moments>
+  struct Gathered {
+    Moments* moments = nullptr;
+    int every = 1;
+    int in = 0;        // steps with rows enough, until one is taken
+    bool now = false;  // of the step in flight
+
+    void Begin(int rows) {
+      now = moments != nullptr && rows >= kGatheredRows && !moments->frozen() && --in <= 0;
+      if (now) in = every;
+    }
+  };
+  Gathered<InputMoments> inputs;
+  Gathered<ChannelMoments> channels;
+  // Of the step in flight.
+  int rows_of_rung_0 = 0;
+  std::vector<int> counted;  // of those: not at position 0
   std::array<int, kMatrixInputNames.size()> gathered_layer = {};
 };
 
 bool ModelExecutor::Impl::BeginGathering(const Batch& batch) {
-  if (moments == nullptr) return false;
-  gathered_rows = 0;
-  for (const BatchSpan& span : batch.spans) gathered_rows += span.rung == 0 ? span.rows : 0;
-  if (gathered_rows < kGatheredRows || --gather_in > 0) return false;
-  gather_in = gather_every;
+  if (inputs.moments == nullptr && channels.moments == nullptr) return false;
+  rows_of_rung_0 = 0;
+  counted.clear();
+  for (size_t i = 0; i < order.size() && batch.spans[order[i]].rung == 0; ++i) {
+    for (int row = 0; row < spans[i].rows; ++row, ++rows_of_rung_0) {
+      if (spans[i].start + row > 0) counted.push_back(rows_of_rung_0);
+    }
+  }
+  inputs.Begin(rows_of_rung_0);
+  channels.Begin(static_cast<int>(counted.size()));
+  if (!inputs.now && !channels.now) return false;
+  if (const size_t count = counted.size(); channels.now && count > ChannelMoments::kMostRows) {
+    for (size_t i = 0; i < ChannelMoments::kMostRows; ++i) {
+      counted[i] = counted[i * count / ChannelMoments::kMostRows];
+    }
+    counted.resize(ChannelMoments::kMostRows);
+  }
   gathered_layer.fill(-1);
   // Captures of one pointer, which lie in the function: nothing is allocated.
-  model->set_input_observer(
-      [this](int layer, MatrixInput input, ConstMatrix rows) { Gather(layer, input, rows); });
+  if (inputs.now) {
+    model->set_input_observer(
+        [this](int layer, MatrixInput input, ConstMatrix rows) { Gather(layer, input, rows); });
+  }
   model->set_channel_observer(
-      [this](int layer, ConstMatrix rows) { Gather(layer, MatrixInput::kDown, rows); });
+      [this](int layer, ConstMatrix rows) { Gather(layer, MatrixInput::kDown, rows); },
+      inputs.now ? Decoder::kEveryLayer : channels.moments->least_layer());
   return true;
 }
 
@@ -149,10 +180,16 @@ void ModelExecutor::Impl::EndGathering() {
 void ModelExecutor::Impl::Gather(int layer, MatrixInput input, ConstMatrix rows) {
   int& last = gathered_layer[static_cast<size_t>(input)];
   if (std::exchange(last, layer) == layer) return;  // rows of harder rungs
-  Invariant(rows.rows >= gathered_rows, "{} rows of rung 0 come first, {} are told of",
-            gathered_rows, rows.rows);
-  moments->of(layer, input)
-      .Add(ConstMatrix(rows.data, gathered_rows, rows.cols, rows.stride), backend);
+  Invariant(rows.rows >= rows_of_rung_0, "{} rows of rung 0 come first, {} are told of",
+            rows_of_rung_0, rows.rows);
+  if (inputs.now) {
+    inputs.moments->of(layer, input)
+        .Add(ConstMatrix(rows.data, rows_of_rung_0, rows.cols, rows.stride), backend);
+  }
+  if (channels.now && input == MatrixInput::kDown && layer == channels.moments->least_layer()) {
+    channels.moments->Add(layer, rows, counted, backend);
+    channels.now = false;
+  }
 }
 
 void ModelExecutor::Impl::MakePlan(const Batch& batch) {
@@ -303,9 +340,11 @@ absl::Status ModelExecutor::ReplaceWeight(int layer, std::string_view part, Cons
 }
 
 void ModelExecutor::set_input_moments(InputMoments* moments, int every) {
-  impl_->moments = moments;
-  impl_->gather_every = every;
-  impl_->gather_in = 0;
+  impl_->inputs = {.moments = moments, .every = every};
+}
+
+void ModelExecutor::set_channel_moments(ChannelMoments* moments, int every) {
+  impl_->channels = {.moments = moments, .every = every};
 }
 
 absl::Status ModelExecutor::Execute(const Batch& batch, StepResult* result) {

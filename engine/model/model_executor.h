@@ -13,6 +13,7 @@
 #include "engine/ledger.h"
 #include "engine/model/files/model_file.h"
 #include "engine/model/weight_plan.h"
+#include "engine/pruning/channel_moments.h"
 #include "engine/pruning/channel_selector.h"
 #include "engine/pruning/probe.h"
 #include "engine/pruning/weights/input_moments.h"
@@ -77,9 +78,16 @@ class ModelExecutor final : public Executor {
 
   // Adds what meets the matrices in one of `every` (>= 1) steps with kGatheredRows or more rows of
   // rung 0 to `moments`, of those rows alone; other steps are as without, and observers of the
-  // others above are not set meanwhile. Null: gathers no more. Must outlive its use.
+  // others above are not set meanwhile. Null, or frozen moments: gathers no more. Must outlive its
+  // use.
   void set_input_moments(InputMoments* moments, int every);
   static constexpr int kGatheredRows = 16;
+  // Adds what meets `down` in one layer, the one of which `moments` have least, in one of `every`
+  // steps with kGatheredRows or more rows of rung 0 that are not at position 0: of those rows, or
+  // of ChannelMoments::kMostRows among them, evenly spread. Else as above, and beside it or not.
+  // Such a step takes channels * (channels + 64) / 2 multiply-adds a row more, in fp32, and
+  // allocates nothing.
+  void set_channel_moments(ChannelMoments* moments, int every);
 
   absl::Status Execute(const Batch& batch, StepResult* result) override;
 

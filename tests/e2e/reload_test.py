@@ -272,6 +272,62 @@ class Reload(unittest.TestCase):
         self.assertEqual(refused.returncode, 1)
         self.assertIn("served.moments: made for another model", refused.stdout + refused.stderr)
 
+    def test_a_server_calibrates_itself_by_what_it_served(self):
+        folder = pathlib.Path(self.folder.name)
+        moments, ladder = folder / "served.channels", folder / "by-moments.ladder"
+
+        def gathered(server):
+            line = "\nespalier_channel_moments_tokens "
+            return float(server.metrics().split(line)[1].split()[0])
+
+        def ask(server, count):
+            for i in range(count):  # steps of 128 rows, most of them
+                answer(server, f"{i} of what people ask, " * 18 + "which is a long prompt", 2)
+
+        options = ["--admin", "--channel-moments-file", moments, "--metrics-port", "0",
+                   "--prefix-cache", "false"]
+        with Server(BINARY, MODEL, *options) as server:
+            before = answer(server, self.prompts[1])
+            self.assertEqual(before, self.old[1])
+            ask(server, 1)
+            self.assertEqual(server.terminate(), 0)
+        made = espalier("calibrate", "--model", MODEL, "--moments", moments, "--text",
+                        DATA / "prose.txt", "--dense-layers", "0", "--rungs", "0.6", "--out", ladder)
+        self.assertEqual(made.returncode, 1)
+        self.assertIn("served.channels: layer 1 was seen for 0 tokens, and 96 channels take 1536",
+                      made.stderr)
+        with Server(BINARY, MODEL, *options) as server:
+            self.assertIn("channel moments are gathered", server.log())
+            ask(server, 60)
+            tokens = gathered(server)
+            self.assertGreater(tokens, 96)
+            # Another's channels are others, though it was pruned from this one.
+            server.stub.ReloadModel(pb.ReloadModelRequest(model=str(self.pruned)), timeout=60)
+            self.wait_for_log(server, "channel moments are gathered no more")
+            self.wait_for_log(server, "weights before released")
+            ask(server, 20)
+            self.assertEqual(gathered(server), tokens)
+            server.stub.ReloadModel(pb.ReloadModelRequest(model=str(MODEL)), timeout=60)
+            self.wait_for_log(server, "channel moments are gathered again")
+            self.assertEqual(answer(server, self.prompts[1]), before)
+            ask(server, 90)
+            tokens = gathered(server)
+            self.assertGreaterEqual(tokens, 16 * 96)
+            self.assertEqual(server.terminate(), 0)
+        calibrate(BINARY, MODEL, ladder, "--moments", moments)
+        with Server(BINARY, MODEL, *options, "--ladder", ladder, "--policy", "fixed:1") as server:
+            self.assertIn(f"tokens={tokens:.0f}", server.log())
+            pruned = answer(server, self.prompts[1])
+            self.assertNotEqual(pruned, before)
+            self.assertEqual(pruned, answer(server, self.prompts[1]))
+            ask(server, 20)  # rows of harder rungs say nothing
+            self.assertEqual(gathered(server), tokens)
+        refused = subprocess.run([BINARY, "--model", self.pruned, "--channel-moments-file", moments,
+                                  "--port", "0", "--metrics-port", "-1"],
+                                 capture_output=True, text=True, timeout=60)
+        self.assertEqual(refused.returncode, 1)
+        self.assertIn("served.channels: made for another model", refused.stdout + refused.stderr)
+
 
 if __name__ == "__main__":
     unittest.main()

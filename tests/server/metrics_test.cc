@@ -259,8 +259,12 @@ TEST(MetricsTest, AReloadIsCountedAndTellsTheNewModel) {
   EXPECT_THAT(text, HasSubstr(R"(model_name="smaller",)"));
   EXPECT_THAT(text, Not(HasSubstr(R"(weights="int8")")));
   EXPECT_THAT(text, Not(HasSubstr("espalier_measured_loss_nats{")));
-  metrics.OnGathered(77);
+  metrics.OnGathered(77, {});
   EXPECT_THAT(metrics.Text(), HasSubstr("espalier_moments_tokens 77\n"));
+  EXPECT_THAT(metrics.Text(), HasSubstr("espalier_channel_moments_tokens 0\n"));
+  metrics.OnGathered({}, 78);
+  EXPECT_THAT(metrics.Text(), HasSubstr("espalier_moments_tokens 77\n"));
+  EXPECT_THAT(metrics.Text(), HasSubstr("espalier_channel_moments_tokens 78\n"));
 }
 
 TEST(MetricsTest, ServesOverHttpAndNamesAPortThatIsTaken) {

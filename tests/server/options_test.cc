@@ -320,6 +320,8 @@ TEST_F(OptionsTest, ProbeNeedsALadderToPruneBy) {
 TEST_F(OptionsTest, MomentsAreGatheredOnlyWhereAsked) {
   EXPECT_EQ(Read({}).moments_file, "");
   EXPECT_EQ(Read({"--moments-file=m.moments"}).moments_file, "m.moments");
+  EXPECT_EQ(Read({}).channel_moments_file, "");
+  EXPECT_EQ(Read({"--channel-moments-file=c.moments"}).channel_moments_file, "c.moments");
 }
 
 TEST_F(OptionsTest, PolicyIsFixedAtARungOfTheLadder) {

@@ -33,25 +33,17 @@ void ColumnMoments::Add(ConstMatrix x, Backend* backend) {
     if (products_.empty()) return;
     float* const products = products_.data() + int64_t{b} * kMomentBlock * kMomentBlock;
     if (width == kMomentBlock) {
-      loops.add_block(x.data + begin, x.stride, x.rows, products);
+      loops.add_block(x.data + begin, x.data + begin, x.stride, x.rows, products);
       return;
     }
     std::vector<float> padded(static_cast<size_t>(x.rows) * kMomentBlock);
     for (int r = 0; r < x.rows; ++r) {
       std::copy_n(x.row(r) + begin, width, padded.data() + int64_t{r} * kMomentBlock);
     }
-    loops.add_block(padded.data(), kMomentBlock, x.rows, products);
+    loops.add_block(padded.data(), padded.data(), kMomentBlock, x.rows, products);
   };
   backend->ParallelFor(block_count(), std::cref(add));  // a function of its own would be allocated
   tokens_ += x.rows;
-}
-
-void ColumnMoments::Add(const ColumnMoments& other) {
-  tokens_ += other.tokens_;
-  for (int j = 0; j < columns_; ++j) {
-    sums_[j] += other.sums_[j];
-    squares_[j] += other.squares_[j];
-  }
 }
 
 void ColumnMoments::Restore(int64_t tokens, std::span<const double> sums,

@@ -20,8 +20,6 @@ class ColumnMoments {
   // within a call, of doubles between calls. Without blocks nothing is allocated.
   void Add(ConstMatrix x, Backend* backend);
 
-  // What others summed, of as many columns. Not with blocks.
-  void Add(const ColumnMoments& other);
   // What an earlier run summed, in place of what there is; each [columns]. Not with blocks.
   void Restore(int64_t tokens, std::span<const double> sums, std::span<const double> squares);
   std::span<const double> sums() const { return sums_; }

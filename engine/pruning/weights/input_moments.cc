@@ -18,10 +18,6 @@ int64_t InputMoments::tokens() const {
   return std::ranges::min_element(moments_, {}, &ColumnMoments::tokens)->tokens();
 }
 
-void InputMoments::Add(const InputMoments& other) {
-  for (size_t i = 0; i < moments_.size(); ++i) moments_[i].Add(other.moments_[i]);
-}
-
 int ColumnsOf(const ModelConfig& config, MatrixInput input) {
   switch (input) {
     case MatrixInput::kO:

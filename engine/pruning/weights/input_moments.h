@@ -18,8 +18,10 @@ class InputMoments {
   int layers() const { return static_cast<int>(moments_.size() / kMatrixInputNames.size()); }
   // Of the input that was seen least.
   int64_t tokens() const;
-  // What others summed, of as many layers and columns.
-  void Add(const InputMoments& other);
+  // While they are frozen nobody may add to them: whoever writes them to a file reads them
+  // meanwhile.
+  bool frozen() const { return frozen_; }
+  void set_frozen(bool frozen) { frozen_ = frozen; }
 
   ColumnMoments& of(int layer, MatrixInput input) { return moments_[Index(layer, input)]; }
   const ColumnMoments& of(int layer, MatrixInput input) const {
@@ -32,6 +34,7 @@ class InputMoments {
   }
 
   std::vector<ColumnMoments> moments_;  // [layers, inputs]
+  bool frozen_ = false;
 };
 
 // How many columns an input has.

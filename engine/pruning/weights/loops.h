@@ -85,8 +85,8 @@ struct WeightLoops {
   Saliency (*ewma)(const EwmaArgs& args);
   // sums[j] += x[r, j] and squares[j] += x[r, j]^2 over rows, `stride` apart, of n columns.
   void (*add_moments)(const float* x, int64_t stride, int rows, int n, float* sums, float* squares);
-  // sums [kMomentBlock, kMomentBlock] += X^T X of x [rows, kMomentBlock], `stride` apart.
-  void (*add_block)(const float* x, int64_t stride, int rows, float* sums);
+  // sums [kMomentBlock, kMomentBlock] += X^T Y of x and y [rows, kMomentBlock], `stride` apart.
+  void (*add_block)(const float* x, const float* y, int64_t stride, int rows, float* sums);
   void (*obs_rows)(const ObsArgs& args);
   double (*dot)(const float* a, const float* b, int n);
   // The sum of a[j] where w[j] is not 0; w[j] += scale * a[j] there.

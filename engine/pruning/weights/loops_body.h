@@ -406,7 +406,7 @@ void AddMoments(const float* x, int64_t stride, int rows, int n, float* sums, fl
   if (j < n) add(j, n - j);
 }
 
-void AddBlock(const float* x, int64_t stride, int rows, float* sums) {
+void AddBlock(const float* x, const float* y, int64_t stride, int rows, float* sums) {
   constexpr int kRegisters = kMomentBlock / kLanes;
   constexpr int kAtOnce = 4;  // 4 x 4 sums stay in 32 registers of 16 lanes
   for (int a = 0; a < kMomentBlock; a += kAtOnce) {
@@ -417,10 +417,10 @@ void AddBlock(const float* x, int64_t stride, int rows, float* sums) {
       }
     }
     for (int r = 0; r < rows; ++r) {
-      const float* const row = x + r * stride;
+      const float* const row = x + r * stride + a;
       for (int v = 0; v < kRegisters; ++v) {
-        const Floats values = Load(row + v * kLanes);
-        for (int i = 0; i < kAtOnce; ++i) sum[i][v] += row[a + i] * values;
+        const Floats values = Load(y + r * stride + v * kLanes);
+        for (int i = 0; i < kAtOnce; ++i) sum[i][v] += row[i] * values;
       }
     }
     for (int i = 0; i < kAtOnce; ++i) {

@@ -54,9 +54,12 @@ TEST_P(StepAllocationTest, WarmStepsAllocateNothing) {
   for (const bool prefix_cache : {false, true}) Serve(executor.get(), prefix_cache);
   Serve(executor.get(), /*prefix_cache=*/true, /*squeezed=*/true);
   InputMoments moments(executor->config());
+  ChannelMoments channels(executor->config().layers, executor->config().channels);
   executor->set_input_moments(&moments, 1);
+  executor->set_channel_moments(&channels, 1);
   Serve(executor.get(), /*prefix_cache=*/false);
   EXPECT_GT(moments.tokens(), 0);
+  EXPECT_GT(channels.tokens(), 0);
 }
 
 void StepAllocationTest::Serve(ModelExecutor* executor, bool prefix_cache, bool squeezed) {

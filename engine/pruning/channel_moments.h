@@ -1,0 +1,69 @@
+// Second moments of what meets the `down` of every layer, summed while a model serves: what
+// `espalier calibrate --moments` ranks channels and refits `down` by.
+//
+// SecondMoments sums the same of one layer, for a calibration; these are of all layers, take few
+// rows at a time, and allocate nothing once they are made.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/backend.h"
+#include "kernels/tensor.h"
+
+namespace espalier {
+
+class ChannelMoments {
+ public:
+  // Channels that a tile of products has on either side.
+  static constexpr int kTile = 64;
+  // Rows that are added at once, at most.
+  static constexpr int kMostRows = 128;
+
+  struct Layer {
+    int64_t tokens = 0;
+    std::vector<double> sums;  // [channels]: sum of h
+    // [tiles, kTile, kTile]: sum of h h^T, tile (a, b), b <= a, at a * (a + 1) / 2 + b. The lower
+    // triangle counts: of tiles on the diagonal, what lies above is the same once more; channels
+    // that fill up the last tile are zero.
+    std::vector<float> products;
+  };
+
+  // Takes 2 * layers * channels * (channels + kTile) bytes, and some: 147 MB for 30 layers of 1536.
+  ChannelMoments(int layers, int channels);
+
+  // Adds the listed rows of hidden [rows, channels], one a token, at most kMostRows, on the
+  // backend's workers. Leave out position 0 of texts (SecondMoments::Add).
+  void Add(int layer, ConstMatrix hidden, std::span<const int> rows, Backend* backend);
+
+  int layers() const { return static_cast<int>(layers_.size()); }
+  int channels() const { return channels_; }
+  // Tiles of a layer: a lower triangle of them.
+  int tiles() const { return blocks_ * (blocks_ + 1) / 2; }
+  Layer& layer(int layer) { return layers_[layer]; }
+  const Layer& layer(int layer) const { return layers_[layer]; }
+  // The first of those that were seen least, and how many rows of it.
+  int least_layer() const;
+  int64_t tokens() const { return layers_[least_layer()].tokens; }
+
+  // Sum of h_i h_j.
+  float Product(int layer, int i, int j) const;
+  // E[h h^T], [channels, channels], E[h^2], [channels], and E[h], [channels]. Zeros before the
+  // first token.
+  std::vector<float> Mean(int layer) const;
+  std::vector<float> Energy(int layer) const;
+  std::vector<float> FirstMoment(int layer) const;
+
+  // As InputMoments.
+  bool frozen() const { return frozen_; }
+  void set_frozen(bool frozen) { frozen_ = frozen; }
+
+ private:
+  int channels_, blocks_;
+  std::vector<Layer> layers_;
+  std::vector<float> rows_;  // [blocks, kMostRows, kTile]: those in hand, as tiles want them
+  bool frozen_ = false;
+};
+
+}  // namespace espalier
