@@ -148,7 +148,7 @@ double TimeGathering(int rows, int channels, Backend* backend) {
   std::vector<double> seconds;
   for (int turn = 0; turn < 31; ++turn) {
     const Clock::time_point begun = Clock::now();
-    moments.Add(0, ConstMatrix(hidden.data(), rows, channels), listed, backend);
+    moments.Add(0, ConstMatrix(hidden.data(), rows, channels), listed, {}, backend);
     seconds.push_back(std::chrono::duration<double>(Clock::now() - begun).count());
   }
   return Median(seconds);

@@ -470,6 +470,7 @@ class LayerFit {
                       .kept = kept,
                       .down = columns,
                       .moments = moments,
+                      .sinks = sums.sinks_count(),
                       .missed = missed,
                       .mean = mean,
                       .missed_mean = missed_mean});

@@ -23,6 +23,7 @@ struct LayerSums {
   std::span<const float> down;       // [hidden, channels]
   std::span<const int32_t> ranking;  // [channels]
   std::span<const float> moments;    // [channels, channels]
+  bool sinks = false;                // RefitSite::sinks
   std::span<const float> mean;       // [channels]
 };
 
@@ -57,6 +58,7 @@ RefittedDown RefitTo(const LayerSums& of, int kept, Compensation compensation) {
                     .kept = kept,
                     .down = TakeColumns(of.down, of.channels, stay),
                     .moments = among,
+                    .sinks = of.sinks,
                     .missed = missed,
                     .mean = TakeColumns(of.mean, of.channels, stay),
                     .missed_mean = missed_mean});
@@ -113,6 +115,7 @@ absl::StatusOr<PruningData> FitToMoments(
                          .down = *down,
                          .ranking = found.ranking,
                          .moments = products,
+                         .sinks = moments.sinks_count(layer),
                          .mean = mean};
     backend->ParallelFor(static_cast<int>(fits.size()), [&](int i) {
       *fits[i].second = RefitTo(sums, fits[i].first, options.compensation);

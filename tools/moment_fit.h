@@ -31,7 +31,7 @@ struct MomentFitOptions {
 // nothing, or if a layer was seen for fewer than kTokensAChannel tokens for each channel, which
 // fits then take for more than they say (tests/bench/pruning/README.md): names the layer, how many
 // there are and how many it takes.
-inline constexpr int64_t kTokensAChannel = 16;
+inline constexpr int64_t kTokensAChannel = 4;
 absl::Status CheckMoments(const ChannelMoments& moments, const Ladder& planned);
 
 // InvalidArgument by CheckMoments; Cancelled if progress(layers done, layers) says false.

@@ -28,6 +28,7 @@ std::array<std::pair<std::string_view, int>, 2> Dimensions(int layers, int chann
 }
 
 std::string TokensKey(int layer) { return fmt::format("espalier.tokens.{}", layer); }
+std::string SinksKey(int layer) { return fmt::format("espalier.sinks.{}", layer); }
 
 std::string TensorName(int layer, std::string_view what) {
   return fmt::format("blk.{}.ffn_down.{}", layer, what);
@@ -102,7 +103,12 @@ absl::StatusOr<ChannelMoments> ReadChannelMoments(const std::string& path, const
   for (int layer = 0; layer < config.layers; ++layer) {
     ChannelMoments::Layer& of = moments.layer(layer);
     of.tokens = keys.Integer(TokensKey(layer), 0, kMostTokens);
+    of.sinks.rows = keys.Integer(SinksKey(layer), 0, kMostTokens);
     absl::Status status = keys.status();
+    if (status.ok()) {
+      status = ReadFloats(path, *gguf, TensorName(layer, "sinks"), 1, config.channels, sums.data());
+    }
+    std::copy_n(sums.begin(), config.channels, of.sinks.sums.begin());
     if (status.ok()) {
       status = ReadFloats(path, *gguf, TensorName(layer, "sums"), 2, config.channels, sums.data());
     }
@@ -129,6 +135,7 @@ absl::Status WriteChannelMoments(const std::string& path, const std::string& fin
     writer.Add(key, int64_t{value});
   }
   std::vector<std::vector<float>> sums(moments.layers());  // until they are written
+  std::vector<std::vector<float>> sinks(moments.layers());
   for (int layer = 0; layer < moments.layers(); ++layer) {
     const ChannelMoments::Layer& of = moments.layer(layer);
     writer.Add(TokensKey(layer), of.tokens);
@@ -136,6 +143,10 @@ absl::Status WriteChannelMoments(const std::string& path, const std::string& fin
     for (const double sum : of.sums) {
       sums[layer].push_back(static_cast<float>(sum - double{static_cast<float>(sum)}));
     }
+    writer.Add(SinksKey(layer), of.sinks.rows);
+    sinks[layer].assign(of.sinks.sums.begin(), of.sinks.sums.end());
+    writer.AddTensor(TensorName(layer, "sinks"), BlockType::kF32, 1, channels,
+                     std::as_bytes(std::span(sinks[layer])));
     writer.AddTensor(TensorName(layer, "sums"), BlockType::kF32, 2, channels,
                      std::as_bytes(std::span(sums[layer])));
     writer.AddTensor(TensorName(layer, "products"), BlockType::kF32, moments.tiles() * kTile, kTile,

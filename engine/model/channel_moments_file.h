@@ -5,9 +5,11 @@
 //   espalier.fingerprint              string, FingerprintOf(model): a `down` is fitted to what its
 //                                     own gate and up, and all before them, give it
 //   espalier.layers, .channels        int64
-//   espalier.tokens.LAYER             int64, rows in a layer's sums
+//   espalier.tokens.LAYER, espalier.sinks.LAYER
+//                                     int64, rows in a layer's sums, and attention sinks
 //   blk.LAYER.ffn_down.sums           F32 [2, channels]: the sum of each channel, and what of it
 //                                     float leaves out
+//   blk.LAYER.ffn_down.sinks          F32 [1, channels]: the same of sinks, as float has it
 //   blk.LAYER.ffn_down.products       F32 [tiles * kTile, kTile]: ChannelMoments::Layer::products
 #pragma once
 

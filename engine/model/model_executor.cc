@@ -138,7 +138,7 @@ struct ModelExecutor::Impl {
   Gathered<ChannelMoments> channels;
   // Of the step in flight.
   int rows_of_rung_0 = 0;
-  std::vector<int> counted;  // of those: not at position 0
+  std::vector<int> counted, first;  // of those: not at position 0, and there
   std::array<int, kMatrixInputNames.size()> gathered_layer = {};
 };
 
@@ -146,9 +146,10 @@ bool ModelExecutor::Impl::BeginGathering(const Batch& batch) {
   if (inputs.moments == nullptr && channels.moments == nullptr) return false;
   rows_of_rung_0 = 0;
   counted.clear();
+  first.clear();
   for (size_t i = 0; i < order.size() && batch.spans[order[i]].rung == 0; ++i) {
     for (int row = 0; row < spans[i].rows; ++row, ++rows_of_rung_0) {
-      if (spans[i].start + row > 0) counted.push_back(rows_of_rung_0);
+      (spans[i].start + row > 0 ? counted : first).push_back(rows_of_rung_0);
     }
   }
   inputs.Begin(rows_of_rung_0);
@@ -187,7 +188,7 @@ void ModelExecutor::Impl::Gather(int layer, MatrixInput input, ConstMatrix rows)
         .Add(ConstMatrix(rows.data, rows_of_rung_0, rows.cols, rows.stride), backend);
   }
   if (channels.now && input == MatrixInput::kDown && layer == channels.moments->least_layer()) {
-    channels.moments->Add(layer, rows, counted, backend);
+    channels.moments->Add(layer, rows, counted, first, backend);
     channels.now = false;
   }
 }

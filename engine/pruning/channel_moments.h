@@ -7,8 +7,10 @@
 
 #include <cstdint>
 #include <span>
+#include <utility>
 #include <vector>
 
+#include "engine/pruning/sink_sums.h"
 #include "kernels/backend.h"
 #include "kernels/tensor.h"
 
@@ -28,14 +30,17 @@ class ChannelMoments {
     // triangle counts: of tiles on the diagonal, what lies above is the same once more; channels
     // that fill up the last tile are zero.
     std::vector<float> products;
+    SinkSums sinks;  // [channels]
   };
 
   // Takes 2 * layers * channels * (channels + kTile) bytes, and some: 147 MB for 30 layers of 1536.
   ChannelMoments(int layers, int channels);
 
   // Adds the listed rows of hidden [rows, channels], one a token, at most kMostRows, on the
-  // backend's workers. Leave out position 0 of texts (SecondMoments::Add).
-  void Add(int layer, ConstMatrix hidden, std::span<const int> rows, Backend* backend);
+  // backend's workers, and as sinks the `first` ones, at position 0 of texts. Listed ones of a
+  // hundred times the median's energy are sinks, too: a text may begin with a token three times.
+  void Add(int layer, ConstMatrix hidden, std::span<const int> rows, std::span<const int> first,
+           Backend* backend);
 
   int layers() const { return static_cast<int>(layers_.size()); }
   int channels() const { return channels_; }
@@ -49,9 +54,10 @@ class ChannelMoments {
 
   // Sum of h_i h_j.
   float Product(int layer, int i, int j) const;
-  // E[h h^T], [channels, channels], E[h^2], [channels], and E[h], [channels]. Zeros before the
-  // first token.
+  // E[h h^T], [channels, channels], with what sinks add; E[h^2], [channels], and E[h], [channels],
+  // without. Zeros before the first token.
   std::vector<float> Mean(int layer) const;
+  bool sinks_count(int layer) const { return SinkWeight(layer) > 0; }
   std::vector<float> Energy(int layer) const;
   std::vector<float> FirstMoment(int layer) const;
 
@@ -60,9 +66,13 @@ class ChannelMoments {
   void set_frozen(bool frozen) { frozen_ = frozen; }
 
  private:
+  double SinkWeight(int layer) const;
+
   int channels_, blocks_;
   std::vector<Layer> layers_;
   std::vector<float> rows_;  // [blocks, kMostRows, kTile]: those in hand, as tiles want them
+  std::vector<std::pair<double, int>> energies_;  // of those listed
+  std::vector<int> counted_;                      // that are no sinks
   bool frozen_ = false;
 };
 

@@ -168,8 +168,8 @@ RefittedDown RefitDown(const RefitSite& site) {
       Eigen::Map<const Eigen::VectorXf>(site.mean.data(), count).cast<double>();
   const Eigen::VectorXd missed_mean =
       Eigen::Map<const Eigen::VectorXf>(site.missed_mean.data(), site.hidden).cast<double>();
-  const Eigen::LLT<Matrix64> ridged(
-      Ridged(matrix(site.moments, count) - mean * mean.transpose(), kFitRidge));
+  const Eigen::LLT<Matrix64> ridged(Ridged(matrix(site.moments, count) - mean * mean.transpose(),
+                                           site.sinks ? kFitRidge / 2 : kFitRidge));
   const Matrix64 loaded = matrix(site.down, site.hidden);
   const Matrix64 missed = matrix(site.missed, site.hidden) - missed_mean * mean.transpose();
   Matrix64 weights = loaded + ridged.solve(missed.transpose()).transpose();

@@ -34,6 +34,7 @@ struct RefitSite {
   int kept = 0;                        // whole groups of kQuantGroup
   std::span<const float> down;         // [hidden, kept]: W_S
   std::span<const float> moments;      // [kept, kept], symmetric: E[h h^T]
+  bool sinks = false;                  // half of its trace is theirs, which the ridge leaves out
   std::span<const float> missed;       // [hidden, kept]: E[e h^T]
   std::span<const float> mean;         // [kept]: E[h]
   std::span<const float> missed_mean;  // [hidden]: E[e]

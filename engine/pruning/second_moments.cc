@@ -11,7 +11,7 @@ SecondMoments::SecondMoments(int channels, int outputs, Backend* backend)
       sums_(static_cast<size_t>(channels) * channels),
       missed_(static_cast<size_t>(outputs) * channels),
       first_(channels + outputs),
-      sink_(channels + outputs) {}
+      sinks_{.sums = std::vector<double>(channels + outputs)} {}
 
 absl::Status SecondMoments::Add(ConstMatrix hidden, ConstMatrix missed) {
   const int rows = hidden.rows;
@@ -58,23 +58,10 @@ absl::Status SecondMoments::Add(ConstMatrix hidden, ConstMatrix missed) {
   return backend_->Synchronize();
 }
 
-void SecondMoments::AddSink(std::span<const float> hidden, std::span<const float> missed) {
-  for (int c = 0; c < channels_; ++c) sink_[c] += hidden[c];
-  for (int n = 0; n < outputs_; ++n) sink_[channels_ + n] += missed[n];
-  ++sinks_;
-}
-
 double SecondMoments::SinkWeight() const {
-  constexpr double kLarge = 100;  // times the others' energy; SmolLM2-135M's are 300 and 200,000
-  if (sinks_ == 0 || tokens_ == 0) return 0;
-  double squares = 0, others = 0;
-  for (int c = 0; c < channels_; ++c) {
-    squares += sink_[c] * sink_[c];
-    others += sums_[static_cast<size_t>(c) * (channels_ + 1)];
-  }
-  others /= static_cast<double>(tokens_);
-  const double mean = squares / static_cast<double>(sinks_ * sinks_);
-  return mean > kLarge * others ? others / squares : 0;
+  double energy = 0;
+  for (const float each : Energy()) energy += each;
+  return sinks_.Weight(energy, channels_);
 }
 
 std::vector<float> SecondMoments::Energy() const {
@@ -107,8 +94,8 @@ std::vector<float> SecondMoments::Mean() const {
   const double scale = 1.0 / static_cast<double>(tokens_), sinks = SinkWeight();
   for (size_t i = 0; i < width; ++i) {
     for (size_t j = 0; j <= i; ++j) {
-      mean[i * width + j] = mean[j * width + i] =
-          static_cast<float>(sums_[i * width + j] * scale + sinks * sink_[i] * sink_[j]);
+      mean[i * width + j] = mean[j * width + i] = static_cast<float>(
+          sums_[i * width + j] * scale + sinks * sinks_.sums[i] * sinks_.sums[j]);
     }
   }
   return mean;
@@ -121,8 +108,8 @@ std::vector<float> SecondMoments::Missed() const {
   const double scale = 1.0 / static_cast<double>(tokens_), sinks = SinkWeight();
   for (int n = 0; n < outputs_; ++n) {
     for (size_t c = 0; c < width; ++c) {
-      mean[n * width + c] =
-          static_cast<float>(missed_[n * width + c] * scale + sinks * sink_[width + n] * sink_[c]);
+      mean[n * width + c] = static_cast<float>(missed_[n * width + c] * scale +
+                                               sinks * sinks_.sums[width + n] * sinks_.sums[c]);
     }
   }
   return mean;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "engine/pruning/sink_sums.h"
 #include "kernels/backend.h"
 #include "kernels/tensor.h"
 
@@ -21,18 +22,17 @@ class SecondMoments {
   // outputs. Rows of attention sinks are not among them.
   absl::Status Add(ConstMatrix hidden, ConstMatrix missed);
 
-  // Adds such a row: position 0 of a text, and its like. All others attend to it, and some layer
-  // gives it activations of a thousand times theirs (Sun et al., arXiv 2402.17762). Summed as it
-  // is, least squares would serve little else; left out, they are free to spoil what they cannot
-  // see. So their mean weighs as much as all other rows together where it is so large, and nothing
-  // elsewhere.
-  void AddSink(std::span<const float> hidden, std::span<const float> missed);
+  // Adds a row of theirs, hidden [channels] and missed [outputs].
+  void AddSink(std::span<const float> hidden, std::span<const float> missed) {
+    sinks_.Add(hidden, missed);
+  }
 
   int channels() const { return channels_; }
   int64_t tokens() const { return tokens_; }  // without sinks
+  bool sinks_count() const { return SinkWeight() > 0; }
 
-  // E[h h^T], [channels, channels], and E[e h^T], [outputs, channels], and what sinks add. Zeros
-  // before the first token.
+  // E[h h^T], [channels, channels], and E[e h^T], [outputs, channels], and what sinks add
+  // (sink_sums.h). Zeros before the first token.
   std::vector<float> Mean() const;
   std::vector<float> Missed() const;
   // Without sinks: E[h^2], [channels], E[h], [channels], and E[e], [outputs].
@@ -42,7 +42,6 @@ class SecondMoments {
 
  private:
   std::vector<float> MeanOf(std::span<const double> sums) const;
-  // What sums of sinks, multiplied two by two, are to be multiplied by.
   double SinkWeight() const;
 
   // Rows of products done as one target: the lower triangle is a staircase.
@@ -54,8 +53,7 @@ class SecondMoments {
   std::vector<float> missed_;  // [outputs, channels]
   std::vector<double> first_;  // [channels + outputs]
   int64_t tokens_ = 0;
-  std::vector<double> sink_;  // [channels + outputs], sums
-  int64_t sinks_ = 0;
+  SinkSums sinks_;             // [channels + outputs]
   std::vector<float> turned_;  // [channels + outputs, rows]
 };
 

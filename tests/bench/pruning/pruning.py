@@ -104,7 +104,7 @@ def mixed(bench, kinds):
     """(b): {calibration, batch: {ratio: (loss, error, told)}}."""
     calibrate = [bench.folder / f"texts/calibrate/{kind}.txt" for kind in kinds]
     test = [bench.folder / f"texts/test/{kind}.txt" for kind in kinds]
-    ours = bench.ladder("mixed", "--text", *calibrate, "--tokens", 160000)
+    ours = bench.ladder("mixed", "--text", *calibrate, "--tokens", 240000)
     whole = bench.prompts_whole(ours)
     rows = {
         "mixed": (ours, (8, 1)),

@@ -109,6 +109,10 @@ class ChannelMomentsFileTest : public ::testing::Test {
       EXPECT_EQ(a.layer(layer).tokens, b.layer(layer).tokens);
       EXPECT_EQ(a.layer(layer).sums, b.layer(layer).sums);
       EXPECT_EQ(a.layer(layer).products, b.layer(layer).products);
+      EXPECT_EQ(a.layer(layer).sinks.rows, b.layer(layer).sinks.rows);
+      for (int c = 0; c < a.channels(); ++c) {
+        EXPECT_FLOAT_EQ(a.layer(layer).sinks.sums[c], b.layer(layer).sinks.sums[c]);
+      }
     }
   }
 
@@ -145,6 +149,10 @@ TEST_F(ChannelMomentsFileTest, AStepAddsToOneLayerWhatIsNotAtPositionZero) {
   for (int layer = 0; layer < 2; ++layer) {
     std::vector<float> hidden = HiddenOf(layer, prompts);
     ASSERT_EQ(hidden.size(), 21 * channels);
+    EXPECT_EQ(moments.layer(layer).sinks.rows, 2);
+    for (int c = 0; c < channels; ++c) {
+      EXPECT_FLOAT_EQ(moments.layer(layer).sinks.sums[c], hidden[c] + hidden[12 * channels + c]);
+    }
     for (int i = 0; i < channels; ++i) {
       for (int j = 0; j <= i; ++j) {
         double product = 0, size = 0;
@@ -301,7 +309,7 @@ TEST_F(ChannelMomentsFileTest, RefusesSumsThatNoRowsCouldHave) {
 
 TEST_F(ChannelMomentsFileTest, RefusesTensorsOfOtherShapes) {
   const std::vector<float> zeros(65 * 64);
-  const auto write = [&](int sum_rows, int product_rows, bool products) {
+  const auto write = [&](int sum_rows, int product_rows, bool products, bool sinks = true) {
     GgufWriter writer;
     writer.Add("general.architecture", std::string_view("espalier-channel-moments"));
     writer.Add(kFingerprintKey, FingerprintOf(*model_));
@@ -310,7 +318,9 @@ TEST_F(ChannelMomentsFileTest, RefusesTensorsOfOtherShapes) {
     for (const char* layer : {"0", "1"}) {
       const std::string name = std::string("blk.") + layer + ".ffn_down.";
       writer.Add(std::string("espalier.tokens.") + layer, int64_t{0});
+      writer.Add(std::string("espalier.sinks.") + layer, int64_t{0});
       const auto bytes = std::as_bytes(std::span(zeros));
+      if (sinks) writer.AddTensor(name + "sinks", BlockType::kF32, 1, 24, bytes.first(4 * 24));
       writer.AddTensor(name + "sums", BlockType::kF32, sum_rows, 24,
                        bytes.first(4 * sum_rows * 24));
       if (!products) continue;
@@ -327,6 +337,8 @@ TEST_F(ChannelMomentsFileTest, RefusesTensorsOfOtherShapes) {
   EXPECT_THAT(Refusal(), HasSubstr("ffn_down.products: expected F32 [64, 64], got F32 [65, 64]"));
   write(2, 64, false);
   EXPECT_THAT(Refusal(), HasSubstr("ffn_down.products: expected F32 [64, 64], got none"));
+  write(2, 64, true, false);
+  EXPECT_THAT(Refusal(), HasSubstr("ffn_down.sinks: expected F32 [1, 24], got none"));
   ASSERT_TRUE(Write(Gathered()).ok());
   std::filesystem::resize_file(path_, std::filesystem::file_size(path_) - 40);
   EXPECT_THAT(Refusal(), HasSubstr("channels.gguf"));

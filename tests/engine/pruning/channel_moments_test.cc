@@ -27,7 +27,7 @@ TEST(ChannelMoments, AreSecondMomentsOfTheListedRows) {
         listed.insert(listed.end(), hidden.begin() + row * stride,
                       hidden.begin() + row * stride + channels);
       }
-      moments.Add(1, ConstMatrix(hidden.data(), 32, channels, stride), rows, backend.get());
+      moments.Add(1, ConstMatrix(hidden.data(), 32, channels, stride), rows, {}, backend.get());
       const int count = static_cast<int>(rows.size());
       ASSERT_TRUE(want.Add(ConstMatrix(listed.data(), count, channels), {}).ok());
     }
@@ -46,6 +46,38 @@ TEST(ChannelMoments, AreSecondMomentsOfTheListedRows) {
   }
 }
 
+// Row 0 is told to be one, row 2 holds as much as one: of tokens that repeat the first.
+TEST(ChannelMoments, TellSinksFromOtherRows) {
+  const auto backend = CreateCpuBackend({.threads = 2}).value();
+  constexpr int kChannels = 70, kRows = 20;
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  std::vector<float> hidden(kRows * kChannels);
+  for (float& value : hidden) value = normal(random);
+  for (const int row : {0, 2}) {
+    for (int c = 0; c < kChannels; ++c) hidden[row * kChannels + c] *= 20;
+  }
+  std::vector<int> rows;
+  for (int r = 1; r < kRows; ++r) rows.push_back(r);
+  ChannelMoments moments(1, kChannels);
+  const std::vector<int> first = {0};
+  moments.Add(0, ConstMatrix(hidden.data(), kRows, kChannels), rows, first, backend.get());
+  EXPECT_EQ(moments.tokens(), kRows - 2);
+  EXPECT_EQ(moments.layer(0).sinks.rows, 2);
+  EXPECT_TRUE(moments.sinks_count(0));
+  SecondMoments want(kChannels, 0, backend.get());
+  for (int r = 0; r < kRows; ++r) {
+    const std::span row(hidden.data() + r * kChannels, kChannels);
+    if (r == 0 || r == 2) {
+      want.AddSink(row, {});
+    } else {
+      ASSERT_TRUE(want.Add(ConstMatrix(row.data(), 1, kChannels), {}).ok());
+    }
+  }
+  const std::vector<float> got = moments.Mean(0), expected = want.Mean();
+  for (size_t i = 0; i < expected.size(); ++i) ASSERT_NEAR(got[i], expected[i], 1e-4) << i;
+}
+
 TEST(ChannelMoments, TakeAsManyRowsAsTheySay) {
   const auto backend = CreateCpuBackend({.threads = 2}).value();
   ChannelMoments moments(1, 2);
@@ -55,7 +87,7 @@ TEST(ChannelMoments, TakeAsManyRowsAsTheySay) {
     hidden.insert(hidden.end(), {1, 2});
     rows.push_back(r);
   }
-  moments.Add(0, ConstMatrix(hidden.data(), ChannelMoments::kMostRows, 2), rows, backend.get());
+  moments.Add(0, ConstMatrix(hidden.data(), ChannelMoments::kMostRows, 2), rows, {}, backend.get());
   EXPECT_EQ(moments.Mean(0), (std::vector<float>{1, 2, 2, 4}));
 }
 

@@ -81,7 +81,7 @@ double MissedShare(const DownSite& site, std::span<const int32_t> kept,
 // For rows of which what the other channels would have added is missing. `mean` [channels] is added
 // to what channels hold, whose moments are otherwise about zero.
 RefittedDown RefitTo(const DownSite& site, std::span<const int32_t> kept,
-                     std::vector<double> mean = {}) {
+                     std::vector<double> mean = {}, bool sinks = false) {
   mean.resize(site.channels);
   std::vector<float> down, moments, missed, kept_mean, missed_mean(site.hidden);
   const std::set<int32_t> stay(kept.begin(), kept.end());
@@ -111,6 +111,7 @@ RefittedDown RefitTo(const DownSite& site, std::span<const int32_t> kept,
                     .kept = static_cast<int>(kept.size()),
                     .down = down,
                     .moments = moments,
+                    .sinks = sinks,
                     .missed = missed,
                     .mean = kept_mean,
                     .missed_mean = missed_mean});
@@ -146,6 +147,37 @@ TEST(Refit, LeavesMeansToTheBias) {
     }
     EXPECT_NEAR(sum, whole, 1e-3) << n;
   }
+}
+
+// A channel that ordinary rows hardly hold, and that makes what an attention sink is given: what it
+// takes over of others' errors, which they do not see, the sink is given a thousand times.
+TEST(Refit, LeavesSinksWhatTheyAreGivenWhereTheyCount) {
+  constexpr int kChannels = 160, kSink = 70;
+  Layer layer(24, kChannels, 40, 8);
+  for (int i = 0; i < kChannels; ++i) {
+    layer.moments[i * kChannels + kSink] *= 0.2f;
+    layer.moments[kSink * kChannels + i] *= 0.2f;
+  }
+  std::vector<float> held(kChannels, 1), sink(layer.moments.size());
+  held[kSink] = 1000;
+  double trace = 0, squares = 0;
+  for (int i = 0; i < kChannels; ++i) {
+    trace += layer.moments[i * (kChannels + 1)];
+    squares += held[i] * held[i];
+    for (int j = 0; j < kChannels; ++j) sink[i * kChannels + j] = held[i] * held[j];
+  }
+  std::vector<float> together = layer.moments;
+  for (size_t i = 0; i < sink.size(); ++i) {
+    together[i] += static_cast<float>(trace / squares * sink[i]);
+  }
+  const std::vector<int32_t> kept = Natural(96);
+  const DownSite of_sink{24, kChannels, layer.down, sink};
+  const DownSite of_both{24, kChannels, layer.down, together};
+  const auto without = RefitTo(layer.site, kept).down;
+  const auto with = RefitTo(of_both, kept, {}, /*sinks=*/true).down;
+  EXPECT_GT(MissedShare(of_sink, kept, without), 0.02);
+  EXPECT_LT(MissedShare(of_sink, kept, with), 0.002);
+  EXPECT_LT(MissedShare(layer.site, kept, with), 2 * MissedShare(layer.site, kept, without));
 }
 
 TEST(Refit, RoundsAllChannelsBetterThanEachByItself) {

@@ -52,6 +52,28 @@ TEST(SecondMoments, AreMeansOfProducts) {
   }
 }
 
+// Beside rows of energy 25, sinks of as much say nothing; of much more, half of all there is to
+// fit.
+TEST(SecondMoments, CountSinksThatAreLarge) {
+  const auto backend = CreateCpuBackend({.threads = 1}).value();
+  SecondMoments moments(2, 1, backend.get());
+  const float row[] = {3, 4}, misses[] = {1};
+  ASSERT_TRUE(moments.Add(ConstMatrix(row, 1, 2), ConstMatrix(misses, 1, 1)).ok());
+  moments.AddSink(std::vector<float>{40, 20}, std::vector<float>{5});
+  EXPECT_FALSE(moments.sinks_count());
+  EXPECT_EQ(moments.Mean(), std::vector<float>({9, 12, 12, 16}));
+  moments.AddSink(std::vector<float>{160, 180}, std::vector<float>{15});
+  EXPECT_TRUE(moments.sinks_count());
+  EXPECT_EQ(moments.tokens(), 1);
+  // Their mean is 100, 100 and 10, and weighs 25 / 20,000.
+  const float sink = 12.5;
+  EXPECT_EQ(moments.Mean(), std::vector<float>({9 + sink, 12 + sink, 12 + sink, 16 + sink}));
+  EXPECT_EQ(moments.Missed(), std::vector<float>({3 + 1.25, 4 + 1.25}));
+  EXPECT_EQ(moments.Energy(), std::vector<float>({9, 16}));
+  EXPECT_EQ(moments.FirstMoment(), std::vector<float>({3, 4}));
+  EXPECT_EQ(moments.MissedFirst(), std::vector<float>({1}));
+}
+
 TEST(SecondMoments, NeedNoOutputs) {
   const auto backend = CreateCpuBackend({.threads = 1}).value();
   SecondMoments moments(2, 0, backend.get());
