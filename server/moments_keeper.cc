@@ -8,6 +8,7 @@
 #include <system_error>
 #include <utility>
 
+#include "engine/machine_memory.h"
 #include "engine/model/channel_moments_file.h"
 #include "engine/model/moments_file.h"
 #include "engine/model/pruning_file.h"
@@ -38,26 +39,47 @@ absl::StatusOr<std::unique_ptr<MomentsKeeper>> MomentsKeeper::Open(const ServerO
                                                                    const ModelFile& model) {
   auto keeper = std::make_unique<MomentsKeeper>();
   const ModelConfig& config = model.config();
+  const auto place = [](const std::string& path) {
+    return std::filesystem::absolute(path).lexically_normal();
+  };
+  if (!options.moments_file.empty() && !options.channel_moments_file.empty() &&
+      place(options.moments_file) == place(options.channel_moments_file)) {
+    return absl::InvalidArgumentError(
+        fmt::format("--channel-moments-file: {} is the --moments-file", options.moments_file));
+  }
   if (const std::string& path = options.moments_file; !path.empty()) {
-    keeper->inputs_ = std::make_unique<InputMoments>(config);
-    absl::Status status = keeper->Keep("moments", "--moments-file", path, kInputsInterval, model,
-                                       LineageOf, ReadMoments, keeper->inputs_.get());
+    absl::Status status = keeper->Keep<InputMoments>(
+        "moments", "--moments-file", path, kInputsInterval, model, LineageOf, ReadMoments,
+        [&] { return InputMoments(config); }, &keeper->inputs_);
     if (!status.ok()) return status;
     Kept& kept = keeper->kept_.back();
+    kept.added = [sums = keeper->inputs_.get()] { return sums->tokens(); };
     kept.attach = [sums = keeper->inputs_.get()](ModelExecutor* executor) {
       executor->set_input_moments(sums, kGatherEvery);
     };
     kept.write = [sums = keeper->inputs_.get(), &kept, config] {
       return WriteMoments(kept.file, kept.model, config, *sums);
     };
+    if (kept.written == 0) kept.written = kept.added();
   }
   if (const std::string& path = options.channel_moments_file; !path.empty()) {
-    keeper->channels_ = std::make_unique<ChannelMoments>(config.layers, config.channels);
-    absl::Status status =
-        keeper->Keep("channel moments", "--channel-moments-file", path, kChannelsInterval, model,
-                     FingerprintOf, ReadChannelMoments, keeper->channels_.get());
+    absl::Status status = keeper->Keep<ChannelMoments>(
+        "channel moments", "--channel-moments-file", path, kChannelsInterval, model, FingerprintOf,
+        ReadChannelMoments,
+        [&]() -> absl::StatusOr<ChannelMoments> {
+          const uint64_t bytes = ChannelMoments::Bytes(config.layers, config.channels);
+          if (const uint64_t available = ReadMachineMemory().available; bytes > available) {
+            return absl::ResourceExhaustedError(
+                fmt::format("--channel-moments-file: sums of {} layers of {} channels take {} MiB, "
+                            "{} are available",
+                            config.layers, config.channels, bytes >> 20, available >> 20));
+          }
+          return ChannelMoments(config.layers, config.channels);
+        },
+        &keeper->channels_);
     if (!status.ok()) return status;
     Kept& kept = keeper->kept_.back();
+    kept.added = [sums = keeper->channels_.get()] { return sums->additions(); };
     kept.attach = [sums = keeper->channels_.get()](ModelExecutor* executor) {
       executor->set_channel_moments(sums, kGatherChannelsEvery);
     };
@@ -72,24 +94,24 @@ template <typename Moments>
 absl::Status MomentsKeeper::Keep(
     std::string_view name, std::string_view option, const std::string& path,
     std::chrono::milliseconds interval, const ModelFile& model, KnownBy known_by,
-    absl::StatusOr<Moments> (*read)(const std::string&, const ModelFile&), Moments* sums) {
+    absl::StatusOr<Moments> (*read)(const std::string&, const ModelFile&),
+    const std::function<absl::StatusOr<Moments>()>& empty, std::unique_ptr<Moments>* sums) {
   absl::StatusOr<Moments> found = read(path, model);
-  if (!found.ok() && !absl::IsNotFound(found.status())) return found.status();
+  const bool begins = absl::IsNotFound(found.status());
+  if (begins) found = empty();
+  if (!found.ok()) return found.status();
   if (absl::Status status = CheckFolder(option, path); !status.ok()) return status;
+  *sums = std::make_unique<Moments>(*std::move(found));
   Kept& kept = kept_.emplace_back();
-  if (found.ok()) {
-    *sums = *std::move(found);
-    kept.written = sums->tokens();
-  }
   kept.name = name;
   kept.file = path;
   kept.known_by = known_by;
   kept.model = known_by(model);
   kept.interval = interval;
-  kept.tokens = [sums] { return sums->tokens(); };
-  kept.set_frozen = [sums](bool frozen) { sums->set_frozen(frozen); };
+  kept.set_frozen = [sums = sums->get()](bool frozen) { sums->set_frozen(frozen); };
+  kept.written = begins ? -1 : 0;
   Log(LogLevel::kInfo, fmt::format("{} are gathered", name),
-      {{"file", path}, {"tokens", sums->tokens()}});
+      {{"file", path}, {"tokens", (*sums)->tokens()}});
   return absl::OkStatus();
 }
 
@@ -116,7 +138,7 @@ void MomentsKeeper::Tend(Instant now, EngineThread* engine) {
       if (kept.writing.wait_for(std::chrono::seconds(0)) != std::future_status::ready) continue;
       Took(kept.writing.get(), &kept);
     } else if (kept.frozen.exchange(false, std::memory_order_acquire)) {
-      kept.in_hand = kept.tokens();
+      kept.in_hand = kept.added();
       if (kept.in_hand > kept.written) {
         kept.writing = std::async(std::launch::async, kept.write);
         continue;
@@ -139,7 +161,7 @@ void MomentsKeeper::Tend(Instant now, EngineThread* engine) {
 void MomentsKeeper::Close() {
   for (Kept& kept : kept_) {
     if (kept.writing.valid()) Took(kept.writing.get(), &kept);
-    kept.in_hand = kept.tokens();
+    kept.in_hand = kept.added();
     if (kept.in_hand > kept.written) Took(kept.write(), &kept);
   }
 }
@@ -149,7 +171,7 @@ void MomentsKeeper::Took(const absl::Status& status, Kept* kept) {
     kept->written = kept->in_hand;
     return;
   }
-  Log(LogLevel::kError, fmt::format("{} lost", kept->name),
+  Log(LogLevel::kError, fmt::format("{} are not written", kept->name),
       {{"error", std::string(status.message())}});
 }
 

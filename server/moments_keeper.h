@@ -61,7 +61,7 @@ class MomentsKeeper {
     std::string model;  // by what it is known: lineage or fingerprint
     KnownBy known_by = nullptr;
     std::chrono::milliseconds interval{0};
-    std::function<int64_t()> tokens;
+    std::function<int64_t()> added;  // more than before: there is something to write
     std::function<void(bool)> set_frozen;
     std::function<void(ModelExecutor*)> attach;
     std::function<absl::Status()> write;
@@ -71,16 +71,18 @@ class MomentsKeeper {
     bool asked = false;  // that they be frozen, until they are thawed
     std::atomic<bool> frozen{false};
     std::future<absl::Status> writing;
-    int64_t written = -1;  // tokens
+    int64_t written = -1;  // of `added`; -1: there is no file
     int64_t in_hand = 0;   // the same, of what is being written
   };
 
-  // All of a kind but `attach` and `write`; `sums` become what its file has, if it is there.
+  // All of a kind but `added`, `attach` and `write`; `sums` become what its file has, or `empty()`
+  // if it is not there.
   template <typename Moments>
   absl::Status Keep(std::string_view name, std::string_view option, const std::string& path,
                     std::chrono::milliseconds interval, const ModelFile& model, KnownBy known_by,
                     absl::StatusOr<Moments> (*read)(const std::string&, const ModelFile&),
-                    Moments* sums);
+                    const std::function<absl::StatusOr<Moments>()>& empty,
+                    std::unique_ptr<Moments>* sums);
   // What came of writing it.
   static void Took(const absl::Status& status, Kept* kept);
 

@@ -379,7 +379,8 @@ const std::vector<Setting>& Settings() {
        "Gather how channels go together, a layer at a time, of rows served in full,\n"
        "for `espalier calibrate --moments`: read from here at the start, if it is\n"
        "there, and written every ten minutes and at the end; sums of products, never\n"
-       "text. They take 2 * layers * channels^2 bytes of memory, 147 MB of 30 x 1536",
+       "text. They take 2 * layers * channels * (channels + 64) bytes of memory, 147 MB\n"
+       "of 30 x 1536",
        Text(&O::channel_moments_file, "PATH", "a path; empty: none")},
 
       {kNetwork, "host", "Where to listen, for gRPC and metrics", Host(&O::host)},

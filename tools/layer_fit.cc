@@ -7,6 +7,7 @@
 #include <chrono>
 #include <functional>
 #include <map>
+#include <numeric>
 #include <optional>
 #include <set>
 #include <utility>
@@ -191,6 +192,7 @@ class LayerFit {
 
   using Observe = std::function<void(ConstMatrix hidden)>;
   using Take = std::function<absl::Status(int64_t first_row, Matrix left)>;
+  using Missed = std::function<absl::Status(int64_t first_row, ConstMatrix missed)>;
 
   int Kept(int layer, int rung) const {
     return planned_.rung(rung).prefill.kept(layer, SiteKind::kChannels);
@@ -290,20 +292,26 @@ class LayerFit {
     return {rows.data + skipped * rows.stride, rows.rows - skipped, rows.cols, rows.stride};
   }
 
-  // Finds the attention sinks among the rows of the piece in hand, by what the dense model leaves
-  // them: position 0 and its like. A text that begins with a token three times over has three.
-  void FindSinks(ConstMatrix dense) {
-    std::vector<double> energies(dense.rows);
-    for (int r = 0; r < dense.rows; ++r) {
-      for (int i = 0; i < dense.cols; ++i) energies[r] += double{dense.row(r)[i]} * dense.row(r)[i];
-    }
+  // Finds the attention sinks among the rows of the piece in hand, by what came to the layer in the
+  // dense model and what it leaves them: position 0 and its like. A text that begins with a token
+  // three times over has three. One layer makes them large, another small again.
+  std::vector<int> FindSinks(ConstMatrix came, ConstMatrix left) const {
+    std::vector<double> energies(left.rows);
+    const auto energy = [](std::span<const float> x) {
+      return std::inner_product(x.begin(), x.end(), x.begin(), 0.0);
+    };
+    for (int r = 0; r < left.rows; ++r) energies[r] = energy({left.row(r), size_t(left.cols)});
     std::vector<double> sorted = energies;
-    std::ranges::nth_element(sorted, sorted.begin() + dense.rows / 2);
-    const double most = kSinkEnergy * sorted[dense.rows / 2];
-    sinks_.clear();
-    for (int r = 0; r < dense.rows; ++r) {
-      if (energies[r] > most || start_ + r == 0) sinks_.push_back(r);
+    std::ranges::nth_element(sorted, sorted.begin() + left.rows / 2);
+    const double most = kSinkEnergy * sorted[left.rows / 2];
+    std::vector<int> sinks;
+    for (int r = 0; r < left.rows; ++r) {
+      if (start_ + r == 0 || energies[r] > most ||
+          energy({came.row(r), size_t(came.cols)}) > most) {
+        sinks.push_back(r);
+      }
     }
+    return sinks;
   }
 
   // Keeps the first columns of what met `down`, until the layer has left its rows.
@@ -317,8 +325,10 @@ class LayerFit {
     return {held_.data(), rows, static_cast<int>(held_.size()) / rows};
   }
 
-  // Adds what is held, and misses `missed`, if that has columns; sinks as such.
-  absl::Status AddRows(int rows, ConstMatrix missed, SecondMoments* moments) {
+  // Adds what is held by the piece that begins with a row of the stream, and misses `missed`, if
+  // that has columns; sinks as such.
+  absl::Status AddRows(int64_t first_row, int rows, ConstMatrix missed, SecondMoments* moments) {
+    const std::vector<int>& sinks = sinks_[first_row];
     const ConstMatrix hidden = Held(rows);
     others_.clear();
     others_missed_.clear();
@@ -327,7 +337,7 @@ class LayerFit {
       const std::span held(hidden.row(r), hidden.cols);
       const auto misses =
           missed.cols == 0 ? std::span<const float>() : std::span(missed.row(r), missed.cols);
-      if (sink < static_cast<int>(sinks_.size()) && sinks_[sink] == r) {
+      if (sink < static_cast<int>(sinks.size()) && sinks[sink] == r) {
         moments->AddSink(held, misses);
         ++sink;
         continue;
@@ -387,9 +397,10 @@ class LayerFit {
     const absl::Status status = Sweep(
         layer, 0, dense_, [&](ConstMatrix hidden) { Hold(hidden, hidden.cols); },
         [&](int64_t row, Matrix left) {
-          std::copy_n(left.data, int64_t{left.rows} * left.cols, dense_.begin() + row * left.cols);
-          FindSinks(left);
-          return AddRows(left.rows, {}, &moments);
+          float* const came = dense_.data() + row * left.cols;
+          sinks_[row] = FindSinks(ConstMatrix(came, left.rows, left.cols), left);
+          std::copy_n(left.data, int64_t{left.rows} * left.cols, came);
+          return AddRows(row, left.rows, {}, &moments);
         });
     if (!status.ok()) return status;
     const std::vector<float> mean = moments.Mean();
@@ -401,17 +412,15 @@ class LayerFit {
 
   // Runs the layer with as many channels as a rung keeps, and takes what they held and what is then
   // missing from the dense stream.
-  absl::Status SweepMissing(int layer, int kept, int rung,
-                            const std::function<absl::Status(ConstMatrix missed)>& take) {
+  absl::Status SweepMissing(int layer, int kept, int rung, const Missed& take) {
     return Sweep(
         layer, rung, streams_[rung], [&](ConstMatrix hidden) { Hold(hidden, kept); },
         [&](int64_t row, Matrix left) {
           const ConstMatrix whole(dense_.data() + row * left.cols, left.rows, left.cols);
-          FindSinks(whole);
           for (int64_t i = 0; i < int64_t{left.rows} * left.cols; ++i) {
             left.data[i] = whole.data[i] - left.data[i];
           }
-          return take(left);
+          return take(row, left);
         });
   }
 
@@ -427,8 +436,8 @@ class LayerFit {
         continue;
       }
       SecondMoments& sums = moments.try_emplace(kept, kept, config_.hidden, backend_).first->second;
-      status = SweepMissing(layer, kept, rung, [&](ConstMatrix missed) {
-        return AddRows(missed.rows, missed, &sums);
+      status = SweepMissing(layer, kept, rung, [&](int64_t first_row, ConstMatrix missed) {
+        return AddRows(first_row, missed.rows, missed, &sums);
       });
       refits[kept] = {};
     }
@@ -446,14 +455,15 @@ class LayerFit {
   absl::Status FitMean(int layer, int kept, int rung, RefittedDown* refit) {
     std::vector<double> sum(config_.hidden);
     int64_t tokens = 0;
-    const absl::Status status = SweepMissing(layer, kept, rung, [&](ConstMatrix missed) {
-      for (int r = 0; r < missed.rows; ++r) {
-        if (std::ranges::binary_search(sinks_, r)) continue;
-        for (int n = 0; n < missed.cols; ++n) sum[n] += missed.row(r)[n];
-        ++tokens;
-      }
-      return absl::OkStatus();
-    });
+    const absl::Status status =
+        SweepMissing(layer, kept, rung, [&](int64_t row, ConstMatrix missed) {
+          for (int r = 0; r < missed.rows; ++r) {
+            if (std::ranges::binary_search(sinks_[row], r)) continue;
+            for (int n = 0; n < missed.cols; ++n) sum[n] += missed.row(r)[n];
+            ++tokens;
+          }
+          return absl::OkStatus();
+        });
     for (const double value : sum) {
       refit->bias.push_back(static_cast<float>(value / static_cast<double>(tokens)));
     }
@@ -465,13 +475,14 @@ class LayerFit {
     const int kept = sums.channels();
     const std::vector<float> columns = TakeColumns(down, config_.channels, ranking.first(kept));
     const std::vector<float> moments = sums.Mean(), missed = sums.Missed();
-    const std::vector<float> mean = sums.FirstMoment(), missed_mean = sums.MissedFirst();
+    const std::vector<float> energy = sums.Energy(), mean = sums.FirstMoment();
+    const std::vector<float> missed_mean = sums.MissedFirst();
     return RefitDown({.hidden = config_.hidden,
                       .kept = kept,
                       .down = columns,
                       .moments = moments,
-                      .sinks = sums.sinks_count(),
                       .missed = missed,
+                      .energy = energy,
                       .mean = mean,
                       .missed_mean = missed_mean});
   }
@@ -492,7 +503,8 @@ class LayerFit {
   std::vector<Stream> streams_;  // [rungs]; empty: still the dense one
   std::vector<float> left_;      // [rows of a piece, hidden]
   std::vector<float> held_;      // what met `down`, of the piece in hand
-  std::vector<int> sinks_;       // rows of it
+  // Of the layer in hand, by the stream's row that a piece begins with: rows of the piece.
+  std::map<int64_t, std::vector<int>> sinks_;
   std::vector<float> others_, others_missed_;
   int start_ = 0;                 // position of the piece in hand
   int64_t done_ = 0, total_ = 0;  // sweeps

@@ -23,7 +23,7 @@ struct LayerSums {
   std::span<const float> down;       // [hidden, channels]
   std::span<const int32_t> ranking;  // [channels]
   std::span<const float> moments;    // [channels, channels]
-  bool sinks = false;                // RefitSite::sinks
+  std::span<const float> energy;     // [channels]
   std::span<const float> mean;       // [channels]
 };
 
@@ -58,8 +58,8 @@ RefittedDown RefitTo(const LayerSums& of, int kept, Compensation compensation) {
                     .kept = kept,
                     .down = TakeColumns(of.down, of.channels, stay),
                     .moments = among,
-                    .sinks = of.sinks,
                     .missed = missed,
+                    .energy = TakeColumns(of.energy, of.channels, stay),
                     .mean = TakeColumns(of.mean, of.channels, stay),
                     .missed_mean = missed_mean});
 }
@@ -104,9 +104,10 @@ absl::StatusOr<PruningData> FitToMoments(
     const absl::StatusOr<std::vector<float>> down = ReadDown(file, layer);
     if (!down.ok()) return down.status();
     const std::vector<float> products = moments.Mean(layer), mean = moments.FirstMoment(layer);
+    const std::vector<float> energy = moments.Energy(layer);
     PruningData::Layer& found = data.layers[layer];
     found.ranking = RankChannels(options.rank, {config.hidden, config.channels, *down, products},
-                                 moments.Energy(layer), mean, options.channel_group);
+                                 energy, mean, options.channel_group);
     if (options.compensation == Compensation::kNone) continue;
     std::vector<std::pair<int, RefittedDown*>> fits;
     for (const auto& [kept, rung] : counts) fits.emplace_back(kept, &found.refits[kept]);
@@ -115,7 +116,7 @@ absl::StatusOr<PruningData> FitToMoments(
                          .down = *down,
                          .ranking = found.ranking,
                          .moments = products,
-                         .sinks = moments.sinks_count(layer),
+                         .energy = energy,
                          .mean = mean};
     backend->ParallelFor(static_cast<int>(fits.size()), [&](int i) {
       *fits[i].second = RefitTo(sums, fits[i].first, options.compensation);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 #include <random>
+#include <span>
 #include <string_view>
 #include <utility>
 
@@ -17,7 +18,7 @@ namespace {
 constexpr int kPieceTokens = 64;
 
 // What many kinds of text begin with.
-constexpr std::string_view kOpenings[] = {
+constexpr std::string_view kBeginnings[] = {
     // prose
     "It was late in the evening when ",
     "The history of the city begins in the ",
@@ -128,41 +129,103 @@ constexpr std::string_view kOpenings[] = {
     "msgid \"",
 };
 
+// What lies in the middle of text that is copied everywhere, which a model knows by heart: more of
+// it, and nearly as it knows it.
+constexpr std::string_view kCopied[] = {
+    "THE SOFTWARE IS PROVIDED \"AS IS\", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR",
+    "Redistribution and use in source and binary forms, with or without modification, are",
+    "Permission is hereby granted, free of charge, to any person obtaining a copy of this",
+    "This program is free software; you can redistribute it and/or modify it under the terms",
+    "Licensed under the Apache License, Version 2.0 (the \"License\"); you may not use",
+    "IN NO EVENT SHALL THE COPYRIGHT HOLDER OR CONTRIBUTORS BE LIABLE FOR ANY",
+    "GNU GENERAL PUBLIC LICENSE\n Version 2, June 1991\n\n Copyright (C) 1989, 1991",
+    "You may convey a work based on the Program, or the modifications to produce it",
+    "On Debian systems, the complete text of the GNU General Public License",
+    "Subject to the terms and conditions of this License, each Contributor hereby grants",
+    "Permission to use, copy, modify, and/or distribute this software for any purpose",
+    "Files: *\nCopyright: 2010-2018 The authors\nLicense: GPL-2+\n",
+};
+
+// Prose as corpora have it, with words and signs apart. Such text wants longer pieces: alone, whole
+// windows lost 0.57 where pieces of 64 lost 0.63.
+constexpr std::string_view kTokenized[] = {
+    " \n = Robert Boulter = \n \n Robert Boulter is an English film , television and theatre actor "
+    ".",
+    " = = Reception = = \n \n The album received generally positive reviews from music critics , "
+    "who",
+    " = = = Early history = = = \n \n The first settlers arrived in the area in the 18th century ;",
+    " The game was released in Japan on 12 May , and sold more than 1 @,@ 000 @,@ 000 copies",
+    " In the 2010 \u2013 11 season , he scored 12 goals in 34 appearances , and was named",
+    " The ship was laid down on 1 May 1911 at the <unk> shipyard , and commissioned in",
+    " \" I was surprised by the response , \" he said . He added that it 's a",
+    " = = Plot = = \n \n The episode begins with a man who discovers that his wife",
+    " The species is found in eastern Australia , where it grows to 2 @.@ 5 metres ( 8 ft ) tall .",
+    " The storm was first noted as a tropical wave on August 12 , about 300 miles ( 480 km )",
+    " During the Second World War , the regiment was sent to North Africa , where it",
+    " He wrote that the song 's lyrics were \" a mixture of",
+    " The two armies met near the river on 12 April ; the French , under General",
+    " The highway begins at an intersection with U.S. Route 12 and heads north @-@ east through",
+};
+
+struct Opening {
+  std::vector<int32_t> tokens;
+  int piece = kPieceTokens;
+  float temperature = 1;
+};
+
 }  // namespace
 
 absl::StatusOr<std::vector<std::vector<int32_t>>> MakeUpTexts(
     ModelExecutor* executor, const Tokenizer& tokenizer, int count, int length, int batch,
     uint64_t seed, const std::function<bool(int64_t done, int64_t total)>& progress) {
-  std::vector<std::vector<int32_t>> openings;
-  for (const std::string_view text : kOpenings) {
-    absl::StatusOr<std::vector<int32_t>> tokens =
-        tokenizer.Encode(text, Tokenizer::Special::kParse);
-    if (!tokens.ok()) return tokens.status();
-    if (tokens->size() > kPieceTokens / 2) tokens->resize(kPieceTokens / 2);
-    if (!tokens->empty()) openings.push_back(*std::move(tokens));
-  }
+  std::vector<Opening> openings;
+  absl::Status status;
+  const auto open = [&](std::span<const std::string_view> texts, int piece, float temperature) {
+    for (const std::string_view text : texts) {
+      absl::StatusOr<std::vector<int32_t>> tokens =
+          tokenizer.Encode(text, Tokenizer::Special::kParse);
+      status.Update(tokens.status());
+      if (!tokens.ok() || tokens->empty()) continue;
+      if (static_cast<int>(tokens->size()) > piece / 2) tokens->resize(piece / 2);
+      openings.push_back(
+          {.tokens = *std::move(tokens), .piece = piece, .temperature = temperature});
+    }
+  };
+  open(kBeginnings, kPieceTokens, 1);
+  // No longer than a text, which the model's context holds.
+  const int longest = std::max(kPieceTokens, length);
+  open(kCopied, std::min(2 * kPieceTokens, longest), 0.6f);
+  open(kTokenized, std::min(3 * kPieceTokens, longest), 1);
+  if (!status.ok()) return status;
+
   const int64_t total = int64_t{count} * length;
-  const auto pieces = static_cast<int>((total + kPieceTokens - 1) / kPieceTokens);
+  std::mt19937_64 random(seed);
+  std::uniform_int_distribution<int32_t> token(0, executor->config().vocabulary - 1);
+  std::vector<Opening> pieces;
+  int64_t planned = 0;
+  for (size_t next = 0; planned < total; planned += pieces.back().piece) {
+    if (pieces.size() % 4 == 0 || openings.empty()) {
+      pieces.push_back({.tokens = {token(random)}});
+    } else {
+      pieces.push_back(openings[next++ % openings.size()]);
+    }
+  }
   FixedPolicy dense(0);
   Engine engine({.max_batch_tokens = std::max(batch, 2 * kPieceTokens),
                  .max_sequences = batch,
-                 .max_waiting = pieces,
+                 .max_waiting = static_cast<int>(pieces.size()),
                  .prefix_cache = false},
                 executor->kv_geometry(), executor->ladder(), executor, &dense);
-  std::mt19937_64 random(seed);
-  std::uniform_int_distribution<int32_t> token(0, executor->config().vocabulary - 1);
-  std::vector<std::vector<int32_t>> made(pieces);
-  for (int i = 0, opening = 0; i < pieces; ++i) {
-    made[i] = {token(random)};
-    if (i % 4 != 0 && !openings.empty()) made[i] = openings[opening++ % openings.size()];
+  std::vector<std::vector<int32_t>> made;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    made.push_back(pieces[i].tokens);
     Request request;
     request.id = i + 1;
     request.prompt = made[i];
-    request.sampling.temperature = 1;
-    request.sampling.seed = seed + static_cast<uint64_t>(i);
-    request.stop.max_tokens = kPieceTokens - static_cast<int>(made[i].size());
-    const absl::Status status = engine.Submit(std::move(request));
-    if (!status.ok()) return status;
+    request.sampling.temperature = pieces[i].temperature;
+    request.sampling.seed = seed + i;
+    request.stop.max_tokens = pieces[i].piece - static_cast<int>(made[i].size());
+    if (status = engine.Submit(std::move(request)); !status.ok()) return status;
   }
   int64_t done = 0;
   while (!engine.idle()) {

@@ -20,7 +20,7 @@ namespace espalier {
 namespace {
 
 constexpr std::string_view kArchitecture = "espalier-channel-moments";
-constexpr int64_t kMostTokens = int64_t{1} << 53;  // sums count them in doubles
+constexpr int64_t kMostSinks = int64_t{1} << 53;  // sums count them in doubles
 constexpr int kTile = ChannelMoments::kTile;
 
 std::array<std::pair<std::string_view, int>, 2> Dimensions(int layers, int channels) {
@@ -55,20 +55,22 @@ absl::Status ReadFloats(const std::string& path, const Gguf& gguf, const std::st
 
 // That there are rows whose sums a layer's could be, with room for rounding.
 absl::Status CheckSound(const std::string& path, const ChannelMoments& moments, int layer) {
-  constexpr double kRoom = 1 + 1e-3;
+  constexpr double kRoom = 1 + 1e-3, kLeast = 1e-30;  // whose squares float has as 0
   const ChannelMoments::Layer& of = moments.layer(layer);
   std::vector<double> squares;
   for (int i = 0; i < moments.channels(); ++i) {
     squares.push_back(moments.Product(layer, i, i));
     if (squares[i] < 0 ||
-        of.sums[i] * of.sums[i] > kRoom * static_cast<double>(of.tokens) * squares[i]) {
+        of.sums[i] * of.sums[i] > static_cast<double>(of.tokens) * (kRoom * squares[i] + kLeast)) {
       return Mismatch(path, fmt::format("tensor {}", TensorName(layer, "products")),
                       fmt::format("sums that {} rows may have", of.tokens),
                       fmt::format("{} and {} of squares of channel {}", of.sums[i], squares[i], i));
     }
     for (int j = 0; j < i; ++j) {
       const double product = moments.Product(layer, i, j);
-      if (product * product <= kRoom * squares[i] * squares[j]) continue;
+      if (product * product <= (kRoom * squares[i] + kLeast) * (kRoom * squares[j] + kLeast)) {
+        continue;
+      }
       return Mismatch(path, fmt::format("tensor {}", TensorName(layer, "products")),
                       fmt::format("sums that {} rows may have", of.tokens),
                       fmt::format("{} of channels {} and {}, and {} and {} of their squares",
@@ -102,8 +104,8 @@ absl::StatusOr<ChannelMoments> ReadChannelMoments(const std::string& path, const
   std::vector<float> sums(2 * static_cast<size_t>(config.channels));
   for (int layer = 0; layer < config.layers; ++layer) {
     ChannelMoments::Layer& of = moments.layer(layer);
-    of.tokens = keys.Integer(TokensKey(layer), 0, kMostTokens);
-    of.sinks.rows = keys.Integer(SinksKey(layer), 0, kMostTokens);
+    of.tokens = keys.Integer(TokensKey(layer), 0, ChannelMoments::kMostTokens);
+    of.sinks.rows = keys.Integer(SinksKey(layer), 0, kMostSinks);
     absl::Status status = keys.status();
     if (status.ok()) {
       status = ReadFloats(path, *gguf, TensorName(layer, "sinks"), 1, config.channels, sums.data());

@@ -85,6 +85,7 @@ struct ModelExecutor::Impl {
         stats(options.max_logit_rows),
         samplers(kSamplerLanes, Sampler(model->config().vocabulary)) {
     counted.reserve(options.max_batch_tokens);
+    first.reserve(options.max_batch_tokens);
   }
 
   void MakePlan(const Batch& batch);

@@ -1,7 +1,7 @@
 #include "engine/pruning/channel_moments.h"
 
 #include <algorithm>
-#include <cassert>
+#include <cmath>
 #include <functional>
 #include <numeric>
 #include <utility>
@@ -28,25 +28,31 @@ ChannelMoments::ChannelMoments(int layers, int channels)
 
 void ChannelMoments::Add(int layer, ConstMatrix hidden, std::span<const int> listed,
                          std::span<const int> first, Backend* backend) {
-  assert(listed.size() <= kMostRows);
   Layer& to = layers_[layer];
   const auto of = [&](int row) { return std::span(hidden.row(row), channels_); };
-  for (const int row : first) to.sinks.Add(of(row));
-  if (listed.empty()) return;
+  const auto energy = [&](int row) {
+    const std::span<const float> h = of(row);
+    return std::inner_product(h.begin(), h.end(), h.begin(), 0.0);
+  };
+  ++additions_;
+  for (const int row : first) {
+    if (std::isfinite(energy(row))) to.sinks.Add(of(row));
+  }
   // Ordinary rows of SmolLM2-135M hold up to 65 times the median, sinks 300 in one layer, 10,000
   // and more in two.
   constexpr double kSinkEnergy = 200;
-  energies_.clear();
-  for (const int row : listed) {
-    const std::span<const float> h = of(row);
-    energies_.emplace_back(std::inner_product(h.begin(), h.end(), h.begin(), 0.0), row);
-  }
+  listed = listed.first(std::min<size_t>(listed.size(), kMostRows));
+  energies_.resize(listed.size());
+  const auto measure = [&](int i) { energies_[i] = {energy(listed[i]), listed[i]}; };
+  backend->ParallelFor(static_cast<int>(listed.size()), std::cref(measure));
+  std::erase_if(energies_, [](const auto& of) { return !std::isfinite(of.first); });
+  if (energies_.empty()) return;
   const auto middle = energies_.begin() + static_cast<int64_t>(energies_.size() / 2);
   std::ranges::nth_element(energies_, middle);
   const double most = kSinkEnergy * middle->first;
   counted_.clear();
-  for (const auto& [energy, row] : energies_) {
-    if (energy > most) {
+  for (const auto& [squares, row] : energies_) {
+    if (squares > most) {
       to.sinks.Add(of(row));
     } else {
       counted_.push_back(row);
@@ -81,6 +87,12 @@ void ChannelMoments::Add(int layer, ConstMatrix hidden, std::span<const int> lis
   };
   backend->ParallelFor(blocks_, std::cref(multiply));
   to.tokens += count;
+  if (to.tokens < kMostTokens) return;
+  to.tokens /= 2;
+  to.sinks.rows /= 2;
+  for (double& sum : to.sums) sum /= 2;
+  for (double& sum : to.sinks.sums) sum /= 2;
+  for (float& product : to.products) product /= 2;
 }
 
 int ChannelMoments::least_layer() const {

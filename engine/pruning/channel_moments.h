@@ -22,6 +22,9 @@ class ChannelMoments {
   static constexpr int kTile = 64;
   // Rows that are added at once, at most.
   static constexpr int kMostRows = 128;
+  // Rows in a layer's sums, at most: then all of them are halved, so that what is added still
+  // counts in 24 bits, and traffic of long ago counts less.
+  static constexpr int64_t kMostTokens = int64_t{1} << 22;
 
   struct Layer {
     int64_t tokens = 0;
@@ -33,12 +36,16 @@ class ChannelMoments {
     SinkSums sinks;  // [channels]
   };
 
-  // Takes 2 * layers * channels * (channels + kTile) bytes, and some: 147 MB for 30 layers of 1536.
   ChannelMoments(int layers, int channels);
+  // What its sums take: 147 MB for 30 layers of 1536.
+  static uint64_t Bytes(int layers, int channels) {
+    return uint64_t{2} * layers * channels * (channels + kTile);
+  }
 
-  // Adds the listed rows of hidden [rows, channels], one a token, at most kMostRows, on the
-  // backend's workers, and as sinks the `first` ones, at position 0 of texts. Listed ones of a
-  // hundred times the median's energy are sinks, too: a text may begin with a token three times.
+  // Adds the listed rows of hidden [rows, channels], one a token, the first kMostRows of them, on
+  // the backend's workers, and as sinks the `first` ones, at position 0 of texts. Listed ones of
+  // many times the median's energy are sinks, too: a text may begin with a token three times. Rows
+  // that are not finite are left out.
   void Add(int layer, ConstMatrix hidden, std::span<const int> rows, std::span<const int> first,
            Backend* backend);
 
@@ -51,13 +58,14 @@ class ChannelMoments {
   // The first of those that were seen least, and how many rows of it.
   int least_layer() const;
   int64_t tokens() const { return layers_[least_layer()].tokens; }
+  // How often rows were added: whether there is anything new.
+  int64_t additions() const { return additions_; }
 
   // Sum of h_i h_j.
   float Product(int layer, int i, int j) const;
   // E[h h^T], [channels, channels], with what sinks add; E[h^2], [channels], and E[h], [channels],
   // without. Zeros before the first token.
   std::vector<float> Mean(int layer) const;
-  bool sinks_count(int layer) const { return SinkWeight(layer) > 0; }
   std::vector<float> Energy(int layer) const;
   std::vector<float> FirstMoment(int layer) const;
 
@@ -71,8 +79,9 @@ class ChannelMoments {
   int channels_, blocks_;
   std::vector<Layer> layers_;
   std::vector<float> rows_;  // [blocks, kMostRows, kTile]: those in hand, as tiles want them
-  std::vector<std::pair<double, int>> energies_;  // of those listed
+  std::vector<std::pair<double, int>> energies_;  // [kMostRows], of those listed
   std::vector<int> counted_;                      // that are no sinks
+  int64_t additions_ = 0;
   bool frozen_ = false;
 };
 

@@ -22,9 +22,12 @@ constexpr double kRankRidge = 1e-2;
 
 // With the ridge, which is never zero.
 Matrix64 Ridged(Matrix64 ridged, double ridge) {
-  const double mean = ridged.size() == 0 ? 0 : ridged.diagonal().mean();
-  ridged.diagonal().array() += std::max(ridge * mean, 1e-12);
+  ridged.diagonal().array() += std::max(ridge, 1e-12);
   return ridged;
+}
+
+double MeanDiagonal(const Matrix64& matrix) {
+  return matrix.size() == 0 ? 0 : matrix.diagonal().mean();
 }
 
 Matrix64 Inverse(const Matrix64& matrix) {
@@ -112,7 +115,7 @@ std::vector<int32_t> RankByElimination(const DownSite& site) {
   std::vector<int32_t> left;
   const Matrix64 moments =
       Eigen::Map<const RowMajor>(site.moments.data(), site.channels, site.channels).cast<double>();
-  Matrix64 inverse = Inverse(Ridged(moments, kRankRidge));
+  Matrix64 inverse = Inverse(Ridged(moments, kRankRidge * MeanDiagonal(moments)));
   Matrix64 weights =
       Eigen::Map<const RowMajor>(site.down.data(), site.hidden, site.channels).cast<double>();
   std::vector<bool> gone(alive.size());
@@ -168,8 +171,11 @@ RefittedDown RefitDown(const RefitSite& site) {
       Eigen::Map<const Eigen::VectorXf>(site.mean.data(), count).cast<double>();
   const Eigen::VectorXd missed_mean =
       Eigen::Map<const Eigen::VectorXf>(site.missed_mean.data(), site.hidden).cast<double>();
-  const Eigen::LLT<Matrix64> ridged(Ridged(matrix(site.moments, count) - mean * mean.transpose(),
-                                           site.sinks ? kFitRidge / 2 : kFitRidge));
+  const double energy =
+      Eigen::Map<const Eigen::VectorXf>(site.energy.data(), count).cast<double>().sum() -
+      mean.squaredNorm();
+  const Eigen::LLT<Matrix64> ridged(
+      Ridged(matrix(site.moments, count) - mean * mean.transpose(), kFitRidge * energy / count));
   const Matrix64 loaded = matrix(site.down, site.hidden);
   const Matrix64 missed = matrix(site.missed, site.hidden) - missed_mean * mean.transpose();
   Matrix64 weights = loaded + ridged.solve(missed.transpose()).transpose();

@@ -29,7 +29,6 @@ class SecondMoments {
 
   int channels() const { return channels_; }
   int64_t tokens() const { return tokens_; }  // without sinks
-  bool sinks_count() const { return SinkWeight() > 0; }
 
   // E[h h^T], [channels, channels], and E[e h^T], [outputs, channels], and what sinks add
   // (sink_sums.h). Zeros before the first token.

@@ -294,7 +294,7 @@ class Reload(unittest.TestCase):
         made = espalier("calibrate", "--model", MODEL, "--moments", moments, "--text",
                         DATA / "prose.txt", "--dense-layers", "0", "--rungs", "0.6", "--out", ladder)
         self.assertEqual(made.returncode, 1)
-        self.assertIn("served.channels: layer 1 was seen for 0 tokens, and 96 channels take 1536",
+        self.assertIn("served.channels: layer 1 was seen for 0 tokens, and 96 channels take 384",
                       made.stderr)
         with Server(BINARY, MODEL, *options) as server:
             self.assertIn("channel moments are gathered", server.log())

@@ -47,7 +47,7 @@ TEST_P(RowsTest, MatMulGivesTheSameBitsHoweverRowsAndThreadsAreSplit) {
   }
 }
 
-// Slices of a staircase are cut for the workers, each by itself: of 17, 10 and 7 tasks here.
+// Slices of a staircase are cut for the workers, each by itself: of 7, 4 and 7 tasks here.
 TEST_P(RowsTest, GatedMlpGivesTheSameBitsHoweverThreadsAreSplit) {
   constexpr int kHidden = 64, kChannels = 1088;
   const std::pair<int, int> stairs[] = {{3, kChannels}, {4, 640}, {2, 416}};

@@ -79,16 +79,20 @@ double MissedShare(const DownSite& site, std::span<const int32_t> kept,
 }
 
 // For rows of which what the other channels would have added is missing. `mean` [channels] is added
-// to what channels hold, whose moments are otherwise about zero.
+// to what channels hold, whose moments are otherwise about zero. `ordinary`: moments without sinks.
 RefittedDown RefitTo(const DownSite& site, std::span<const int32_t> kept,
-                     std::vector<double> mean = {}, bool sinks = false) {
+                     std::vector<double> mean = {}, std::span<const float> ordinary = {}) {
   mean.resize(site.channels);
-  std::vector<float> down, moments, missed, kept_mean, missed_mean(site.hidden);
+  std::vector<float> down, moments, missed, energy, kept_mean, missed_mean(site.hidden);
   const std::set<int32_t> stay(kept.begin(), kept.end());
   const auto moment = [&](int i, int j) {
     return site.moments[i * site.channels + j] + mean[i] * mean[j];
   };
-  for (const int32_t i : kept) kept_mean.push_back(static_cast<float>(mean[i]));
+  if (ordinary.empty()) ordinary = site.moments;
+  for (const int32_t i : kept) {
+    kept_mean.push_back(static_cast<float>(mean[i]));
+    energy.push_back(static_cast<float>(ordinary[i * (site.channels + 1)] + mean[i] * mean[i]));
+  }
   for (const int32_t i : kept) {
     for (const int32_t j : kept) moments.push_back(static_cast<float>(moment(i, j)));
   }
@@ -111,8 +115,8 @@ RefittedDown RefitTo(const DownSite& site, std::span<const int32_t> kept,
                     .kept = static_cast<int>(kept.size()),
                     .down = down,
                     .moments = moments,
-                    .sinks = sinks,
                     .missed = missed,
+                    .energy = energy,
                     .mean = kept_mean,
                     .missed_mean = missed_mean});
 }
@@ -174,7 +178,7 @@ TEST(Refit, LeavesSinksWhatTheyAreGivenWhereTheyCount) {
   const DownSite of_sink{24, kChannels, layer.down, sink};
   const DownSite of_both{24, kChannels, layer.down, together};
   const auto without = RefitTo(layer.site, kept).down;
-  const auto with = RefitTo(of_both, kept, {}, /*sinks=*/true).down;
+  const auto with = RefitTo(of_both, kept, {}, layer.moments).down;
   EXPECT_GT(MissedShare(of_sink, kept, without), 0.02);
   EXPECT_LT(MissedShare(of_sink, kept, with), 0.01);  // what rounding its column loses, 0.008
   EXPECT_LT(MissedShare(layer.site, kept, with), 2 * MissedShare(layer.site, kept, without));
