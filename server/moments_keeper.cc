@@ -87,6 +87,12 @@ absl::StatusOr<std::unique_ptr<MomentsKeeper>> MomentsKeeper::Open(const ServerO
       return WriteChannelMoments(kept.file, kept.model, *sums);
     };
   }
+  using Kind = ServerOptions::PolicyKind;
+  if (!keeper->kept_.empty() && options.policy == Kind::kFixed && options.fixed_rung > 0) {
+    Log(LogLevel::kWarning,
+        "moments are of rows served in full: with this --policy, of callers alone that ask for it",
+        {{"policy", fmt::format("fixed:{}", options.fixed_rung)}});
+  }
   return keeper;
 }
 

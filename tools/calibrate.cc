@@ -381,6 +381,9 @@ absl::Status Run(const Options& options) {
     if (std::filesystem::equivalent(written, options.model.model, error)) {
       return absl::InvalidArgumentError(fmt::format("--out: {} is the model", written));
     }
+    if (std::filesystem::equivalent(written, options.moments, error)) {
+      return absl::InvalidArgumentError(fmt::format("--out: {} is the --moments", written));
+    }
   }
   if (absl::Status status = CheckWritable(out); !status.ok()) return status;
   absl::StatusOr<LocalModel> model = LoadLocalModel(
@@ -547,7 +550,8 @@ void AddCalibrate(CLI::App& root, Action* action) {
                   "Time the rungs of this ladder again and write it anew, with its losses: for a "
                   "ladder of another machine")
       ->type_name("PATH");
-  sub->add_option("--tokens", options->tokens, "Tokens to calibrate with, of all kinds")
+  sub->add_option("--tokens", options->tokens,
+                  "Tokens to calibrate with, of all kinds; with --moments, to measure with")
       ->type_name("TOKENS")
       ->check(CLI::Range(1000, 100'000'000))
       ->capture_default_str();
@@ -613,7 +617,11 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("PATH");
   AddLocalModelOptions(*sub, &options->model);
   sub->get_option("--model")->required();
+  sub->get_option("--moments")->excludes(sub->get_option("--reprice"));
   sub->final_callback([=] {
+    if (sub->count("--moments") > 0 && options->moments.empty()) {
+      throw CLI::ValidationError("--moments", "expected a path, got none");
+    }
     std::ranges::sort(options->widths);
     if (options->texts.empty() && options->reprice.empty()) throw CLI::RequiredError("--text");
     *action = [options] { return options->reprice.empty() ? Run(*options) : Reprice(*options); };

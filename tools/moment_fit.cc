@@ -73,8 +73,9 @@ absl::Status CheckMoments(const ChannelMoments& moments, const Ladder& planned) 
       const int heads = planned.rung(rung).prefill.kept(layer, SiteKind::kHeads);
       if (heads == 0 || heads == widths.heads) continue;
       return absl::InvalidArgumentError(
-          fmt::format("a rung keeps {} of {} heads: sums of channels say nothing of which", heads,
-                      widths.heads));
+          fmt::format("a rung keeps {} of {} heads: sums of channels say nothing of which; --rungs "
+                      "without them",
+                      heads, widths.heads));
     }
   }
   const int layer = moments.least_layer();

@@ -127,6 +127,14 @@ TEST_F(MomentsKeeperTest, GoesOnFromItsFilesAndWritesOnlyWhatIsNew) {
   options_.moments_file.clear();
   Open();
   EXPECT_EQ(keeper_->input_tokens(), std::nullopt);
+  // One layer is ahead of the other: a step that adds to the other alone is new, too.
+  keeper_->Attach(*model_, executor_.get());
+  Serve(8);
+  const int64_t before = keeper_->channel_tokens().value();
+  keeper_->Close();
+  EXPECT_EQ(keeper_->channel_tokens(), before);
+  const ChannelMoments read = *ReadChannelMoments(options_.channel_moments_file, *model_);
+  EXPECT_EQ(read.layer(0).tokens + read.layer(1).tokens, 3 * (kRows - 1));
 }
 
 TEST_F(MomentsKeeperTest, RefusesFilesOfOthersAndFoldersThatAreNotThere) {
@@ -135,6 +143,13 @@ TEST_F(MomentsKeeperTest, RefusesFilesOfOthersAndFoldersThatAreNotThere) {
   absl::Status status = MomentsKeeper::Open(options_, *model_).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(std::string(status.message()), HasSubstr("made for another model"));
+  options_.channel_moments_file = folder_.path() + "/../" +
+                                  std::filesystem::path(folder_.path()).filename().string() +
+                                  "/moments";
+  options_.moments_file = folder_.Path("moments");
+  status = MomentsKeeper::Open(options_, *model_).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("is the --moments-file"));
   options_.channel_moments_file = folder_.Path("nowhere/channels");
   status = MomentsKeeper::Open(options_, *model_).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);

@@ -202,6 +202,12 @@ TEST_F(MomentFitTest, CommandTellsWhatTheLadderIsOf) {
       PruningFile::Open(ChannelsPathOf(ladder), *file_).value();
   EXPECT_TRUE(made->has_refits());
 
+  std::vector<std::string> over = command;
+  over[std::ranges::find(over, "--out") - over.begin() + 1] = path;
+  outcome = RunWith(over);
+  EXPECT_EQ(outcome.code, 1);
+  EXPECT_THAT(outcome.err, HasSubstr("--out: " + path + " is the --moments"));
+
   std::vector<std::string> heads = command;
   *(std::ranges::find(heads, "--rungs") + 1) = "0.5h0.5";
   outcome = RunWith(heads);
