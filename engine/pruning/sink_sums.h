@@ -4,9 +4,9 @@
 // All other rows attend to a sink, and some layer gives it activations of a thousand times theirs
 // (Sun et al., arXiv 2402.17762). Summed like any row, least squares would serve little else. Left
 // out, `down` is free to spoil what it cannot see: SmolLM2-135M with a fifth of its channels left
-// out lost 1.43 nats a token where that happened, and 0.31 where sinks counted, on the same text.
-// So their mean counts as much as all other rows together where it is so large, and nothing
-// elsewhere. (A tenth of that lost 0.44.)
+// out lost 1.45 nats a token where that happened, 0.44 where sinks counted a tenth of the other
+// rows, and 0.31 where they counted as much (tests/bench/pruning/README.md). So their mean does,
+// where it is so large, and nothing elsewhere. One mean is one direction: of one kind of sinks.
 #pragma once
 
 #include <cstdint>
