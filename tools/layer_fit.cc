@@ -296,20 +296,18 @@ class LayerFit {
   // dense model and what it leaves them: position 0 and its like. A text that begins with a token
   // three times over has three. One layer makes them large, another small again.
   std::vector<int> FindSinks(ConstMatrix came, ConstMatrix left) const {
-    std::vector<double> energies(left.rows);
-    const auto energy = [](std::span<const float> x) {
-      return std::inner_product(x.begin(), x.end(), x.begin(), 0.0);
+    const auto energy = [](ConstMatrix of, int row) {
+      return std::inner_product(of.row(row), of.row(row) + of.cols, of.row(row), 0.0);
     };
-    for (int r = 0; r < left.rows; ++r) energies[r] = energy({left.row(r), size_t(left.cols)});
+    std::vector<double> energies;
+    for (int r = 0; r < left.rows; ++r) energies.push_back(energy(left, r));
     std::vector<double> sorted = energies;
     std::ranges::nth_element(sorted, sorted.begin() + left.rows / 2);
     const double most = kSinkEnergy * sorted[left.rows / 2];
     std::vector<int> sinks;
     for (int r = 0; r < left.rows; ++r) {
-      if (start_ + r == 0 || energies[r] > most ||
-          energy({came.row(r), size_t(came.cols)}) > most) {
-        sinks.push_back(r);
-      }
+      const bool like_first = std::max(energies[r], energy(came, r)) > most;
+      if (like_first || start_ + r == 0) sinks.push_back(r);
     }
     return sinks;
   }

@@ -128,6 +128,7 @@ TEST_F(MomentsKeeperTest, GoesOnFromItsFilesAndWritesOnlyWhatIsNew) {
   Open();
   EXPECT_EQ(keeper_->input_tokens(), std::nullopt);
   // One layer is ahead of the other: a step that adds to the other alone is new, too.
+  executor_->set_input_moments(nullptr, 1);  // those of before are gone
   keeper_->Attach(*model_, executor_.get());
   Serve(8);
   const int64_t before = keeper_->channel_tokens().value();
