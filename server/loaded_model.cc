@@ -1,22 +1,19 @@
 #include "server/loaded_model.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <chrono>
-#include <filesystem>
 #include <functional>
 #include <map>
 #include <set>
-#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "engine/model/decoder.h"
 #include "engine/model/history_file.h"
 #include "engine/model/model_probe.h"
+#include "engine/model/own_file.h"
 #include "engine/model/policy_file.h"
 #include "engine/model/pruning_file.h"
 #include "kernels/cpu/cpu_backend.h"
@@ -34,14 +31,6 @@ constexpr int kLearnRows = 64;
 
 std::string_view Text(const absl::Status& status) {
   return {status.message().data(), status.message().size()};
-}
-
-// Whether a file could be written there: rather now than when all has been gathered.
-absl::Status CheckFolder(std::string_view option, const std::string& path) {
-  const std::string folder = std::filesystem::absolute(path).parent_path().string();
-  if (access(folder.c_str(), W_OK) == 0) return absl::OkStatus();
-  return absl::NotFoundError(
-      fmt::format("{}: {}: {}", option, folder, std::generic_category().message(errno)));
 }
 
 absl::Status Differs(std::string_view path, std::string_view what, std::string_view served,

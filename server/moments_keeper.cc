@@ -1,17 +1,14 @@
 #include "server/moments_keeper.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
-#include <cerrno>
 #include <filesystem>
-#include <system_error>
 #include <utility>
 
 #include "engine/machine_memory.h"
 #include "engine/model/channel_moments_file.h"
 #include "engine/model/moments_file.h"
-#include "engine/model/pruning_file.h"
+#include "engine/model/own_file.h"
 #include "server/logging.h"
 
 namespace espalier {
@@ -24,14 +21,6 @@ constexpr int kGatherChannelsEvery = 8;
 // How often sums are written: a megabyte or so, and a hundred and more.
 constexpr std::chrono::minutes kInputsInterval{1};
 constexpr std::chrono::minutes kChannelsInterval{10};
-
-// Whether a file could be written there: rather now than when all has been gathered.
-absl::Status CheckFolder(std::string_view option, const std::string& path) {
-  const std::string folder = std::filesystem::absolute(path).parent_path().string();
-  if (access(folder.c_str(), W_OK) == 0) return absl::OkStatus();
-  return absl::NotFoundError(
-      fmt::format("{}: {}: {}", option, folder, std::generic_category().message(errno)));
-}
 
 }  // namespace
 
@@ -50,17 +39,15 @@ absl::StatusOr<std::unique_ptr<MomentsKeeper>> MomentsKeeper::Open(const ServerO
   if (const std::string& path = options.moments_file; !path.empty()) {
     absl::Status status = keeper->Keep<InputMoments>(
         "moments", "--moments-file", path, kInputsInterval, model, LineageOf, ReadMoments,
-        [&] { return InputMoments(config); }, &keeper->inputs_);
+        [&] { return InputMoments(config); }, &InputMoments::tokens, &keeper->inputs_);
     if (!status.ok()) return status;
     Kept& kept = keeper->kept_.back();
-    kept.added = [sums = keeper->inputs_.get()] { return sums->tokens(); };
     kept.attach = [sums = keeper->inputs_.get()](ModelExecutor* executor) {
       executor->set_input_moments(sums, kGatherEvery);
     };
     kept.write = [sums = keeper->inputs_.get(), &kept, config] {
       return WriteMoments(kept.file, kept.model, config, *sums);
     };
-    if (kept.written == 0) kept.written = kept.added();
   }
   if (const std::string& path = options.channel_moments_file; !path.empty()) {
     absl::Status status = keeper->Keep<ChannelMoments>(
@@ -76,10 +63,9 @@ absl::StatusOr<std::unique_ptr<MomentsKeeper>> MomentsKeeper::Open(const ServerO
           }
           return ChannelMoments(config.layers, config.channels);
         },
-        &keeper->channels_);
+        &ChannelMoments::additions, &keeper->channels_);
     if (!status.ok()) return status;
     Kept& kept = keeper->kept_.back();
-    kept.added = [sums = keeper->channels_.get()] { return sums->additions(); };
     kept.attach = [sums = keeper->channels_.get()](ModelExecutor* executor) {
       executor->set_channel_moments(sums, kGatherChannelsEvery);
     };
@@ -101,7 +87,8 @@ absl::Status MomentsKeeper::Keep(
     std::string_view name, std::string_view option, const std::string& path,
     std::chrono::milliseconds interval, const ModelFile& model, KnownBy known_by,
     absl::StatusOr<Moments> (*read)(const std::string&, const ModelFile&),
-    const std::function<absl::StatusOr<Moments>()>& empty, std::unique_ptr<Moments>* sums) {
+    const std::function<absl::StatusOr<Moments>()>& empty, int64_t (Moments::*added)() const,
+    std::unique_ptr<Moments>* sums) {
   absl::StatusOr<Moments> found = read(path, model);
   const bool begins = absl::IsNotFound(found.status());
   if (begins) found = empty();
@@ -115,7 +102,8 @@ absl::Status MomentsKeeper::Keep(
   kept.model = known_by(model);
   kept.interval = interval;
   kept.set_frozen = [sums = sums->get()](bool frozen) { sums->set_frozen(frozen); };
-  kept.written = begins ? -1 : 0;
+  kept.added = [sums = sums->get(), added] { return (sums->*added)(); };
+  kept.written = begins ? -1 : kept.added();
   Log(LogLevel::kInfo, fmt::format("{} are gathered", name),
       {{"file", path}, {"tokens", (*sums)->tokens()}});
   return absl::OkStatus();

@@ -75,14 +75,14 @@ class MomentsKeeper {
     int64_t in_hand = 0;   // the same, of what is being written
   };
 
-  // All of a kind but `added`, `attach` and `write`; `sums` become what its file has, or `empty()`
-  // if it is not there.
+  // All of a kind but `attach` and `write`; `sums` become what its file has, or `empty()` if it is
+  // not there, and `added` grows with them.
   template <typename Moments>
   absl::Status Keep(std::string_view name, std::string_view option, const std::string& path,
                     std::chrono::milliseconds interval, const ModelFile& model, KnownBy known_by,
                     absl::StatusOr<Moments> (*read)(const std::string&, const ModelFile&),
                     const std::function<absl::StatusOr<Moments>()>& empty,
-                    std::unique_ptr<Moments>* sums);
+                    int64_t (Moments::*added)() const, std::unique_ptr<Moments>* sums);
   // What came of writing it.
   static void Took(const absl::Status& status, Kept* kept);
 

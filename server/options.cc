@@ -2,15 +2,19 @@
 
 #include <arpa/inet.h>
 #include <fmt/format.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <charconv>
 #include <cmath>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <map>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -611,6 +615,13 @@ absl::StatusOr<std::optional<ServerOptions>> ParseServerOptions(int argc, const 
   absl::StatusOr<ServerOptions> options = ReadOptions(given);
   if (!options.ok()) return options.status();
   return std::optional<ServerOptions>(*std::move(options));
+}
+
+absl::Status CheckFolder(std::string_view option, const std::string& path) {
+  const std::string folder = std::filesystem::absolute(path).parent_path().string();
+  if (access(folder.c_str(), W_OK) == 0) return absl::OkStatus();
+  return absl::NotFoundError(
+      fmt::format("{}: {}: {}", option, folder, std::generic_category().message(errno)));
 }
 
 }  // namespace espalier

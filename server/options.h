@@ -130,6 +130,10 @@ struct ServerOptions {
   bool log_prompts = false;
 };
 
+// NotFound, with the option and the system's words, if no file could be written where `path` is:
+// rather at the start than when there is something to write.
+absl::Status CheckFolder(std::string_view option, const std::string& path);
+
 // "0.1.0", as the build says.
 std::string_view ServerVersion();
 

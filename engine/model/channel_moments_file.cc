@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <span>
 #include <string_view>
 #include <utility>
@@ -13,8 +12,7 @@
 #include "engine/model/files/file_error.h"
 #include "engine/model/files/gguf.h"
 #include "engine/model/files/gguf_writer.h"
-#include "engine/model/files/mapped_file.h"
-#include "engine/model/pruning_file.h"
+#include "engine/model/own_file.h"
 
 namespace espalier {
 namespace {
@@ -32,25 +30,6 @@ std::string SinksKey(int layer) { return fmt::format("espalier.sinks.{}", layer)
 
 std::string TensorName(int layer, std::string_view what) {
   return fmt::format("blk.{}.ffn_down.{}", layer, what);
-}
-
-// A tensor's values to `to`, if it has `rows` rows of `cols`.
-absl::Status ReadFloats(const std::string& path, const Gguf& gguf, const std::string& name,
-                        int rows, int cols, float* to) {
-  const auto tensor = std::ranges::find(gguf.tensors, name, &StoredTensor::name);
-  const std::string where = fmt::format("tensor {}", name);
-  const std::string expected = fmt::format("F32 [{}, {}]", rows, cols);
-  if (tensor == gguf.tensors.end()) return Mismatch(path, where, expected, "none");
-  if (tensor->type != BlockType::kF32 || tensor->rows != rows || tensor->cols != cols) {
-    return Mismatch(
-        path, where, expected,
-        fmt::format("{} [{}, {}]", BlockTypeName(tensor->type), tensor->rows, tensor->cols));
-  }
-  for (int r = 0; r < rows; ++r) tensor->ReadRow(r, to + int64_t{r} * cols);
-  if (!std::all_of(to, to + int64_t{rows} * cols, [](float v) { return std::isfinite(v); })) {
-    return Mismatch(path, where, "finite sums", "an infinity or NaN");
-  }
-  return absl::OkStatus();
 }
 
 // That there are rows whose sums a layer's could be, with room for rounding.
@@ -83,23 +62,11 @@ absl::Status CheckSound(const std::string& path, const ChannelMoments& moments, 
 }  // namespace
 
 absl::StatusOr<ChannelMoments> ReadChannelMoments(const std::string& path, const ModelFile& model) {
-  const absl::StatusOr<MappedFile> file = MappedFile::Open(path);
-  if (!file.ok()) return file.status();
-  const absl::StatusOr<Gguf> gguf = ParseGguf(path, file->bytes());
-  if (!gguf.ok()) return gguf.status();
   const ModelConfig& config = model.config();
-  GgufKeys keys(path, *gguf);
-  // A fingerprint says that models differ; their dimensions, if those do, say how.
-  if (keys.String("general.architecture", "") == kArchitecture) {
-    for (const auto& [key, value] : Dimensions(config.layers, config.channels)) {
-      keys.Integer(key, value, value);
-    }
-  }
-  if (!keys.status().ok()) return keys.status();
-  if (absl::Status status = CheckOwn(path, *gguf, kArchitecture, model, FingerprintOf(model));
-      !status.ok()) {
-    return status;
-  }
+  const absl::StatusOr<OwnFile> file = OwnFile::Open(
+      path, kArchitecture, Dimensions(config.layers, config.channels), model, FingerprintOf(model));
+  if (!file.ok()) return file.status();
+  GgufKeys keys(path, file->gguf);
   ChannelMoments moments(config.layers, config.channels);
   std::vector<float> sums(2 * static_cast<size_t>(config.channels));
   for (int layer = 0; layer < config.layers; ++layer) {
@@ -108,15 +75,15 @@ absl::StatusOr<ChannelMoments> ReadChannelMoments(const std::string& path, const
     of.sinks.rows = keys.Integer(SinksKey(layer), 0, kMostSinks);
     absl::Status status = keys.status();
     if (status.ok()) {
-      status = ReadFloats(path, *gguf, TensorName(layer, "sinks"), 1, config.channels, sums.data());
-    }
-    std::copy_n(sums.begin(), config.channels, of.sinks.sums.begin());
-    if (status.ok()) {
-      status = ReadFloats(path, *gguf, TensorName(layer, "sums"), 2, config.channels, sums.data());
+      status = file->ReadSums(TensorName(layer, "sinks"), 1, config.channels, sums.data());
     }
     if (status.ok()) {
-      status = ReadFloats(path, *gguf, TensorName(layer, "products"), moments.tiles() * kTile,
-                          kTile, of.products.data());
+      std::copy_n(sums.begin(), config.channels, of.sinks.sums.begin());
+      status = file->ReadSums(TensorName(layer, "sums"), 2, config.channels, sums.data());
+    }
+    if (status.ok()) {
+      status = file->ReadSums(TensorName(layer, "products"), moments.tiles() * kTile, kTile,
+                              of.products.data());
     }
     if (!status.ok()) return status;
     for (int j = 0; j < config.channels; ++j) {
@@ -141,10 +108,7 @@ absl::Status WriteChannelMoments(const std::string& path, const std::string& fin
   for (int layer = 0; layer < moments.layers(); ++layer) {
     const ChannelMoments::Layer& of = moments.layer(layer);
     writer.Add(TokensKey(layer), of.tokens);
-    for (const double sum : of.sums) sums[layer].push_back(static_cast<float>(sum));
-    for (const double sum : of.sums) {
-      sums[layer].push_back(static_cast<float>(sum - double{static_cast<float>(sum)}));
-    }
+    AppendInTwo(of.sums, &sums[layer]);
     writer.Add(SinksKey(layer), of.sinks.rows);
     sinks[layer].assign(of.sinks.sums.begin(), of.sinks.sums.end());
     writer.AddTensor(TensorName(layer, "sinks"), BlockType::kF32, 1, channels,

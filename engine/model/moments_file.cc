@@ -13,8 +13,7 @@
 #include "engine/model/files/file_error.h"
 #include "engine/model/files/gguf.h"
 #include "engine/model/files/gguf_writer.h"
-#include "engine/model/files/mapped_file.h"
-#include "engine/model/pruning_file.h"
+#include "engine/model/own_file.h"
 
 namespace espalier {
 namespace {
@@ -39,53 +38,32 @@ std::string TensorName(int layer, size_t input) {
 }  // namespace
 
 absl::StatusOr<InputMoments> ReadMoments(const std::string& path, const ModelFile& model) {
-  const absl::StatusOr<MappedFile> file = MappedFile::Open(path);
-  if (!file.ok()) return file.status();
-  const absl::StatusOr<Gguf> gguf = ParseGguf(path, file->bytes());
-  if (!gguf.ok()) return gguf.status();
   const ModelConfig& config = model.config();
-  GgufKeys keys(path, *gguf);
-  // A fingerprint says that models differ; their dimensions, if those do, say how.
-  if (keys.String("general.architecture", "") == kArchitecture) {
-    for (const auto& [key, value] : Dimensions(config)) keys.Integer(key, value, value);
-  }
-  if (!keys.status().ok()) return keys.status();
-  if (absl::Status status = CheckOwn(path, *gguf, kArchitecture, model, LineageOf(model));
-      !status.ok()) {
-    return status;
-  }
+  const absl::StatusOr<OwnFile> file =
+      OwnFile::Open(path, kArchitecture, Dimensions(config), model, LineageOf(model));
+  if (!file.ok()) return file.status();
+  GgufKeys keys(path, file->gguf);
   const int64_t tokens = keys.Integer(kTokensKey, 0, kMostTokens);
   if (!keys.status().ok()) return keys.status();
 
   InputMoments moments(config);
   std::vector<double> sums, squares;
-  std::vector<float> rows[kRows];
+  std::vector<float> rows;  // [kRows, columns]
   for (int layer = 0; layer < config.layers; ++layer) {
     for (size_t input = 0; input < kMatrixInputNames.size(); ++input) {
       ColumnMoments& of = moments.of(layer, static_cast<MatrixInput>(input));
       const std::string name = TensorName(layer, input);
-      const auto tensor = std::ranges::find(gguf->tensors, name, &StoredTensor::name);
-      const std::string expected = fmt::format("F32 [{}, {}]", kRows, of.columns());
-      const std::string where = fmt::format("tensor {}", name);
-      if (tensor == gguf->tensors.end()) return Mismatch(path, where, expected, "none");
-      if (tensor->type != BlockType::kF32 || tensor->rows != kRows ||
-          tensor->cols != of.columns()) {
-        return Mismatch(
-            path, where, expected,
-            fmt::format("{} [{}, {}]", BlockTypeName(tensor->type), tensor->rows, tensor->cols));
-      }
-      for (int r = 0; r < kRows; ++r) {
-        rows[r].resize(of.columns());
-        tensor->ReadRow(r, rows[r].data());
-        if (!std::ranges::all_of(rows[r], [](float value) { return std::isfinite(value); })) {
-          return Mismatch(path, where, "finite sums", "an infinity or NaN");
-        }
+      const auto columns = static_cast<size_t>(of.columns());
+      rows.resize(kRows * columns);
+      if (absl::Status status = file->ReadSums(name, kRows, of.columns(), rows.data());
+          !status.ok()) {
+        return status;
       }
       sums.resize(of.columns());
       squares.resize(of.columns());
       for (int j = 0; j < of.columns(); ++j) {
-        sums[j] = double{rows[0][j]} + rows[1][j];
-        squares[j] = double{rows[2][j]} + rows[3][j];
+        sums[j] = double{rows[j]} + rows[columns + j];
+        squares[j] = double{rows[2 * columns + j]} + rows[3 * columns + j];
       }
       for (int j = 0; j < of.columns(); ++j) {
         // With room for rounding: no sum is larger than its squares allow.
@@ -93,7 +71,8 @@ absl::StatusOr<InputMoments> ReadMoments(const std::string& path, const ModelFil
             squares[j] >= 0 && squares[j] <= std::numeric_limits<float>::max() &&
             sums[j] * sums[j] <= (1 + 1e-3) * static_cast<double>(tokens) * squares[j];
         if (!sound) {
-          return Mismatch(path, where, fmt::format("sums that {} rows may have", tokens),
+          return Mismatch(path, fmt::format("tensor {}", name),
+                          fmt::format("sums that {} rows may have", tokens),
                           fmt::format("{} and {} of squares in column {}", sums[j], squares[j], j));
         }
       }
@@ -117,12 +96,8 @@ absl::Status WriteMoments(const std::string& path, const std::string& lineage,
       const ColumnMoments& of = moments.of(layer, static_cast<MatrixInput>(input));
       std::vector<float>& values = tensors.emplace_back();
       values.reserve(static_cast<size_t>(kRows) * of.columns());
-      for (const std::span<const double> sums : {of.sums(), of.squares()}) {
-        for (const double sum : sums) values.push_back(static_cast<float>(sum));
-        for (const double sum : sums) {
-          values.push_back(static_cast<float>(sum - double{static_cast<float>(sum)}));
-        }
-      }
+      AppendInTwo(of.sums(), &values);
+      AppendInTwo(of.squares(), &values);
       writer.AddTensor(TensorName(layer, input), BlockType::kF32, kRows, of.columns(),
                        std::as_bytes(std::span(values)));
     }

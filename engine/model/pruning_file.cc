@@ -10,6 +10,7 @@
 #include "engine/model/files/file_error.h"
 #include "engine/model/files/gguf.h"
 #include "engine/model/files/gguf_writer.h"
+#include "engine/model/own_file.h"
 #include "policy/ladder_file.h"
 
 namespace espalier {
@@ -29,14 +30,6 @@ std::string RefitName(int layer, int count, const char* part) {
   return fmt::format("blk.{}.ffn_down.{}.{}", layer, count, part);
 }
 
-absl::Status CheckShape(const std::string& path, const StoredTensor& tensor, BlockType type,
-                        int rows, int cols) {
-  if (tensor.type == type && tensor.rows == rows && tensor.cols == cols) return absl::OkStatus();
-  return Mismatch(path, fmt::format("tensor {}", tensor.name),
-                  fmt::format("{} [{}, {}]", BlockTypeName(type), rows, cols),
-                  fmt::format("{} [{}, {}]", BlockTypeName(tensor.type), tensor.rows, tensor.cols));
-}
-
 // A tensor of so many finite F32 values, where it lies.
 absl::StatusOr<std::span<const float>> FloatsOf(const std::string& path, const StoredTensor& tensor,
                                                 int count) {
@@ -52,52 +45,9 @@ absl::StatusOr<std::span<const float>> FloatsOf(const std::string& path, const S
   return values;
 }
 
-// FNV-1a of the tensors that count.
-std::string Fingerprint(const ModelFile& model, bool (*counts)(const StoredTensor&)) {
-  constexpr size_t kEnd = 256;
-  uint64_t hash = 0xcbf29ce484222325;
-  const auto add = [&hash](std::string_view bytes) {
-    for (const char c : bytes) hash = (hash ^ static_cast<uint8_t>(c)) * 0x100000001b3;
-  };
-  for (const StoredTensor& tensor : model.tensors()) {
-    if (!counts(tensor)) continue;
-    add(fmt::format("{} {} {} {};", tensor.name, BlockTypeName(tensor.type), tensor.rows,
-                    tensor.cols));
-    const std::string_view data(reinterpret_cast<const char*>(tensor.data), tensor.bytes);
-    add(data.substr(0, kEnd));
-    add(data.substr(data.size() - std::min(data.size(), kEnd)));
-  }
-  return fmt::format("{:016x}", hash);
-}
-
 std::string KeyMeanName(int layer) { return fmt::format("blk.{}.attn_k.mean", layer); }
 
 }  // namespace
-
-std::string FingerprintOf(const ModelFile& model) {
-  return Fingerprint(model, [](const StoredTensor&) { return true; });
-}
-
-std::string LineageOf(const ModelFile& model) {
-  return Fingerprint(model, [](const StoredTensor& tensor) {
-    return tensor.rows == 1 || !tensor.name.starts_with("blk.");
-  });
-}
-
-absl::Status CheckOwn(const std::string& path, const Gguf& gguf, std::string_view architecture,
-                      const ModelFile& model, std::string_view fingerprint) {
-  GgufKeys keys(path, gguf);
-  const std::string_view theirs = keys.String("general.architecture");
-  const std::string_view made_for = keys.String(kFingerprintKey);
-  if (!keys.status().ok()) return keys.status();
-  if (theirs != architecture) {
-    return Mismatch(path, "general.architecture", architecture, Quoted(theirs));
-  }
-  if (made_for == fingerprint) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      fmt::format("{}: made for another model: its fingerprint is {}, that of {} is {}", path,
-                  Quoted(made_for), model.path(), fingerprint));
-}
 
 std::string LadderPathOf(std::string_view model) {
   while (model.size() > 1 && model.ends_with('/')) model.remove_suffix(1);
@@ -109,17 +59,11 @@ std::string ChannelsPathOf(std::string_view ladder) { return fmt::format("{}.ggu
 
 absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string& path,
                                                                const ModelFile& model) {
-  absl::StatusOr<MappedFile> mapped = MappedFile::Open(path);
-  if (!mapped.ok()) return mapped.status();
+  absl::StatusOr<OwnFile> own = OwnFile::Open(path, kArchitecture, {}, model, FingerprintOf(model));
+  if (!own.ok()) return own.status();
   const ModelConfig& config = model.config();
-  std::unique_ptr<PruningFile> file(new PruningFile(*std::move(mapped), config.sites()));
-  const absl::StatusOr<Gguf> gguf = ParseGguf(path, file->file_.bytes());
-  if (!gguf.ok()) return gguf.status();
-  if (absl::Status status = CheckOwn(path, *gguf, kArchitecture, model, FingerprintOf(model));
-      !status.ok()) {
-    return status;
-  }
-  GgufKeys keys(path, *gguf);
+  std::unique_ptr<PruningFile> file(new PruningFile(std::move(own->file), config.sites()));
+  GgufKeys keys(path, own->gguf);
   if (keys.Has(kUnfinishedKey)) file->unfinished_ = keys.String(kUnfinishedKey);
   for (int layer = 0; layer < config.layers; ++layer) {
     for (const SiteKind kind : {SiteKind::kChannels, SiteKind::kHeads}) {
@@ -140,7 +84,7 @@ absl::StatusOr<std::unique_ptr<PruningFile>> PruningFile::Open(const std::string
       }
     }
   }
-  for (const StoredTensor& tensor : gguf->tensors) {
+  for (const StoredTensor& tensor : own->gguf.tensors) {
     int layer = -1, count = 0;
     if (std::sscanf(tensor.name.c_str(), "blk.%d.attn_k.", &layer) == 1 && layer >= 0 &&
         layer < config.layers && tensor.name == KeyMeanName(layer)) {

@@ -32,20 +32,6 @@
 
 namespace espalier {
 
-// Of a model's tensors: names, types, shapes and the ends of their data. Refits of another model
-// would be noise; this tells them apart in a millisecond.
-std::string FingerprintOf(const ModelFile& model);
-// The same of what pruning of weights leaves as it is, all but the matrices of layers: that of a
-// pruned model is that of the one it was pruned from.
-std::string LineageOf(const ModelFile& model);
-
-inline constexpr std::string_view kFingerprintKey = "espalier.fingerprint";
-
-// That a file of ours is of this architecture and model, by its FingerprintOf or LineageOf; names
-// the key if it is not.
-absl::Status CheckOwn(const std::string& path, const Gguf& gguf, std::string_view architecture,
-                      const ModelFile& model, std::string_view fingerprint);
-
 class PruningFile final : public ChannelSelector {
  public:
   // Maps and checks the file: rankings are permutations of the model's channels, refits have its

@@ -15,7 +15,7 @@
 #include "engine/engine.h"
 #include "engine/model/channel_moments_file.h"
 #include "engine/model/moments_file.h"
-#include "engine/model/pruning_file.h"
+#include "engine/model/own_file.h"
 #include "kernels/cpu/cpu_backend.h"
 #include "policy/policy.h"
 #include "server/ready_queue.h"

@@ -17,6 +17,7 @@
 #include "engine/model/channel_moments_file.h"
 #include "engine/model/down_norms.h"
 #include "engine/model/model_executor.h"
+#include "engine/model/own_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"

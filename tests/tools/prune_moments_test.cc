@@ -9,7 +9,7 @@
 
 #include "engine/model/model_executor.h"
 #include "engine/model/moments_file.h"
-#include "engine/model/pruning_file.h"
+#include "engine/model/own_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/cpu/cpu_backend.h"

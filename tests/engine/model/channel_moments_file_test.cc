@@ -15,6 +15,7 @@
 
 #include "engine/model/files/gguf_writer.h"
 #include "engine/model/model_executor.h"
+#include "engine/model/own_file.h"
 #include "engine/model/pruning_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"

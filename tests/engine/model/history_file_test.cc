@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/model/own_file.h"
 #include "engine/model/pruning_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "engine/model/model_executor.h"
+#include "engine/model/own_file.h"
 #include "engine/model/pruning_file.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"

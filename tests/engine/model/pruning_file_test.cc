@@ -6,6 +6,7 @@
 #include <numeric>
 #include <string>
 
+#include "engine/model/own_file.h"
 #include "tests/support/model_writer.h"
 
 namespace espalier {
