@@ -507,23 +507,21 @@ absl::Status Run(const Options& options) {
   std::string told = fmt::format(
       "espalier calibrate --model {} --text {} --tokens {} --rungs {} --widths {} --dense-layers "
       "{} "
-      "--rank {} --compensate {}\n",
+      "--rank {} --compensate {}",
       std::filesystem::path(LadderPathOf(options.model.model)).stem().string(),
       fmt::join(options.texts, " "), options.tokens, fmt::join(options.rungs, ","),
       fmt::join(options.widths, ","), options.dense_layers, options.rank, options.compensate);
   if (!options.blocks.empty()) {
-    told.insert(told.size() - 1,
-                fmt::format(" --blocks {} --resident-tokens {}",
-                            std::filesystem::path(options.blocks).filename().string(),
-                            options.resident_tokens));
+    told += fmt::format(" --blocks {} --resident-tokens {}",
+                        std::filesystem::path(options.blocks).filename().string(),
+                        options.resident_tokens);
   }
   if (moments.has_value()) {
-    told.insert(
-        told.size() - 1,
-        fmt::format(" --moments {}", std::filesystem::path(options.moments).filename().string()));
+    told +=
+        fmt::format(" --moments {}", std::filesystem::path(options.moments).filename().string());
   }
   told += fmt::format(
-      "{}: {} tokens, measured on {}, {} threads, batch 8, weights {}, kv {}\n", config.name,
+      "\n{}: {} tokens, measured on {}, {} threads, batch 8, weights {}, kv {}\n", config.name,
       moments.has_value() ? static_cast<uint64_t>(moments->tokens())
                           : corpus->windows.size() * options.window,
       MachineName(), model->threads, executor->weight_types(), KvTypeName(model->kv));

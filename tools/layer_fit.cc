@@ -326,26 +326,25 @@ class LayerFit {
   // Adds what is held by the piece that begins with a row of the stream, and misses `missed`, if
   // that has columns; sinks as such.
   absl::Status AddRows(int64_t first_row, int rows, ConstMatrix missed, SecondMoments* moments) {
-    const std::vector<int>& sinks = sinks_[first_row];
     const ConstMatrix hidden = Held(rows);
-    others_.clear();
-    others_missed_.clear();
-    int others = 0;
-    for (int r = 0, sink = 0; r < rows; ++r) {
-      const std::span held(hidden.row(r), hidden.cols);
-      const auto misses =
-          missed.cols == 0 ? std::span<const float>() : std::span(missed.row(r), missed.cols);
-      if (sink < static_cast<int>(sinks.size()) && sinks[sink] == r) {
-        moments->AddSink(held, misses);
-        ++sink;
-        continue;
-      }
-      others_.insert(others_.end(), held.begin(), held.end());
-      others_missed_.insert(others_missed_.end(), misses.begin(), misses.end());
-      ++others;
+    const auto run = [](ConstMatrix of, int begin, int end) {
+      return of.cols == 0 ? of : ConstMatrix(of.row(begin), end - begin, of.cols, of.stride);
+    };
+    absl::Status status;
+    int begin = 0;  // of rows up to the next sink
+    const auto add_until = [&](int end) {
+      if (begin == end) return;
+      status.Update(moments->Add(run(hidden, begin, end), run(missed, begin, end)));
+    };
+    for (const int sink : sinks_[first_row]) {
+      add_until(sink);
+      const ConstMatrix misses = run(missed, sink, sink + 1);
+      moments->AddSink({hidden.row(sink), static_cast<size_t>(hidden.cols)},
+                       {misses.data, static_cast<size_t>(misses.cols)});
+      begin = sink + 1;
     }
-    return moments->Add(ConstMatrix(others_.data(), others, hidden.cols),
-                        ConstMatrix(others_missed_.data(), others, missed.cols));
+    add_until(rows);
+    return status;
   }
 
   absl::Status FitLayer(int layer, PruningData::Layer* found) {
@@ -503,7 +502,6 @@ class LayerFit {
   std::vector<float> held_;      // what met `down`, of the piece in hand
   // Of the layer in hand, by the stream's row that a piece begins with: rows of the piece.
   std::map<int64_t, std::vector<int>> sinks_;
-  std::vector<float> others_, others_missed_;
   int start_ = 0;                 // position of the piece in hand
   int64_t done_ = 0, total_ = 0;  // sweeps
   int found_ = 0;                 // layers that a checkpoint had

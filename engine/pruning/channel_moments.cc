@@ -110,7 +110,7 @@ std::vector<float> ChannelMoments::Mean(int layer) const {
   std::vector<float> mean(width * width);
   const double scale = 1.0 / static_cast<double>(std::max<int64_t>(layers_[layer].tokens, 1));
   const std::vector<double>& sinks = layers_[layer].sinks.sums;
-  const double weight = SinkWeight(layer);
+  const double weight = layers_[layer].sinks.Weight(Energy(layer));
   for (int i = 0; i < channels_; ++i) {
     for (int j = 0; j <= i; ++j) {
       mean[i * width + j] = mean[j * width + i] =
@@ -118,11 +118,6 @@ std::vector<float> ChannelMoments::Mean(int layer) const {
     }
   }
   return mean;
-}
-
-double ChannelMoments::SinkWeight(int layer) const {
-  const std::vector<float> energy = Energy(layer);
-  return layers_[layer].sinks.Weight(std::accumulate(energy.begin(), energy.end(), 0.0), channels_);
 }
 
 std::vector<float> ChannelMoments::Energy(int layer) const {

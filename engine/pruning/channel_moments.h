@@ -74,8 +74,6 @@ class ChannelMoments {
   void set_frozen(bool frozen) { frozen_ = frozen; }
 
  private:
-  double SinkWeight(int layer) const;
-
   int channels_, blocks_;
   std::vector<Layer> layers_;
   std::vector<float> rows_;  // [blocks, kMostRows, kTile]: those in hand, as tiles want them

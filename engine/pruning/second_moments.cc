@@ -58,12 +58,6 @@ absl::Status SecondMoments::Add(ConstMatrix hidden, ConstMatrix missed) {
   return backend_->Synchronize();
 }
 
-double SecondMoments::SinkWeight() const {
-  double energy = 0;
-  for (const float each : Energy()) energy += each;
-  return sinks_.Weight(energy, channels_);
-}
-
 std::vector<float> SecondMoments::Energy() const {
   std::vector<float> energy(channels_);
   for (int c = 0; tokens_ > 0 && c < channels_; ++c) {
@@ -91,7 +85,7 @@ std::vector<float> SecondMoments::Mean() const {
   const size_t width = channels_;
   std::vector<float> mean(width * width);
   if (tokens_ == 0) return mean;
-  const double scale = 1.0 / static_cast<double>(tokens_), sinks = SinkWeight();
+  const double scale = 1.0 / static_cast<double>(tokens_), sinks = sinks_.Weight(Energy());
   for (size_t i = 0; i < width; ++i) {
     for (size_t j = 0; j <= i; ++j) {
       mean[i * width + j] = mean[j * width + i] = static_cast<float>(
@@ -105,7 +99,7 @@ std::vector<float> SecondMoments::Missed() const {
   const size_t width = channels_;
   std::vector<float> mean(missed_.size());
   if (tokens_ == 0) return mean;
-  const double scale = 1.0 / static_cast<double>(tokens_), sinks = SinkWeight();
+  const double scale = 1.0 / static_cast<double>(tokens_), sinks = sinks_.Weight(Energy());
   for (int n = 0; n < outputs_; ++n) {
     for (size_t c = 0; c < width; ++c) {
       mean[n * width + c] = static_cast<float>(missed_[n * width + c] * scale +

@@ -41,7 +41,6 @@ class SecondMoments {
 
  private:
   std::vector<float> MeanOf(std::span<const double> sums) const;
-  double SinkWeight() const;
 
   // Rows of products done as one target: the lower triangle is a staircase.
   static constexpr int kStep = 192;

@@ -27,12 +27,13 @@ struct SinkSums {
     ++rows;
   }
 
-  // What products of two sums are multiplied by, to stand beside means of products: by energy, the
-  // other rows' mean sum of squares, and the first `channels` sums.
-  double Weight(double energy, int channels) const {
+  // What products of two sums are multiplied by, to stand beside means of products: by E[h^2] of
+  // the other rows, [channels], and as many sums.
+  double Weight(std::span<const float> energies) const {
     constexpr double kLarge = 100;  // SmolLM2-135M's hold 300, 200,000 and 10,000 in three layers
-    const double squares =
-        std::inner_product(sums.begin(), sums.begin() + channels, sums.begin(), 0.0);
+    const auto end = sums.begin() + static_cast<int64_t>(energies.size());
+    const double squares = std::inner_product(sums.begin(), end, sums.begin(), 0.0);
+    const double energy = std::accumulate(energies.begin(), energies.end(), 0.0);
     const auto count = static_cast<double>(rows);
     const bool large = squares > kLarge * energy * count * count;
     return rows > 0 && large ? energy / squares : 0;

@@ -192,7 +192,7 @@ QuantizedRows CpuBackend::Quantize(const ConstMatrix& x) {
 int CpuBackend::RowsOfTask(int rows, int tasks_wide) const {
   constexpr int kLeastRows = 32;
   int most = std::min(rows, kMaxTaskRows);
-  while (most > kLeastRows && tasks_wide * ((rows + most - 1) / most) < wanted_tasks()) {
+  while (most > kLeastRows && tasks_wide * DivideUp(rows, most) < wanted_tasks()) {
     most = std::max(kLeastRows, most / 2);
   }
   return most;
@@ -432,7 +432,7 @@ void CpuBackend::LogitStats(const LogitStatsArgs& args) {
   const int rows = args.logits.rows, cols = args.logits.cols;
   Require(static_cast<int>(args.out.size()) == rows, "LogitStats: {} results for {} rows",
           args.out.size(), rows);
-  const int blocks = (cols + kBlock - 1) / kBlock;
+  const int blocks = DivideUp(cols, kBlock);
   const size_t all = static_cast<size_t>(rows) * blocks;
   Require(all <= std::numeric_limits<int>::max(), "LogitStats: {} blocks", all);
   GrowTo(&logit_partials_, all);
