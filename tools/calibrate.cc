@@ -44,6 +44,7 @@ namespace {
 
 constexpr int kStepRows = 512;
 constexpr int kTurns = 5;           // of timings
+constexpr double kSlope = 0.5;      // measured: tests/bench/pruning/README.md
 constexpr size_t kDropWindows = 8;  // that the order of attention blocks is found on
 
 constexpr size_t kKeyWindows = 64;  // that mean keys are of
@@ -57,6 +58,9 @@ struct Options {
   std::vector<std::string> rungs = {"0.1", "0.2", "0.3", "0.4", "0.4+3", "0.5+3", "0.6+3", "0.6+6"};
   std::vector<double> widths = {0.2, 0.4, 0.6};
   int dense_layers = 3;
+  // Not told: 1 and kSlope where later layers are fitted to make up for earlier ones, else 0.
+  std::optional<int> last_dense_layers;
+  std::optional<double> slope;
   std::string rank = "elimination";
   std::string compensate = "refit";
   std::string moments;  // what channels are ranked and refitted by; empty: text
@@ -420,7 +424,14 @@ absl::Status Run(const Options& options) {
       drop_order->push_back(AttentionBlock(layer));
     }
   }
-  const LayerWidths widths{.dense_layers = options.dense_layers, .left_out = options.widths};
+  // Of a server's moments each layer is fitted to its own loss.
+  const bool made_up_for = options.compensate == "refit" && options.moments.empty();
+  const LayerWidths widths{
+      .dense_layers = options.dense_layers,
+      .left_out = options.widths,
+      .last_dense_layers = options.last_dense_layers.value_or(made_up_for ? 1 : 0),
+      .slope = options.slope.value_or(made_up_for ? kSlope : 0),
+  };
   absl::StatusOr<Ladder> plan = PlanLadder(widths, config, plans, *drop_order);
   if (!plan.ok()) return plan.status();
   if (moments.has_value()) {
@@ -506,11 +517,11 @@ absl::Status Run(const Options& options) {
   // The command, but for where the model lies.
   std::string told = fmt::format(
       "espalier calibrate --model {} --text {} --tokens {} --rungs {} --widths {} --dense-layers "
-      "{} "
-      "--rank {} --compensate {}",
+      "{} --last-dense-layers {} --slope {} --rank {} --compensate {}",
       std::filesystem::path(LadderPathOf(options.model.model)).stem().string(),
       fmt::join(options.texts, " "), options.tokens, fmt::join(options.rungs, ","),
-      fmt::join(options.widths, ","), options.dense_layers, options.rank, options.compensate);
+      fmt::join(options.widths, ","), widths.dense_layers, widths.last_dense_layers, widths.slope,
+      options.rank, options.compensate);
   if (!options.blocks.empty()) {
     told += fmt::format(" --blocks {} --resident-tokens {}",
                         std::filesystem::path(options.blocks).filename().string(),
@@ -578,6 +589,17 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->type_name("LAYERS")
       ->check(CLI::Range(0, 1023))
       ->capture_default_str();
+  sub->add_option("--last-dense-layers", options->last_dense_layers,
+                  "Last layers to leave whole; the others leave out as many channels more")
+      ->type_name("LAYERS")
+      ->check(CLI::Range(0, 1023))
+      ->default_str("1 where text refits, else 0");
+  sub->add_option("--slope", options->slope,
+                  "How much more than the mean the first narrowed layer leaves out, and the last "
+                  "less: later layers, fitted to what is missing, make up for earlier ones")
+      ->type_name("SHARE")
+      ->check(Within(0, 0.95))
+      ->default_str(fmt::format("{} where text refits, else 0", kSlope));
   std::vector<std::string> ranks = {"elimination"};
   ranks.insert(ranks.end(), std::begin(kImportanceNames), std::end(kImportanceNames));
   sub->add_option("--rank", options->rank,

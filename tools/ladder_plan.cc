@@ -6,7 +6,10 @@
 #include <charconv>
 #include <cmath>
 #include <iterator>
+#include <map>
+#include <numeric>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "kernels/weight.h"
@@ -17,6 +20,79 @@ namespace espalier {
 namespace {
 
 constexpr int kChannelMultiple = 64;  // the published code's; also what a task of the kernels takes
+constexpr double kMostOfALayer = 0.85;  // that a slope lets it leave out
+
+// Channels kept by each layer if `ratio` of all leaves.
+std::vector<int> KeptByLayer(const LayerWidths& widths, const ModelConfig& config, double ratio) {
+  const int multiple =
+      config.channels % kChannelMultiple == 0 ? kChannelMultiple : int{kQuantGroup};
+  const int groups = config.channels / multiple;
+  const int narrowed = config.layers - widths.dense_layers;
+  const int uniform = KeptChannels(
+      config.channels, NarrowedLayerRatio(config.layers, widths.dense_layers, ratio), multiple);
+  const int sloped = std::max(narrowed - widths.last_dense_layers, 1);
+  int left = narrowed * (groups - uniform / multiple);  // groups that are yet to leave
+  std::vector<int> kept(config.layers, config.channels);
+  const auto leave = [&](int layer, long count) {
+    const int room = std::min(kept[layer] / multiple - 1, left);
+    const int leaves = static_cast<int>(std::clamp<long>(count, 0, room));
+    kept[layer] -= leaves * multiple;
+    left -= leaves;
+    return leaves;
+  };
+  const double mean = static_cast<double>(left) / sloped;
+  const double slope =
+      std::clamp(kMostOfALayer * groups / std::max(mean, 1.0) - 1, 0.0, widths.slope);
+  double due = 0;
+  for (int i = 0; i < sloped; ++i) {
+    const double depth = sloped == 1 ? 0.5 : i / (sloped - 1.0);
+    due += mean * (1 + slope * (1 - 2 * depth));
+    due -= leave(widths.dense_layers + i, std::lround(due));
+  }
+  // What those have no room for.
+  for (int layer = config.layers - 1; layer >= widths.dense_layers; --layer) leave(layer, left);
+  return kept;
+}
+
+// By share left out, of all that a plan's layers may have: a greater share keeps no more anywhere.
+using KeptByShare = std::map<double, std::vector<int>>;
+
+KeptByShare KeptCountsOf(const LayerWidths& widths, const ModelConfig& config,
+                         std::span<const RungPlan> plans) {
+  KeptByShare kept = {{0, std::vector<int>(config.layers, config.channels)}};
+  for (const double share : widths.left_out) kept[share];
+  for (const RungPlan& plan : plans) {
+    if (widths.left_out.empty() || plan.ratio > widths.left_out.back()) kept[plan.ratio];
+  }
+  for (auto milder = kept.begin(), harder = std::next(milder); harder != kept.end();
+       milder = harder++) {
+    harder->second = KeptByLayer(widths, config, harder->first);
+    for (int layer = 0; layer < config.layers; ++layer) {
+      harder->second[layer] = std::min(harder->second[layer], milder->second[layer]);
+    }
+  }
+  return kept;
+}
+
+// The harder's counts in as many first layers as come nearest to the ratio, and the milder's
+// behind.
+std::vector<int> Between(KeptByShare::const_iterator milder, KeptByShare::const_iterator harder,
+                         double ratio) {
+  std::vector<int> kept = milder->second;
+  const auto all = [](const std::vector<int>& counts) {
+    return std::accumulate(counts.begin(), counts.end(), 0.0);
+  };
+  const double span = harder->first - milder->first;
+  const double part = span == 0 ? 1 : (ratio - milder->first) / span;
+  double over = part * (all(milder->second) - all(harder->second));  // channels yet to leave
+  for (size_t layer = 0; layer < kept.size(); ++layer) {
+    const int more = kept[layer] - harder->second[layer];
+    if (over < more / 2.0) break;
+    kept[layer] -= more;
+    over -= more;
+  }
+  return kept;
+}
 
 }  // namespace
 
@@ -57,25 +133,18 @@ CLI::Validator IsRung() {
 absl::StatusOr<Ladder> PlanLadder(const LayerWidths& widths, const ModelConfig& config,
                                   std::span<const RungPlan> plans,
                                   std::span<const int> drop_order) {
-  const auto kept = [&](double ratio) {
-    return KeptChannels(config.channels,
-                        NarrowedLayerRatio(config.layers, widths.dense_layers, ratio),
-                        config.channels % kChannelMultiple == 0 ? kChannelMultiple : kQuantGroup);
-  };
+  const KeptByShare kept = KeptCountsOf(widths, config, plans);
   const auto kept_heads = [&](double ratio) {
     return KeptHeads(config.heads, NarrowedLayerRatio(config.layers, widths.dense_layers, ratio));
   };
-  const int narrowed = config.layers - widths.dense_layers;
   Ladder ladder = Ladder::DenseOnly(config.sites());
   for (const RungPlan& plan : plans) {
-    const auto above = std::ranges::lower_bound(widths.left_out, plan.ratio);
-    const double harder = above == widths.left_out.end() ? plan.ratio : *above;
-    const double milder = above == widths.left_out.begin() ? 0 : *std::prev(above);
-    const auto front = std::lround(narrowed * (plan.ratio - milder) / (harder - milder));
+    const auto harder = kept.lower_bound(plan.ratio);
+    const auto milder = harder == kept.begin() ? harder : std::prev(harder);
+    const std::vector<int> counts = Between(milder, harder, plan.ratio);
     KeepProfile keep = KeepProfile::Dense(config.sites());
     for (int layer = widths.dense_layers; layer < config.layers; ++layer) {
-      const bool first = layer - widths.dense_layers < front;
-      keep.Keep(layer, SiteKind::kChannels, kept(first ? harder : milder));
+      keep.Keep(layer, SiteKind::kChannels, counts[layer]);
       keep.Keep(layer, SiteKind::kHeads, kept_heads(plan.heads));
     }
     if (plan.blocks > static_cast<int>(drop_order.size())) {

@@ -31,9 +31,17 @@ struct RungPlan {
 bool ReadRung(std::string_view text, RungPlan* plan);
 CLI::Validator IsRung();
 
+// How channels to leave out are divided among layers: as many in all as the published rule says for
+// the first layers whole (policy/kept_counts.h).
 struct LayerWidths {
   int dense_layers = 0;              // first layers, which stay whole
   std::span<const double> left_out;  // shares that the others may leave out, ascending
+  // Last layers, which stay whole too, and how much more than the mean the first of the others
+  // leaves out, and the last of them less: [0, 1). Where later layers are fitted to make up for
+  // earlier ones, those can spare more, and for the last one nothing makes up. Where that would
+  // leave out more than 85 % of a layer, the slope is less.
+  int last_dense_layers = 0;
+  double slope = 0;
 };
 
 // The rungs asked for, without prices, mildest first; rung 0 is dense. A ratio between two widths

@@ -68,7 +68,7 @@ def calibrate(binary, model, path, *options, rung="0.6", kept="channels=64*2"):
     done = subprocess.run(
         [pathlib.Path(binary).with_name("espalier"), "calibrate", "--model", model, "--text",
          ROOT / "tests/golden/data/prose.txt", "--tokens", "3000", "--dense-layers", "0",
-         "--rungs", rung, "--out", path, *options],
+         "--last-dense-layers", "0", "--slope", "0", "--rungs", rung, "--out", path, *options],
         capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"espalier calibrate: {done.stderr}")

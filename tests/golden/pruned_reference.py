@@ -100,8 +100,8 @@ def main(espalier, model, text):
             command += ["--weights", "f32", "--kv", "f32"]
             return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-        run("calibrate", "--tokens", "4000", "--dense-layers", "0", "--rungs", "0.6,0.7",
-            "--out", str(ladder))  # fmt: skip
+        run("calibrate", "--tokens", "4000", "--dense-layers", "0", "--last-dense-layers", "0",
+            "--slope", "0", "--rungs", "0.6,0.7", "--out", str(ladder))  # fmt: skip
         # Its refits, of 64 and 32 channels, under profiles that calibration does not make; rungs of
         # so small a model may be no faster, and then it leaves them out of its ladder.
         ladder.write_text(

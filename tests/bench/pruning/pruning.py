@@ -84,11 +84,12 @@ def one_kind(bench, text):
         methods[name] = (bench.ladder(name, "--text", calibrate, "--tokens", 60000, "--rank", rank,
                                       "--compensate", compensate),)
     history = ("--history-text", calibrate, "--history-tokens", 100000)
-    methods["probe-pruning"] = (ours, "--probe", "top-norm", "--exact-history", *history)
-    methods["spread-probe"] = (ours, "--probe", "spread", "--probe-budget", 0.02,
+    uniform = methods["static"][0]  # as published, with weights as loaded
+    methods["probe-pruning"] = (uniform, "--probe", "top-norm", "--exact-history", *history)
+    methods["spread-probe"] = (uniform, "--probe", "spread", "--probe-budget", 0.02,
                                "--history-keep", 1, *history)
     methods["parallel-probing"] = (*methods["probe-pruning"], "--probe-stale")
-    methods["full-batch"] = (ours, "--probe", "all")
+    methods["full-batch"] = (uniform, "--probe", "all")
     methods["ours-self"] = (bench.ladder("self", "--text", "self", "--tokens", 200000),)
     windows = ("--text", test, "--prompt", WINDOW, "--decode", 0, "--count", WINDOWS, "--batch",
                WINDOW_BATCH, "--step-rows", WINDOW * WINDOW_BATCH)
@@ -105,16 +106,17 @@ def mixed(bench, kinds):
     calibrate = [bench.folder / f"texts/calibrate/{kind}.txt" for kind in kinds]
     test = [bench.folder / f"texts/test/{kind}.txt" for kind in kinds]
     ours = bench.ladder("mixed", "--text", *calibrate, "--tokens", 240000)
-    whole = bench.prompts_whole(ours)
     rows = {
         "mixed": (ours, (8, 1)),
         "self": (bench.ladder("self", "--text", "self", "--tokens", 200000), (8,)),
-        "mixed, prompts whole": (whole, (8,)),
-        # All of a batch's prompts in one step; of one, its own prompt ranks for each request.
-        "by prompts, whole": (whole, (8, 1), "--probe", "prompts", "--step-rows", 8 * PROMPT),
+        "mixed, prompts whole": (bench.prompts_whole(ours), (8,)),
     }
     if "wiki" in kinds:
-        rows["static wiki"] = (bench.folder / "static.ladder", (8,))
+        static = bench.folder / "static.ladder"
+        rows["static wiki"] = (static, (8,))
+        # All of a batch's prompts in one step; of one, its own prompt ranks for each request.
+        rows["by prompts, whole"] = (bench.prompts_whole(static), (8, 1), "--probe", "prompts",
+                                     "--step-rows", 8 * PROMPT)
     table = {}
     for name, (ladder, batches, *arguments) in rows.items():
         for batch in batches:
