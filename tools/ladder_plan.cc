@@ -51,6 +51,7 @@ std::vector<int> KeptByLayer(const LayerWidths& widths, const ModelConfig& confi
   }
   // What those have no room for.
   for (int layer = config.layers - 1; layer >= widths.dense_layers; --layer) leave(layer, left);
+  std::sort(kept.begin() + widths.dense_layers, kept.end());  // rounding may take turns
   return kept;
 }
 

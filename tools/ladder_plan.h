@@ -37,9 +37,9 @@ struct LayerWidths {
   int dense_layers = 0;              // first layers, which stay whole
   std::span<const double> left_out;  // shares that the others may leave out, ascending
   // Last layers, which stay whole too, and how much more than the mean the first of the others
-  // leaves out, and the last of them less: [0, 1). Where later layers are fitted to make up for
-  // earlier ones, those can spare more, and for the last one nothing makes up. Where that would
-  // leave out more than 85 % of a layer, the slope is less.
+  // leaves out, and the last of them less: [0, 1); none keeps fewer than another before it. Where
+  // later layers are fitted to make up for earlier ones, those can spare more, and for the last one
+  // nothing makes up. Where that would leave out more than 85 % of a layer, the slope is less.
   int last_dense_layers = 0;
   double slope = 0;
 };

@@ -29,6 +29,7 @@ STATIC = {"static": ("ppsp", "none"), "wanda-sp": ("wanda-sp", "none"), "flap": 
           "flap-no-bias": ("flap", "none")}
 WINDOW, WINDOWS, WINDOW_BATCH = 1024, 60, 20
 PROMPT = 256
+SELF = ("--text", "self", "--tokens", 300000)
 
 
 class Bench:
@@ -90,7 +91,7 @@ def one_kind(bench, text):
                                "--history-keep", 1, *history)
     methods["parallel-probing"] = (*methods["probe-pruning"], "--probe-stale")
     methods["full-batch"] = (uniform, "--probe", "all")
-    methods["ours-self"] = (bench.ladder("self", "--text", "self", "--tokens", 200000),)
+    methods["ours-self"] = (bench.ladder("self", *SELF),)
     windows = ("--text", test, "--prompt", WINDOW, "--decode", 0, "--count", WINDOWS, "--batch",
                WINDOW_BATCH, "--step-rows", WINDOW * WINDOW_BATCH)
     dense = bench.eval(ours, (0,), *windows)[0][0]
@@ -108,7 +109,7 @@ def mixed(bench, kinds):
     ours = bench.ladder("mixed", "--text", *calibrate, "--tokens", 240000)
     rows = {
         "mixed": (ours, (8, 1)),
-        "self": (bench.ladder("self", "--text", "self", "--tokens", 200000), (8,)),
+        "self": (bench.ladder("self", *SELF), (8,)),
         "mixed, prompts whole": (bench.prompts_whole(ours), (8,)),
     }
     if "wiki" in kinds:
