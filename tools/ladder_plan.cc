@@ -20,7 +20,8 @@ namespace espalier {
 namespace {
 
 constexpr int kChannelMultiple = 64;  // the published code's; also what a task of the kernels takes
-constexpr double kMostOfALayer = 0.85;  // that a slope lets it leave out
+constexpr double kMostOfALayer =
+    0.85;  // that others' staying whole, or a slope, makes it leave out
 
 // Channels kept by each layer if `ratio` of all leaves.
 std::vector<int> KeptByLayer(const LayerWidths& widths, const ModelConfig& config, double ratio) {
@@ -30,8 +31,10 @@ std::vector<int> KeptByLayer(const LayerWidths& widths, const ModelConfig& confi
   const int narrowed = config.layers - widths.dense_layers;
   const int uniform = KeptChannels(
       config.channels, NarrowedLayerRatio(config.layers, widths.dense_layers, ratio), multiple);
-  const int sloped = std::max(narrowed - widths.last_dense_layers, 1);
   int left = narrowed * (groups - uniform / multiple);  // groups that are yet to leave
+  int last = std::min(widths.last_dense_layers, narrowed - 1);
+  while (last > 0 && left > kMostOfALayer * groups * (narrowed - last)) --last;
+  const int sloped = narrowed - last;
   std::vector<int> kept(config.layers, config.channels);
   const auto leave = [&](int layer, long count) {
     const int room = std::min(kept[layer] / multiple - 1, left);

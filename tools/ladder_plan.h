@@ -39,7 +39,8 @@ struct LayerWidths {
   // Last layers, which stay whole too, and how much more than the mean the first of the others
   // leaves out, and the last of them less: [0, 1); none keeps fewer than another before it. Where
   // later layers are fitted to make up for earlier ones, those can spare more, and for the last one
-  // nothing makes up. Where that would leave out more than 85 % of a layer, the slope is less.
+  // nothing makes up. Where that would leave out more than 85 % of a layer, fewer last layers stay
+  // whole, then the slope is less.
   int last_dense_layers = 0;
   double slope = 0;
 };

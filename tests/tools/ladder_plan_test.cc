@@ -77,13 +77,19 @@ TEST(LadderPlan, FallsLessWhereThatWouldEmptyLayers) {
   EXPECT_EQ(kept.front(), 2 * 64);  // 14 of 16 groups, not 18
 }
 
-TEST(LadderPlan, TakesFromTheLastLayersWhatOthersHaveNoRoomFor) {
+TEST(LadderPlan, TakesFromTheLastLayersWhatWouldEmptyOthers) {
   const double shares[] = {0.75};
   EXPECT_THAT(Planned({.left_out = shares, .last_dense_layers = 1}, Model(2, 4 * 64), 0.75),
               ElementsAre(64, 64));
   const double half[] = {0.5};
   EXPECT_THAT(Planned({.left_out = half, .last_dense_layers = 9}, Model(2, 4 * 64), 0.5),
-              ElementsAre(64, 3 * 64));
+              ElementsAre(2 * 64, 2 * 64));
+  const double most[] = {0.3};
+  const LayerWidths widths{
+      .dense_layers = 3, .left_out = most, .last_dense_layers = 1, .slope = 0.5};
+  const std::vector<int> kept = Planned(widths, Model(5, 1536), 0.3);
+  EXPECT_THAT(kept, Each(::testing::Ge(0.15 * 1536 - 64)));
+  EXPECT_EQ(Sum(kept), Sum(Planned({.dense_layers = 3, .left_out = most}, Model(5, 1536), 0.3)));
 }
 
 TEST(LadderPlan, KeepsNoMoreAnywhereOnAHarderRung) {
