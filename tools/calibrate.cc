@@ -400,6 +400,11 @@ absl::Status Run(const Options& options) {
     return absl::InvalidArgumentError(fmt::format("--dense-layers: {} of {} layers leave none",
                                                   options.dense_layers, config.layers));
   }
+  if (options.dense_layers + options.last_dense_layers.value_or(0) >= config.layers) {
+    return absl::InvalidArgumentError(
+        fmt::format("--last-dense-layers: {} of {} layers, beside the first {}, leave none",
+                    *options.last_dense_layers, config.layers, options.dense_layers));
+  }
   if (config.channels % kQuantGroup != 0) {
     return absl::UnimplementedError(fmt::format("{} channels: only multiples of {} can be narrowed",
                                                 config.channels, kQuantGroup));
