@@ -44,9 +44,7 @@ namespace {
 
 constexpr int kStepRows = 512;
 constexpr int kTurns = 5;           // of timings
-constexpr double kSlope = 0.5;      // measured: tests/bench/pruning/README.md
 constexpr size_t kDropWindows = 8;  // that the order of attention blocks is found on
-
 constexpr size_t kKeyWindows = 64;  // that mean keys are of
 
 struct Options {
@@ -57,10 +55,9 @@ struct Options {
   uint64_t seed = 1;
   std::vector<std::string> rungs = {"0.1", "0.2", "0.3", "0.4", "0.4+3", "0.5+3", "0.6+3", "0.6+6"};
   std::vector<double> widths = {0.2, 0.4, 0.6};
-  int dense_layers = 3;
-  // Not told: 1 and kSlope where later layers are fitted to make up for earlier ones, else 0.
-  std::optional<int> last_dense_layers;
-  std::optional<double> slope;
+  int dense_layers = kDenseLayers;
+  std::optional<int> last_dense_layers;  // none: kLastDenseLayers or 0
+  std::optional<double> slope;           // none: kSlope or 0
   std::string rank = "elimination";
   std::string compensate = "refit";
   std::string moments;  // what channels are ranked and refitted by; empty: text
@@ -273,6 +270,11 @@ absl::StatusOr<Prices> Time(ModelExecutor* executor, int rungs) {
   return prices;
 }
 
+Compensation CompensationOf(const Options& options) {
+  return static_cast<Compensation>(std::ranges::find(kCompensationNames, options.compensate) -
+                                   std::begin(kCompensationNames));
+}
+
 // The plans, mildest first.
 std::vector<RungPlan> PlansOf(const Options& options) {
   std::vector<RungPlan> plans(options.rungs.size());
@@ -346,8 +348,7 @@ absl::StatusOr<PruningData> FindChannels(const Options& options, const Ladder& p
                                          const Corpus& corpus, const ChannelMoments* moments,
                                          const std::string& checkpoint, const LocalModel& model) {
   const ModelConfig& config = model.file->config();
-  const auto compensation = static_cast<Compensation>(
-      std::ranges::find(kCompensationNames, options.compensate) - std::begin(kCompensationNames));
+  const Compensation compensation = CompensationOf(options);
   Progress bar("rankings and refits");
   const auto progress = [&](int64_t done, int64_t total) {
     bar.Update(done, total);
@@ -429,12 +430,14 @@ absl::Status Run(const Options& options) {
       drop_order->push_back(AttentionBlock(layer));
     }
   }
-  // Of a server's moments each layer is fitted to its own loss.
-  const bool made_up_for = options.compensate == "refit" && options.moments.empty();
+  // Not so by a server's moments, which fit each layer to its own loss. A bias makes up for little,
+  // and FLAP, which it is there for, leaves out alike.
+  const bool made_up_for =
+      CompensationOf(options) == Compensation::kRefit && options.moments.empty();
   const LayerWidths widths{
       .dense_layers = options.dense_layers,
       .left_out = options.widths,
-      .last_dense_layers = options.last_dense_layers.value_or(made_up_for ? 1 : 0),
+      .last_dense_layers = options.last_dense_layers.value_or(made_up_for ? kLastDenseLayers : 0),
       .slope = options.slope.value_or(made_up_for ? kSlope : 0),
   };
   absl::StatusOr<Ladder> plan = PlanLadder(widths, config, plans, *drop_order);
@@ -576,16 +579,16 @@ void AddCalibrate(CLI::App& root, Action* action) {
   sub->add_option(
          "--rungs", options->rungs,
          "A rung for each: the share of the MLPs' channels to leave out, and of query heads, how "
-         "many "
-         "blocks to drop (of attention those that are missed least, or as --blocks says), and "
+         "many blocks to drop (of attention those that are missed least, or as --blocks says), and "
          "whether K and V are kept in four bits")
       ->type_name("RATIO[hHEADS][+BLOCKS][/int4]")
       ->delimiter(',')
       ->check(IsRung())
       ->default_str(fmt::format("{}", fmt::join(options->rungs, ",")));
   sub->add_option("--widths", options->widths,
-                  "Shares that a layer may leave out, each with weights fitted for it, 10 MB or so "
-                  "of a model of 135M; a rung of a ratio between two has some layers of either")
+                  "Shares of all MLP channels that have weights fitted for them, 10 MB or so of a "
+                  "model of 135M; a rung of a ratio between two has the harder one's in its first "
+                  "layers")
       ->type_name("RATIO")
       ->delimiter(',')
       ->check(Within(0.01, 0.95))
@@ -595,16 +598,19 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->check(CLI::Range(0, 1023))
       ->capture_default_str();
   sub->add_option("--last-dense-layers", options->last_dense_layers,
-                  "Last layers to leave whole; the others leave out as many channels more")
+                  "Last layers whose MLPs to leave whole; the others leave out as many channels "
+                  "more, but none more than 85 %")
       ->type_name("LAYERS")
       ->check(CLI::Range(0, 1023))
-      ->default_str("1 where text refits, else 0");
+      ->default_str(
+          fmt::format("{} with --compensate refit and no --moments, else 0", kLastDenseLayers));
   sub->add_option("--slope", options->slope,
-                  "How much more than the mean the first narrowed layer leaves out, and the last "
-                  "less: later layers, fitted to what is missing, make up for earlier ones")
+                  "How much more than the mean the first narrowed MLP leaves out, and the last "
+                  "less, as many channels in all: later ones, fitted to what is missing, make up "
+                  "for earlier ones")
       ->type_name("SHARE")
       ->check(Within(0, 0.95))
-      ->default_str(fmt::format("{} where text refits, else 0", kSlope));
+      ->default_str(fmt::format("{} with --compensate refit and no --moments, else 0", kSlope));
   std::vector<std::string> ranks = {"elimination"};
   ranks.insert(ranks.end(), std::begin(kImportanceNames), std::end(kImportanceNames));
   sub->add_option("--rank", options->rank,

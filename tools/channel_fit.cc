@@ -5,24 +5,25 @@
 
 namespace espalier {
 
-std::map<int, int> KeptCounts(const Ladder& planned, int layer) {
+std::vector<std::map<int, int>> KeptCounts(const Ladder& planned) {
   const SiteWidths widths = planned.rung(0).prefill.widths();
-  const auto kept = [&](int rung, int of) {
-    return planned.rung(rung).prefill.kept(of, SiteKind::kChannels);
+  std::vector<std::map<int, int>> counts(widths.layers);
+  const auto to_fit = [&](int rung, int layer) {
+    const int kept = planned.rung(rung).prefill.kept(layer, SiteKind::kChannels);
+    return kept > 0 && kept < widths.channels && !counts[layer].contains(kept) ? kept : 0;
   };
-  const auto layers = [&](int count, int rung) {
-    int with = 0;
-    for (int of = 0; of < widths.layers; ++of) with += kept(rung, of) == count;
-    return with;
-  };
-  std::map<int, int> counts;
-  for (int rung = 1; rung < planned.size(); ++rung) {
-    const int count = kept(rung, layer);
-    if (count == 0 || count == widths.channels) continue;
-    const auto [found, added] = counts.try_emplace(count, rung);
-    if (!added && layers(count, rung) > layers(count, found->second)) found->second = rung;
+  while (true) {
+    int best = 0, most = 0;
+    for (int rung = 1; rung < planned.size(); ++rung) {
+      int layers = 0;
+      for (int layer = 0; layer < widths.layers; ++layer) layers += to_fit(rung, layer) > 0;
+      if (layers > most) best = rung, most = layers;
+    }
+    if (best == 0) return counts;
+    for (int layer = 0; layer < widths.layers; ++layer) {
+      if (const int kept = to_fit(best, layer); kept > 0) counts[layer][kept] = best;
+    }
   }
-  return counts;
 }
 
 std::optional<Importance> PublishedMeasure(const std::string& by) {

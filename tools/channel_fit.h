@@ -25,9 +25,10 @@ enum class Compensation : uint8_t {
 };
 inline constexpr std::string_view kCompensationNames[] = {"none", "mean", "refit"};
 
-// Of what rungs keep of a layer, but for all and none, the rung that does so in most layers, and
-// the mildest of those: its stream is what `down` is fitted to. Rungs that mix counts share it.
-std::map<int, int> KeptCounts(const Ladder& planned, int layer);
+// Of each layer, what rungs keep of it, but for all and none, and the rung whose stream `down` is
+// then fitted to. As few rungs as may be: again and again the one that keeps most of what is left,
+// the mildest of such; rungs that mix the counts of others share theirs.
+std::vector<std::map<int, int>> KeptCounts(const Ladder& planned);
 
 // One of kImportanceNames; none: elimination.
 std::optional<Importance> PublishedMeasure(const std::string& by);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <functional>
 #include <iterator>
 #include <map>
 #include <numeric>
@@ -20,10 +21,14 @@ namespace espalier {
 namespace {
 
 constexpr int kChannelMultiple = 64;  // the published code's; also what a task of the kernels takes
-constexpr double kMostOfALayer =
-    0.85;  // that others' staying whole, or a slope, makes it leave out
 
-// Channels kept by each layer if `ratio` of all leaves.
+// Of a layer's channels, that others' staying whole, or a slope, may make it leave out; not
+// measured.
+constexpr double kMostOfALayer = 0.85;
+
+int Sum(const std::vector<int>& counts) { return std::accumulate(counts.begin(), counts.end(), 0); }
+
+// Channels kept by each layer if `ratio` of all leaves; layers keep no fewer than those before.
 std::vector<int> KeptByLayer(const LayerWidths& widths, const ModelConfig& config, double ratio) {
   const int multiple =
       config.channels % kChannelMultiple == 0 ? kChannelMultiple : int{kQuantGroup};
@@ -31,30 +36,26 @@ std::vector<int> KeptByLayer(const LayerWidths& widths, const ModelConfig& confi
   const int narrowed = config.layers - widths.dense_layers;
   const int uniform = KeptChannels(
       config.channels, NarrowedLayerRatio(config.layers, widths.dense_layers, ratio), multiple);
-  int left = narrowed * (groups - uniform / multiple);  // groups that are yet to leave
-  int last = std::min(widths.last_dense_layers, narrowed - 1);
-  while (last > 0 && left > kMostOfALayer * groups * (narrowed - last)) --last;
-  const int sloped = narrowed - last;
+  const int to_leave = narrowed * (groups - uniform / multiple);  // in groups, of all layers
   std::vector<int> kept(config.layers, config.channels);
-  const auto leave = [&](int layer, long count) {
-    const int room = std::min(kept[layer] / multiple - 1, left);
-    const int leaves = static_cast<int>(std::clamp<long>(count, 0, room));
-    kept[layer] -= leaves * multiple;
-    left -= leaves;
-    return leaves;
-  };
-  const double mean = static_cast<double>(left) / sloped;
-  const double slope =
-      std::clamp(kMostOfALayer * groups / std::max(mean, 1.0) - 1, 0.0, widths.slope);
-  double due = 0;
+  if (to_leave == 0) return kept;
+  const int most = static_cast<int>(kMostOfALayer * groups);
+  int last = std::min(widths.last_dense_layers, narrowed - 1);
+  while (last > 0 && to_leave > most * (narrowed - last)) --last;
+  const int sloped = narrowed - last;
+  const double mean = static_cast<double>(to_leave) / sloped;
+  const double slope = mean < most ? std::min(widths.slope, most / mean - 1) : 0;
+  std::vector<int> leaves;
+  double sum = 0;
   for (int i = 0; i < sloped; ++i) {
     const double depth = sloped == 1 ? 0.5 : i / (sloped - 1.0);
-    due += mean * (1 + slope * (1 - 2 * depth));
-    due -= leave(widths.dense_layers + i, std::lround(due));
+    const long before = std::lround(sum);
+    sum += mean * (1 + slope * (1 - 2 * depth));
+    leaves.push_back(static_cast<int>(std::lround(sum) - before));
   }
-  // What those have no room for.
-  for (int layer = config.layers - 1; layer >= widths.dense_layers; --layer) leave(layer, left);
-  std::sort(kept.begin() + widths.dense_layers, kept.end());  // rounding may take turns
+  // Rounding takes turns where the slope is less than a group a layer.
+  std::ranges::sort(leaves, std::greater());
+  for (int i = 0; i < sloped; ++i) kept[widths.dense_layers + i] -= leaves[i] * multiple;
   return kept;
 }
 
@@ -82,18 +83,15 @@ KeptByShare KeptCountsOf(const LayerWidths& widths, const ModelConfig& config,
 // behind.
 std::vector<int> Between(KeptByShare::const_iterator milder, KeptByShare::const_iterator harder,
                          double ratio) {
-  std::vector<int> kept = milder->second;
-  const auto all = [](const std::vector<int>& counts) {
-    return std::accumulate(counts.begin(), counts.end(), 0.0);
-  };
   const double span = harder->first - milder->first;
   const double part = span == 0 ? 1 : (ratio - milder->first) / span;
-  double over = part * (all(milder->second) - all(harder->second));  // channels yet to leave
+  double to_leave = part * (Sum(milder->second) - Sum(harder->second));
+  std::vector<int> kept = milder->second;
   for (size_t layer = 0; layer < kept.size(); ++layer) {
     const int more = kept[layer] - harder->second[layer];
-    if (over < more / 2.0) break;
+    if (to_leave < more / 2.0) break;
     kept[layer] -= more;
-    over -= more;
+    to_leave -= more;
   }
   return kept;
 }

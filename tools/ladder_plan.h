@@ -31,19 +31,25 @@ struct RungPlan {
 bool ReadRung(std::string_view text, RungPlan* plan);
 CLI::Validator IsRung();
 
-// How channels to leave out are divided among layers: as many in all as the published rule says for
-// the first layers whole (policy/kept_counts.h).
+// How MLP channels to leave out are divided among layers: as many in all as if those behind the
+// first whole ones left out alike by the published rule (policy/kept_counts.h), or some more where
+// a milder share leaves out more of a layer, so that rungs nest.
 struct LayerWidths {
-  int dense_layers = 0;              // first layers, which stay whole
-  std::span<const double> left_out;  // shares that the others may leave out, ascending
-  // Last layers, which stay whole too, and how much more than the mean the first of the others
-  // leaves out, and the last of them less: [0, 1); none keeps fewer than another before it. Where
-  // later layers are fitted to make up for earlier ones, those can spare more, and for the last one
-  // nothing makes up. Where that would leave out more than 85 % of a layer, fewer last layers stay
-  // whole, then the slope is less.
-  int last_dense_layers = 0;
-  double slope = 0;
+  int dense_layers = 0;              // first layers, which stay whole, heads too: fewer than all
+  std::span<const double> left_out;  // shares with weights of their own, ascending, of all channels
+
+  // For refits of each layer to what earlier ones miss, by which later layers make up for earlier
+  // ones and nothing for the last. Both give way where a layer would leave out more than 85 %.
+  int last_dense_layers = 0;  // whose MLPs stay whole
+  double slope = 0;  // [0, 1): how much more than the mean the first of the others leaves out, and
+                     // the last of them less
 };
+
+// What `espalier calibrate` takes if not told otherwise, the latter two where text refits; measured
+// on SmolLM2-135M (tests/bench/pruning/README.md).
+inline constexpr int kDenseLayers = 3;  // which bear pruning least
+inline constexpr int kLastDenseLayers = 1;
+inline constexpr double kSlope = 0.5;
 
 // The rungs asked for, without prices, mildest first; rung 0 is dense. A ratio between two widths
 // has the harder in its first layers: what those leave in the stream is what later layers of the

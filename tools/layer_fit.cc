@@ -73,6 +73,7 @@ class LayerFit {
         backend_(backend),
         progress_(progress),
         rungs_(options.compensation == Compensation::kNone ? 1 : planned.size()),
+        counts_(KeptCounts(planned)),
         fitted_(Fitted()) {
     const size_t pages = (windows.front().size() + kPageTokens - 1) / kPageTokens;
     tables_.resize(config_.layers);
@@ -86,7 +87,7 @@ class LayerFit {
       if (rungs_ == 1) continue;
       const std::vector<int> narrowed = Narrowed(layer);
       left.insert(narrowed.begin(), narrowed.end());
-      total_ += static_cast<int64_t>(KeptCounts(planned_, layer).size());
+      total_ += static_cast<int64_t>(counts_[layer].size());
       if (layer + 1 < config_.layers) total_ += static_cast<int64_t>(left.size());
     }
   }
@@ -170,7 +171,7 @@ class LayerFit {
     }
     for (int layer = 0; layer < done; ++layer) {
       PruningData::Layer& found = data_.layers[layer];
-      const std::map<int, int> counts = KeptCounts(planned_, layer);
+      const std::map<int, int>& counts = counts_[layer];
       if (NarrowsHeads(layer)) {
         const std::span<const int32_t> heads = (*file)->Ranking(layer, SiteKind::kHeads);
         found.heads.assign(heads.begin(), heads.end());
@@ -213,8 +214,8 @@ class LayerFit {
   std::set<int> Fitted() const {
     std::set<int> rungs;
     if (rungs_ == 1) return rungs;
-    for (int layer = 0; layer < config_.layers; ++layer) {
-      for (const auto& [kept, rung] : KeptCounts(planned_, layer)) rungs.insert(rung);
+    for (const std::map<int, int>& counts : counts_) {
+      for (const auto& [kept, rung] : counts) rungs.insert(rung);
     }
     return rungs;
   }
@@ -361,7 +362,7 @@ class LayerFit {
         if (input == MatrixInput::kO) attended.Add(WithoutFirst(rows));
       });
     }
-    if (KeptCounts(planned_, layer).empty() || !to_find) {
+    if (counts_[layer].empty() || !to_find) {
       status = Advance(layer, 0, &dense_);
       if (status.ok()) status = TakeHeads(layer, attended, found);
       if (status.ok() && rungs_ > 1 && !narrowed.empty()) status = SetOnlyAt(layer);
@@ -426,7 +427,7 @@ class LayerFit {
     absl::Status status = SetOnlyAt(layer);
     std::map<int, RefittedDown> refits;    // by count
     std::map<int, SecondMoments> moments;  // the same
-    for (const auto& [kept, rung] : KeptCounts(planned_, layer)) {
+    for (const auto& [kept, rung] : counts_[layer]) {
       if (!status.ok()) return status;
       if (options_.compensation == Compensation::kMean) {
         status = FitMean(layer, kept, rung, &refits[kept]);
@@ -493,6 +494,7 @@ class LayerFit {
   Backend* backend_;
   const std::function<bool(int64_t, int64_t)>& progress_;
   int rungs_;
+  const std::vector<std::map<int, int>> counts_;  // [layers]
   const std::set<int> fitted_;
   PruningData data_;
   std::vector<std::vector<int32_t>> tables_;  // [layers], of one window

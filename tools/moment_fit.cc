@@ -96,11 +96,12 @@ absl::StatusOr<PruningData> FitToMoments(
   const ModelConfig& config = file.config();
   PruningData data;
   data.layers.resize(config.layers);
+  const std::vector<std::map<int, int>> kept_counts = KeptCounts(planned);
   for (int layer = 0; layer < config.layers; ++layer) {
     if (!progress(layer, config.layers)) {
       return absl::CancelledError("interrupted; no ladder was written");
     }
-    const std::map<int, int> counts = KeptCounts(planned, layer);
+    const std::map<int, int>& counts = kept_counts[layer];
     if (counts.empty()) continue;
     const absl::StatusOr<std::vector<float>> down = ReadDown(file, layer);
     if (!down.ok()) return down.status();

@@ -22,6 +22,7 @@
 #include "engine/pruning/probe.h"
 #include "tools/bench_run.h"
 #include "tools/commit.h"
+#include "tools/ladder_plan.h"
 #include "tools/local_model.h"
 #include "tools/machine.h"
 #include "tools/statistics.h"
@@ -30,7 +31,6 @@ namespace espalier {
 namespace {
 
 constexpr int kStepRows = 512;
-constexpr int kDenseLayers = 3;        // the first, which bear pruning least
 constexpr double kProbeBudget = 0.02;  // of the rows
 constexpr int kLearnRows = 64;         // as the server
 
@@ -74,17 +74,21 @@ class ZeroRefits final : public ChannelSelector {
   std::vector<FourBitGroup> groups_;
 };
 
-// Leaves out about `share` of the blocks' multiplications, as channels of all but the first layers.
-KeepProfile Narrowed(const ModelConfig& config, double share) {
+// Rungs 1 and 2 leave out about 20 and 40 % of the blocks' multiplications, as channels, from
+// layers as `espalier calibrate` does if not told otherwise.
+absl::StatusOr<Ladder> PlanShares(const ModelConfig& config) {
   const BlockCosts costs = CostsOfBlocks(config);
-  const double layers = config.layers - kDenseLayers;
-  const double kept = 1 - share * costs.all / (costs.mlp * layers / config.layers);
-  KeepProfile keep = KeepProfile::Dense(config.sites());
-  for (int layer = kDenseLayers; layer < config.layers; ++layer) {
-    keep.Keep(layer, SiteKind::kChannels,
-              static_cast<int>(std::lround(kept * config.channels / 64)) * 64);
+  std::vector<double> ratios;
+  std::vector<RungPlan> plans;
+  for (const double share : {0.2, 0.4}) {
+    ratios.push_back(share * costs.all / costs.mlp);
+    plans.push_back({.ratio = ratios.back()});
   }
-  return keep;
+  return PlanLadder({.dense_layers = kDenseLayers,
+                     .left_out = ratios,
+                     .last_dense_layers = kLastDenseLayers,
+                     .slope = kSlope},
+                    config, plans, {});
 }
 
 // A step of one run, seconds.
@@ -129,18 +133,16 @@ int Main(int argc, char** argv) {
     return 1;
   }
   const ModelConfig& config = model->executor->config();
-  Ladder ladder = Ladder::DenseOnly(config.sites());
-  for (const double share : {0.2, 0.4}) {
-    const KeepProfile keep = Narrowed(config, share);
-    if (!ladder.Append({.prefill = keep, .decode = keep})) return 1;
-  }
+  const absl::StatusOr<Ladder> planned = PlanShares(config);
   const uint64_t bare = model->executor->ledger({}).weights;
   const ZeroRefits refits(config);
-  const absl::Status made = model->executor->SetLadder(ladder, refits);
+  const absl::Status made =
+      planned.ok() ? model->executor->SetLadder(*planned, refits) : planned.status();
   if (!made.ok()) {
     fmt::print(stderr, "pruning_bench: {}\n", made.ToString());
     return 1;
   }
+  const Ladder& ladder = *planned;
   const Ladder dense_only = Ladder::DenseOnly(config.sites());
   const double panels = static_cast<double>(model->executor->ledger({}).weights - bare);
   const BenchEngine engine{.executor = model->executor.get(),

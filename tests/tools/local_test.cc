@@ -229,7 +229,9 @@ TEST(Train, OrdersBlocksThatCalibrationThenDrops) {
        "--tokens", "1000", "--rungs", "0+3", "--dense-layers", "0", "--compensate", "none",
        "--blocks", folder + "a", "--out", folder + "m.ladder"});
   ASSERT_EQ(calibrated.code, 0) << calibrated.err;
-  EXPECT_THAT(ReadFile(folder + "m.ladder"), HasSubstr("--blocks a --resident-tokens 8192"));
+  EXPECT_THAT(ReadFile(folder + "m.ladder"),
+              HasSubstr("--last-dense-layers 0 --slope 0 --rank elimination --compensate none "
+                        "--blocks a --resident-tokens 8192"));
   Ladder ladder = Ladder::DenseOnly({});
   ASSERT_TRUE(ParseLadder(ReadFile(folder + "m.ladder"), &ladder, &error)) << error;
   // Three of two layers' blocks: attention is among them, whose KV makes the rung worth its place

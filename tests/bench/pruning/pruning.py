@@ -46,10 +46,13 @@ class Bench:
 
     def ladder(self, name, *arguments):
         """Rungs 1 and 2 leave out 20 and 40 %."""
-        path = self.folder / f"{name}.ladder"
-        if (self.options.fresh and name not in self.made) or not path.exists():
-            ratios = ",".join(str(ratio / 100) for ratio in RATIOS)
-            self.run("calibrate", "--rungs", ratios, "--out", path, *arguments)
+        path, made_by = self.folder / f"{name}.ladder", self.folder / f"{name}.arguments"
+        arguments = ("--rungs", ",".join(str(ratio / 100) for ratio in RATIOS), *arguments)
+        told = " ".join(map(str, arguments))
+        kept = path.exists() and made_by.exists() and made_by.read_text() == told
+        if not kept or (self.options.fresh and name not in self.made):
+            self.run("calibrate", "--out", path, *arguments)
+            made_by.write_text(told)
         self.made.add(name)
         return path
 
