@@ -587,7 +587,7 @@ void AddCalibrate(CLI::App& root, Action* action) {
       ->default_str(fmt::format("{}", fmt::join(options->rungs, ",")));
   sub->add_option("--widths", options->widths,
                   "Shares of all MLP channels that have weights fitted for them, 10 MB or so of a "
-                  "model of 135M; a rung of a ratio between two has the harder one's in its first "
+                  "model of 135M; a rung of a ratio between two has the harder one's in some "
                   "layers")
       ->type_name("RATIO")
       ->delimiter(',')

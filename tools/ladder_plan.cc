@@ -79,15 +79,18 @@ KeptByShare KeptCountsOf(const LayerWidths& widths, const ModelConfig& config,
   return kept;
 }
 
-// The harder's counts in as many first layers as come nearest to the ratio, and the milder's
-// behind.
+// The milder's counts, but for as many layers as come nearest to the ratio, which have the
+// harder's: the first, whose fits then see what they were made of. Next to none the last: layers
+// behind that stay whole have no fits, and make up for nothing.
 std::vector<int> Between(KeptByShare::const_iterator milder, KeptByShare::const_iterator harder,
                          double ratio) {
   const double span = harder->first - milder->first;
   const double part = span == 0 ? 1 : (ratio - milder->first) / span;
   double to_leave = part * (Sum(milder->second) - Sum(harder->second));
   std::vector<int> kept = milder->second;
-  for (size_t layer = 0; layer < kept.size(); ++layer) {
+  const size_t layers = kept.size();
+  for (size_t i = 0; i < layers; ++i) {
+    const size_t layer = milder->first == 0 ? layers - 1 - i : i;
     const int more = kept[layer] - harder->second[layer];
     if (to_leave < more / 2.0) break;
     kept[layer] -= more;

@@ -52,8 +52,9 @@ inline constexpr int kLastDenseLayers = 1;
 inline constexpr double kSlope = 0.5;
 
 // The rungs asked for, without prices, mildest first; rung 0 is dense. A ratio between two widths
-// has the harder in its first layers: what those leave in the stream is what later layers of the
-// harder rung were fitted to. Blocks are dropped in the order told. InvalidArgument, which names
+// has the harder in its first layers, one below the first width in its last (measured:
+// tests/bench/pruning/README.md). Blocks are dropped in the order told. InvalidArgument, which
+// names
 // --rungs, if they are not nested or none narrows the model.
 absl::StatusOr<Ladder> PlanLadder(const LayerWidths& widths, const ModelConfig& config,
                                   std::span<const RungPlan> plans, std::span<const int> drop_order);

@@ -198,13 +198,13 @@ TEST(LadderPlan, FitsAsManyRungsAsThereAreWidths) {
   }
 }
 
-TEST(LadderPlan, MixesTwoWidthsHarderInFirstLayers) {
+TEST(LadderPlan, MixesTwoWidthsHarderInFirstLayersAndTheMildestInLast) {
   const double shares[] = {0.25, 0.5};
   const ModelConfig config = Model(4, 8 * 64);
   const LayerWidths widths{.left_out = shares};
   EXPECT_THAT(Planned(widths, config, 0.25), Each(6 * 64));
   EXPECT_THAT(Planned(widths, config, 0.375), ElementsAreArray({4 * 64, 4 * 64, 6 * 64, 6 * 64}));
-  EXPECT_THAT(Planned(widths, config, 0.125), ElementsAreArray({6 * 64, 6 * 64, 8 * 64, 8 * 64}));
+  EXPECT_THAT(Planned(widths, config, 0.125), ElementsAreArray({8 * 64, 8 * 64, 6 * 64, 6 * 64}));
   EXPECT_THAT(Planned(widths, config, 0.5), Each(4 * 64));
   EXPECT_THAT(Planned(widths, config, 0.75), Each(2 * 64));
 }
