@@ -68,7 +68,7 @@ struct ServerOptions {
   // Rows by which each prefill step that narrows ranks heads and channels anew, by Probe Pruning;
   // none (off): they stay as calibrated. Needs a ladder without refitted weights.
   std::optional<ProbeOptions::Rows> probe;
-  double probe_budget = 0.02;   // most rows probed, as a share of those narrowed, 0 to 1
+  double probe_budget = 0.015;  // most rows probed, as a share of those narrowed, 0 to 1
   int probe_least_rows = 64;    // steps that narrow fewer prefill rows are not probed, 0 to 65536
   int probe_refresh = 64;       // decode steps after which history ranks anew; 0: never
   int probe_whole = 64;         // of so many decode steps one leaves nothing out; 0: none

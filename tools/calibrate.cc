@@ -43,7 +43,7 @@ namespace espalier {
 namespace {
 
 constexpr int kStepRows = 512;
-constexpr int kTurns = 5;           // of timings
+constexpr int kTurns = 9;           // of timings
 constexpr size_t kDropWindows = 8;  // that the order of attention blocks is found on
 constexpr size_t kKeyWindows = 64;  // that mean keys are of
 
@@ -237,10 +237,29 @@ absl::StatusOr<std::vector<double>> Losses(const Corpus& corpus, int rung,
   return losses;
 }
 
-// Microseconds a row, of all rungs, in turns.
+// Microseconds a row, of all rungs.
 struct Prices {
   std::vector<double> prefill_us, decode_us;  // [rungs]
 };
+
+// Of each rung, from times [rungs][turns]. Rungs are compared within a turn: from one to the next a
+// shared machine's speed moves by a fifth, more than what tells neighbours apart.
+std::vector<double> CompareInTurns(std::span<const std::vector<double>> times) {
+  std::vector<double> means;
+  for (int turn = 0; turn < kTurns; ++turn) {
+    double sum = 0;
+    for (const std::vector<double>& of_rung : times) sum += of_rung[turn];
+    means.push_back(sum / static_cast<double>(times.size()));
+  }
+  const double mean = Median(means);
+  std::vector<double> prices;
+  for (const std::vector<double>& of_rung : times) {
+    std::vector<double> shares;
+    for (int turn = 0; turn < kTurns; ++turn) shares.push_back(of_rung[turn] / means[turn]);
+    prices.push_back(Median(shares) * mean);
+  }
+  return prices;
+}
 
 absl::StatusOr<Prices> Time(ModelExecutor* executor, int rungs) {
   const BenchEngine engine{.executor = executor,
@@ -262,12 +281,7 @@ absl::StatusOr<Prices> Time(ModelExecutor* executor, int rungs) {
       bar.Update(turn * rungs + rung + 1, int64_t{kTurns} * rungs);
     }
   }
-  Prices prices;
-  for (int rung = 0; rung < rungs; ++rung) {
-    prices.prefill_us.push_back(Median(prefill[rung]));
-    prices.decode_us.push_back(Median(decode[rung]));
-  }
-  return prices;
+  return Prices{.prefill_us = CompareInTurns(prefill), .decode_us = CompareInTurns(decode)};
 }
 
 Compensation CompensationOf(const Options& options) {

@@ -386,7 +386,7 @@ void AddEval(CLI::App& root, Action* action) {
   share("--probe-tokens", options->probing.token_share, "Of positions; top-norm");
   share("--probe-sequences", options->probing.sequence_share, "Of sequences; top-norm");
   share("--probe-budget", options->probing.budget,
-        "Most rows probed, of those narrowed, one at least; a server's default is 0.02");
+        "Most rows probed, of those narrowed, one at least; a server's default is 0.015");
   sub->add_flag("--probe-stale", options->probing.stale,
                 "Probe rows as they were before the layer's attention (published as parallel "
                 "probing, which waits for nothing)")

@@ -31,7 +31,7 @@ namespace espalier {
 namespace {
 
 constexpr int kStepRows = 512;
-constexpr double kProbeBudget = 0.02;  // of the rows
+constexpr double kProbeBudget = 0.015;  // of the rows, as the server
 constexpr int kLearnRows = 64;         // as the server
 
 // Multiplications of a row in all blocks' products, and in their MLPs.

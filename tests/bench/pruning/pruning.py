@@ -90,7 +90,7 @@ def one_kind(bench, text):
     history = ("--history-text", calibrate, "--history-tokens", 100000)
     uniform = methods["static"][0]  # as published, with weights as loaded
     methods["probe-pruning"] = (uniform, "--probe", "top-norm", "--exact-history", *history)
-    methods["spread-probe"] = (uniform, "--probe", "spread", "--probe-budget", 0.02,
+    methods["spread-probe"] = (uniform, "--probe", "spread", "--probe-budget", 0.015,
                                "--history-keep", 1, *history)
     methods["parallel-probing"] = (*methods["probe-pruning"], "--probe-stale")
     methods["full-batch"] = (uniform, "--probe", "all")
