@@ -32,7 +32,7 @@ namespace {
 
 constexpr int kStepRows = 512;
 constexpr double kProbeBudget = 0.015;  // of the rows, as the server
-constexpr int kLearnRows = 64;         // as the server
+constexpr int kLearnRows = 64;          // as the server
 
 // Multiplications of a row in all blocks' products, and in their MLPs.
 struct BlockCosts {
